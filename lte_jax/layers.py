@@ -1,0 +1,160 @@
+"""The small layers that mixers and blocks are made of: linear maps, RMSNorm, rotary positions, gated MLP, embedding.
+
+Weights are stored in ``param_dtype`` and cast to ``dtype`` where they are used. Every parameter names its logical axes
+(``axes`` in its metadata), which ``sharding.py`` maps to mesh axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from lte_jax.dims import Hidden, Positions, Tokens
+
+Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class InitRule:
+    """How weights start: one rule for every model.
+
+    Linear maps, convolutions and embeddings are drawn from N(0, std^2). With ``rescale_residual``, the maps that write
+    into the residual stream (output and down projections) are uniform in +-1/sqrt(fan_in), divided by
+    sqrt(2 * num_layers); without it they follow the first rule, as the authors' non-hybrid baselines do.
+    """
+
+    std: float = 0.006
+    num_layers: int = 1
+    rescale_residual: bool = True
+
+    def normal(self) -> Initializer:
+        return jax.nn.initializers.normal(self.std)
+
+    def residual(self, fan_in: int) -> Initializer:
+        if not self.rescale_residual:
+            return self.normal()
+        bound = 1.0 / math.sqrt(fan_in * 2 * self.num_layers)
+        return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def parameter(
+    initializer: Initializer, shape: Sequence[int], axes: Sequence[str | None], param_dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.Param:
+    """A parameter of ``shape`` whose dimensions carry the logical names ``axes``."""
+    assert len(axes) == len(shape), f"{len(axes)} axis names for {len(shape)} dimensions"
+    return nnx.Param(initializer(rngs.params(), tuple(shape), param_dtype), axes=tuple(axes))
+
+
+class Linear(nnx.Module):
+    """y = x W + b, with W [in, out]; bias only if asked for (it starts at 0)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str | None, str | None],
+        init: Initializer,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        use_bias: bool = False,
+    ):
+        self.weight = parameter(init, (in_features, out_features), axes, param_dtype, rngs)
+        self.bias = (
+            parameter(jax.nn.initializers.zeros, (out_features,), axes[1:], param_dtype, rngs) if use_bias else None
+        )
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        y = jnp.matmul(x.astype(self.dtype), self.weight[...].astype(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension, computed in float32."""
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        eps: float,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        axis: str | None = None,
+    ):
+        self.weight = parameter(jax.nn.initializers.ones, (features,), (axis,), param_dtype, rngs)
+        self.eps = eps
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x32 = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale * self.weight[...].astype(jnp.float32)).astype(self.dtype)
+
+
+def rotary(x: Float[Array, "B T H N"], positions: Positions, theta: float) -> Float[Array, "B T H N"]:
+    """Rotary positions on halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), angle = position * theta^(-2n/N).
+
+    x1 and x2 are the first and the second half of the head, and positions count from the start of the document.
+    The rotation is computed in float32 and returned in the dtype of x.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def mlp_width(width: int, hidden_ratio: float, intermediate_size: int | None) -> int:
+    """The inner width of the MLP: ``intermediate_size``, or 256 * ceil(int(D * hidden_ratio * 2/3) / 256)."""
+    if intermediate_size is not None:
+        return intermediate_size
+    return 256 * math.ceil(int(width * hidden_ratio * 2 / 3) / 256)
+
+
+class GatedMLP(nnx.Module):
+    """SwiGLU: y = (silu(x W_gate) * (x W_up)) W_down, no biases."""
+
+    def __init__(
+        self, width: int, inner: int, *, init: InitRule, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.gate_proj = Linear(width, inner, axes=("embed", "mlp"), init=init.normal(), **kwargs)
+        self.up_proj = Linear(width, inner, axes=("embed", "mlp"), init=init.normal(), **kwargs)
+        self.down_proj = Linear(inner, width, axes=("mlp", "embed"), init=init.residual(inner), **kwargs)
+
+    def __call__(self, x: Hidden) -> Hidden:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Embedding(nnx.Module):
+    """A table [L, D]: token ids to vectors, and (tied) vectors to float32 logits."""
+
+    def __init__(
+        self, vocab_size: int, width: int, *, init: InitRule, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        self.weight = parameter(init.normal(), (vocab_size, width), ("vocab", "embed"), param_dtype, rngs)
+        self.dtype = dtype
+
+    def __call__(self, tokens: Tokens) -> Hidden:
+        return jnp.take(self.weight[...], tokens, axis=0).astype(self.dtype)
+
+
+def document_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Positions that count from 0 at the first token of each document (a run of one segment id)."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    first = jnp.concatenate(
+        [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
+    start = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+    return index - start

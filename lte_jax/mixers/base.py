@@ -1,0 +1,120 @@
+"""What every token mixer promises: the interface that the model, the cache and the contract test rely on.
+
+A mixer maps [B, T, D] to [B, T, D] along time. It is a module of parameters only; whatever changes over time (caches,
+keys) is passed in and out, so that stacked layers run under ``jax.lax.scan``.
+
+The four promises, tested for every registered mixer:
+
+* causal: no output depends on a later token (LTE's ``"prompt"`` reading excepted: it ranks the whole prompt);
+* resumable: a sequence given to ``extend`` in any pieces gives what one call gives;
+* packed documents equal the documents alone, and padding anywhere changes nothing;
+* the cache's size is ``cache_bytes(batch, max_length, dtype)`` and does not grow.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lte_jax.dims import Hidden, Positions, SegmentIds
+from lte_jax.layers import InitRule
+
+Reading = Literal["train", "prompt", "streaming"]
+"""How LTE reads a sequence; the other mixers read all three alike.
+
+``"train"``: every selected token stays. ``"prompt"``: the whole sequence sees the best M at its end (the authors' evaluation
+and prompt call). ``"streaming"``: each token sees what the store held at its own time.
+"""
+
+Aux = dict[str, jax.Array]
+Cache = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerConfig:
+    """The settings of one mixer: read by that mixer alone, saved with each run."""
+
+    def validate(self, width: int) -> None:
+        """Raises ValueError, stating the value, the rule and the fix, where a setting cannot work at model width D."""
+
+
+class Mixer(nnx.Module, abc.ABC):
+    """The interface. Subclasses take ``(config, width, *, init, dtype, param_dtype, rngs, max_length, implementation)``."""
+
+    needs_max_length: ClassVar[bool] = False
+    """Whether the cache grows with the sequence (full attention, NSA), so that ``max_length`` bounds it."""
+
+    @abc.abstractmethod
+    def __init__(
+        self,
+        config: MixerConfig,
+        width: int,
+        *,
+        init: InitRule,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        max_length: int,
+        implementation: str | None = None,
+    ):
+        """Draws the parameters.
+
+        Args:
+          width: D.
+          max_length: the default bound of a cache that grows.
+          implementation: passed on to the operations; None picks the fastest.
+        """
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        x: Hidden,
+        *,
+        positions: Positions,
+        segment_ids: SegmentIds | None = None,
+        reading: Reading = "train",
+        key: jax.Array | None = None,
+        context: Aux | None = None,
+    ) -> tuple[Hidden, Aux]:
+        """The whole sequence at once.
+
+        Args:
+          positions: counted from each document's first token.
+          segment_ids: document of each token, 0 for padding; None for one document without padding.
+          key: draws dropout; None means no dropout.
+          context: the aux of the mixer below, for mixers that read it.
+
+        Returns:
+          y and aux, a dictionary of arrays with the same keys and shapes at every call.
+        """
+
+    @abc.abstractmethod
+    def init_cache(self, batch: int, max_length: int | None, dtype: DTypeLike) -> Cache:
+        """An empty cache, a pytree of fixed shape whose leaves all begin with the batch dimension."""
+
+    @abc.abstractmethod
+    def extend(
+        self,
+        x: Hidden,
+        cache: Cache,
+        *,
+        segment_ids: SegmentIds | None = None,
+        reading: Reading = "streaming",
+        context: Aux | None = None,
+        return_aux: bool = False,
+    ) -> tuple[Hidden, Cache] | tuple[Hidden, Cache, Aux]:
+        """Continues each row's document by T >= 1 tokens; ``segment_ids`` is 1 for tokens and 0 for padding.
+
+        ``reading="prompt"`` is for a first call on an empty cache only.
+        """
+
+    def cache_bytes(self, batch: int, max_length: int | None, dtype: DTypeLike) -> int:
+        """The cache's size in bytes; each mixer's docstring gives its formula."""
+        shapes = jax.eval_shape(lambda: self.init_cache(batch, max_length, dtype))
+        return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

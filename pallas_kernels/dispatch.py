@@ -1,0 +1,109 @@
+"""Which implementation of an operation runs: a named one or an error, or the fastest measured one.
+
+Every operation has up to three implementations, each a module of its folder:
+
+    "pallas"   Mosaic GPU, Hopper and newer
+    "triton"   triton.language through jax-triton, Ampere and newer
+    "xla"      plain jax.numpy, any device; also the reference
+
+A backend module exposes ``check(case)``, which raises :class:`UnsupportedCase` before anything is launched, beside the
+functions that its operation's ``api.py`` calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import logging
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+
+logger = logging.getLogger(__name__)
+
+IMPLEMENTATIONS = ("pallas", "triton", "xla")
+
+_lowering_for_gpu: contextvars.ContextVar[bool] = contextvars.ContextVar("lowering_for_gpu", default=False)
+
+
+class UnsupportedCase(ValueError):
+    """An operation was asked for something that it, or the named implementation, does not do.
+
+    The message states the value, the rule that it breaks, and what to do instead.
+    """
+
+
+@contextlib.contextmanager
+def lowering_for_gpu() -> Iterator[None]:
+    """Treats the process as one with a GPU, so that kernels can be lowered or compiled (not run) without one."""
+    token = _lowering_for_gpu.set(True)
+    try:
+        yield
+    finally:
+        _lowering_for_gpu.reset(token)
+
+
+def on_gpu() -> bool:
+    return _lowering_for_gpu.get() or jax.default_backend() == "gpu"
+
+
+class Operation:
+    """The implementations of one operation.
+
+    Args:
+      name: the operation's folder in this package.
+      implementations: the names that exist, a subset of ``IMPLEMENTATIONS``; each is a module ``<name>.<implementation>``,
+        imported when first asked for.
+      fastest: the order in which ``implementation=None`` tries them on a GPU, fastest measured first.
+    """
+
+    def __init__(self, name: str, implementations: Sequence[str], fastest: Sequence[str] = ("xla",)):
+        self.name = name
+        self.implementations = tuple(implementations)
+        self.fastest = tuple(fastest)
+        self._logged: set[str] = set()
+
+    def select(self, implementation: str | None, case: Any) -> ModuleType:
+        """The module that runs ``case``: the named one, or for None the first of ``fastest`` that supports it.
+
+        Raises:
+          UnsupportedCase: the name is unknown, not written for this operation, not for this device, or does not support
+            the case. A named implementation is never replaced by another one.
+        """
+        if implementation is not None:
+            return self._load(implementation, case)
+        for name in self.fastest if on_gpu() else ("xla",):
+            try:
+                module = self._load(name, case)
+            except UnsupportedCase as reason:
+                self._log_once(f"{self.name}: {name} passed over: {reason}")
+                continue
+            self._log_once(f"{self.name}: using {name}")
+            return module
+        raise UnsupportedCase(f"{self.name}: no implementation supports {case}")
+
+    def _load(self, name: str, case: Any) -> ModuleType:
+        if name not in IMPLEMENTATIONS:
+            raise UnsupportedCase(
+                f"{self.name}: implementation={name!r} is not one of {', '.join(IMPLEMENTATIONS)}; None picks the fastest"
+            )
+        if name not in self.implementations:
+            raise UnsupportedCase(
+                f"{self.name}: implementation={name!r} does not exist yet; there is {', '.join(self.implementations)}"
+            )
+        if name != "xla" and not on_gpu():
+            raise UnsupportedCase(
+                f"{self.name}: implementation={name!r} needs a CUDA GPU, and JAX runs on {jax.default_backend()!r} here; "
+                "use implementation='xla' or None"
+            )
+        module = importlib.import_module(f"pallas_kernels.{self.name}.{name}")
+        module.check(case)
+        return module
+
+    def _log_once(self, message: str) -> None:
+        if message not in self._logged:
+            self._logged.add(message)
+            logger.info(message)

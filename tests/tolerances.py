@@ -1,0 +1,27 @@
+"""The one table of tolerances: what is compared, in which dtype, the bound, the largest error measured, and why.
+
+``rms_error(actual, expected)`` is the norm of the difference over the norm of the expected array (the figure that every
+bound speaks of). A bound is never loosened to make a test pass: find the cause of the difference instead.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# (what, dtype) -> bound. Beside each: the largest error measured, where, and its cause.
+TOLERANCES: dict[tuple[str, str], float] = {}
+
+
+def rms_error(actual, expected) -> float:
+    """||actual - expected|| / ||expected|| in float64; NaN anywhere gives NaN, which passes no comparison."""
+    actual = np.asarray(actual, np.float64)
+    expected = np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"shape {actual.shape} where {expected.shape} was expected"
+    scale = np.linalg.norm(expected)
+    return float(np.linalg.norm(actual - expected) / (scale if scale > 0 else 1.0))
+
+
+def assert_close(actual, expected, what: str, dtype: str = "float32") -> None:
+    """Fails unless rms_error is within the table's bound for (what, dtype)."""
+    error, bound = rms_error(actual, expected), TOLERANCES[what, dtype]
+    assert error <= bound, f"{what} ({dtype}): error {error:.3g} is above {bound:.3g}"
