@@ -1,0 +1,300 @@
+"""How does an operation launch a Triton kernel from JAX, and what did the compiler make of that kernel?
+
+The only file that knows jax-triton. Kernel files take ``jit`` and ``tl`` from here, so that they can be imported (and
+refuse politely) on a machine without Triton:
+
+    from pallas_kernels.triton_call import jit, tl, triton_call
+
+    @jit
+    def _double(x_ptr, o_ptr, SIZE: tl.constexpr): ...
+
+    triton_call(_double, x, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), grid=(1,), SIZE=x.size)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.dispatch import UnsupportedCase, lowering_for_gpu
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+except ImportError:
+    triton, tl = None, None
+
+    def jit(function: Callable) -> Callable:
+        """Stands in for ``triton.jit`` where Triton is not installed: the kernel can be named but not called."""
+        return function
+
+
+INSTALL = "install the extra with GPU support: pip install '.[cuda]' (jax-triton 0.3.1 with triton 3.6)"
+
+_TYPES = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "float64": "fp64",
+    "int64": "i64",
+    "int32": "i32",
+    "int16": "i16",
+    "int8": "i8",
+    "uint32": "u32",
+    "uint8": "u8",
+    "bool": "i1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One recorded kernel call: all that decides what the compiler makes of it."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    outputs: tuple[jax.ShapeDtypeStruct, ...]
+    num_warps: int
+    num_stages: int
+    constexprs: tuple[tuple[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledKernel:
+    """What the compiler made of a kernel call: per thread registers and spilled bytes, per program shared memory."""
+
+    name: str
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    ptx: str
+
+
+_recorded: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("recorded", default=None)
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter on the CPU (TRITON_INTERPRET=1 when Triton was imported)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def check_installed(operation: str) -> None:
+    """Raises UnsupportedCase, saying what to install, unless ``triton_call`` can launch a kernel."""
+    if triton is None:
+        raise UnsupportedCase(
+            f"{operation}: implementation='triton' needs jax-triton, and triton is missing; {INSTALL}"
+        )
+    if interpreting() or _recorded.get() is not None:
+        return
+    try:
+        import jax_triton  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedCase(
+            f"{operation}: implementation='triton' needs jax-triton, which cannot be imported ({error}); {INSTALL}"
+        ) from error
+
+
+def triton_call(
+    kernel: Any,
+    *arguments: Any,
+    out_shape: Any,
+    grid: Sequence[int],
+    num_warps: int = 4,
+    num_stages: int = 3,
+    input_output_aliases: dict[int, int] | None = None,
+    zeroed_outputs: Sequence[int] = (),
+    **constexprs: Any,
+) -> Any:
+    """Launches ``kernel`` on ``grid``; the pointers of the outputs follow those of the arguments.
+
+    Args:
+      kernel: a function under ``jit``: first the arguments, then the outputs, then its constexprs.
+      *arguments: arrays, and Python numbers passed by value. None stands for an absent optional array: the kernel gets
+        some valid pointer that it must not use (guard the use by a constexpr).
+      out_shape: a ShapeDtypeStruct, or a sequence of them.
+      grid: up to three numbers of programs, each at least 1.
+      num_warps, num_stages: as in Triton.
+      input_output_aliases: {index among the arguments: index of the output that shares its buffer}.
+      zeroed_outputs: indices of the outputs to clear before the launch.
+      **constexprs: compile-time values, by name.
+
+    Returns:
+      The output, or a tuple of outputs if ``out_shape`` is a sequence. There is no vmap rule: fold into the batch.
+    """
+    single = hasattr(out_shape, "shape")
+    outputs = tuple(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in ([out_shape] if single else out_shape))
+    some_array = next((a for a in arguments if hasattr(a, "shape")), None)
+    arguments = tuple(some_array if a is None else a for a in arguments)
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded.append(Call(kernel, arguments, outputs, num_warps, num_stages, tuple(constexprs.items())))
+        results = tuple(jnp.zeros(o.shape, o.dtype) for o in outputs)
+    elif interpreting():
+        results = _interpret(kernel, arguments, outputs, tuple(grid), input_output_aliases or {}, constexprs)
+    else:
+        import jax_triton
+
+        results = jax_triton.triton_call(
+            *arguments,
+            kernel=kernel,
+            out_shape=outputs,
+            grid=tuple(grid),
+            name=kernel.__name__,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            input_output_aliases=input_output_aliases,
+            zeroed_outputs=tuple(zeroed_outputs),
+            **constexprs,
+        )
+    return results[0] if single else tuple(results)
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[list[Call]]:
+    calls: list[Call] = []
+    token = _recorded.set(calls)
+    try:
+        with lowering_for_gpu():
+            yield calls
+    finally:
+        _recorded.reset(token)
+
+
+def record_calls(function: Callable, *arguments: Any) -> list[Call]:
+    """The kernel calls that ``function(*arguments)`` would make, in order; nothing runs and no GPU is needed.
+
+    ``arguments`` may be ShapeDtypeStructs. Use ``jax.grad`` or ``jax.vjp`` inside ``function`` to see a backward pass.
+    """
+    with _recording() as calls:
+        jax.eval_shape(lambda *a: function(*a), *arguments)
+    return calls
+
+
+def compile_call(call: Call, capability: int = 90) -> CompiledKernel:
+    """Compiles one recorded call for a GPU of ``capability`` (90 is Hopper) with Triton alone: no GPU is needed.
+
+    Raises:
+      UnsupportedCase: Triton is not installed.
+    """
+    if triton is None:
+        raise UnsupportedCase(f"compile_call needs triton; {INSTALL}")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = call.kernel.arg_names
+    constexprs: dict[str, Any] = dict(call.constexprs)
+    signature: dict[str, str] = {}
+    attributes = {}
+    for index, argument in enumerate((*call.arguments, *call.outputs)):
+        if hasattr(argument, "shape"):
+            signature[names[index]] = "*" + _TYPES[str(np.dtype(argument.dtype))]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif argument is True or argument is False:
+            signature[names[index]] = "i1"
+        elif argument == 1:
+            constexprs[names[index]] = 1
+        else:
+            signature[names[index]] = "i32" if isinstance(argument, int) else "fp32"
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    compiled = triton.compile(
+        ASTSource(call.kernel, signature=signature, constexprs=constexprs, attrs=attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": call.num_warps, "num_stages": call.num_stages},
+    )
+    ptx = compiled.asm["ptx"]
+    registers, spilled = _assemble(ptx, capability)
+    return CompiledKernel(
+        name=call.kernel.__name__,
+        constexprs=dict(call.constexprs),
+        num_warps=call.num_warps,
+        num_stages=call.num_stages,
+        registers=registers,
+        spill_bytes=spilled,
+        shared_bytes=compiled.metadata.shared,
+        ptx=ptx,
+    )
+
+
+def _assemble(ptx: str, capability: int) -> tuple[int, int]:
+    """(registers, bytes spilled) per thread, from the report of the assembler that comes with Triton."""
+    target = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+    ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [ptxas, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", report))
+    return registers, spilled
+
+
+def _interpret(
+    kernel: Any,
+    arguments: tuple[Any, ...],
+    outputs: tuple[jax.ShapeDtypeStruct, ...],
+    grid: tuple[int, ...],
+    aliases: dict[int, int],
+    constexprs: dict[str, Any],
+) -> tuple[jax.Array, ...]:
+    """Runs the kernel in Triton's interpreter (slow, exact in its masks and indices). Unwritten memory is NaN."""
+    where = [i for i, a in enumerate(arguments) if hasattr(a, "shape")]
+
+    def run(*arrays: Any) -> tuple[np.ndarray, ...]:
+        copies = dict(zip(where, (np.array(a) for a in arrays), strict=True))
+        results = [np.full(o.shape, np.nan if jnp.issubdtype(o.dtype, jnp.floating) else 0, o.dtype) for o in outputs]
+        for source, target in aliases.items():
+            results[target] = copies[source]
+        values = [_HostArray(copies[i]) if i in copies else a for i, a in enumerate(arguments)]
+        kernel[grid](*values, *map(_HostArray, results), **constexprs)
+        return tuple(results)
+
+    return jax.pure_callback(run, outputs, *(arguments[i] for i in where))
+
+
+class _HostArray:
+    """The part of a torch tensor that the interpreter asks for, around a numpy array that already lies on the host."""
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.dtype = array, _TYPES[str(array.dtype)]
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self) -> _HostArray:
+        return self
+
+    def cpu(self) -> _HostArray:
+        return self
+
+    def new_empty(self, *_: Any, **__: Any) -> _HostArray:
+        return _HostArray(self.array)
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def stride(self) -> tuple[int, ...]:
+        return self.array.strides
+
+    def set_(self, *_: Any) -> None:
+        """The copy to the host: already there."""
+
+    def copy_(self, _: Any) -> None:
+        """The copy back: the kernel wrote into the array itself."""
