@@ -202,10 +202,10 @@ def window_attention_step(
     Raises:
       UnsupportedCase: an argument breaks one of these rules, or the implementation does not do this case.
     """
-    groups = tuple(tuple(x) if isinstance(x, (tuple, list)) else (x,) for x in (k, v, valid))
-    case, flags = _check_step(q, *groups, scale)
+    keys, values, flags = (tuple(x) if isinstance(x, (tuple, list)) else (x,) for x in (k, v, valid))
+    case, flags = _check_step(q, keys, values, flags, scale)
     module = OPERATION.select(implementation, case)
-    return module.step(case, q, groups[0], groups[1], flags)
+    return module.step(case, q, keys, values, flags)
 
 
 def row_delta(o: Array, lse: Array, do: Array, dlse: Array | None) -> Float32[Array, "B T H"]:
@@ -327,10 +327,10 @@ def _check(operands: Operands, window: int | None, scale: float | None, return_l
     if segment_ids is not None:
         _check_array("segment_ids", segment_ids, "BU", sizes, "int32")
     return Case(
-        *(sizes[letter] for letter in "BTUHKNV"),
+        **{letter: sizes[letter] for letter in "BTUHKNV"},
         C=sizes.get("C", 0),
         dtype=dtype,
-        window=window,
+        window=None if window is None else min(window, NEVER),
         scale=_check_scale(scale, sizes["N"]),
         scores=scores is not None,
         expiry=expiry is not None,
@@ -356,10 +356,10 @@ def _check_step(
         _check_array(f"v[{n}]", value, "BSKV", sizes, dtype)
         B, S, K = key.shape[:3]
         lengths = flag.dtype == jnp.int32
-        allowed = [(B, K)] if lengths else [(B, S, K), (B, S)]
+        allowed: list[tuple[int, ...]] = [(B, K)] if lengths else [(B, S, K), (B, S)]
         _require(
             (lengths or flag.dtype == jnp.bool_) and flag.shape in allowed,
-            f"valid[{n}] is {flag.dtype}{list(flag.shape)}; use bool {[B, S, K]} or {[B, S]}, or int32 {[B, K]} lengths",
+            f"valid[{n}] is {flag.dtype}{list(flag.shape)}; use bool {[B, S, K]} or {[B, S]}, or int32 {[B, K]}",
         )
         if lengths:
             flag = jnp.arange(S, dtype=jnp.int32)[None, :, None] < flag[:, None, :]
