@@ -4,31 +4,33 @@ With a state S [N,V] per value head, in float32:
 
     S <- exp(g_t) S;   u_t = beta_t (v_t - S^T k_t);   S <- S + k_t u_t^T;   o_t = scale S^T q_t
 
-Value head h reads query and key head h // (H / K). Source: Yang et al., "Gated Delta Networks", arXiv 2412.06464, section 3.
+Value head h reads query and key head h // (H / K).
+Source: Yang et al., "Gated Delta Networks", arXiv 2412.06464, section 3.
 
-A backend is a module of this folder with four functions. Everything that it is given has been checked, and is prepared so
-that padding needs no thought: at padded tokens ``g`` and ``beta`` are 0 (so the state passes through) and the output is
-masked here, outside the backend.
+A backend is a module of this folder with four functions. Everything that it is given has been checked, and is prepared
+so that padding needs no thought: at padded tokens ``g`` and ``beta`` are 0 (so the state passes through) and the output
+is masked here, outside the backend.
 
 ``check(case: Case) -> None``
     Raises UnsupportedCase for what the backend does not do.
-``forward(q, k, v, g, beta, runs, initial_state, *, scale, normalize, return_updates) -> o, final_state, updates, residuals``
-    q, k [B,T,K,N] and v [B,T,H,V] of one dtype (float32, bfloat16 or float16), raw: with ``normalize`` the backend itself
-    divides q and k by sqrt(sum x^2 + 1e-6) per head. g, beta [B,T,H] float32; any T >= 1. ``scale`` is a Python float.
-    ``runs`` is None (one document, the faster path) or [B,T] int32: the number of resets up to and including each token,
-    so 0 or more and never falling along T. Tokens see one another iff their runs are equal; token t sees the state
+``forward(q, k, v, g, beta, runs, initial_state, *, scale, normalize, return_updates)
+        -> o, final_state, updates, residuals``
+    q, k [B,T,K,N] and v [B,T,H,V] of one dtype (float32, bfloat16 or float16), raw: with ``normalize`` the backend
+    itself divides q and k by sqrt(sum x^2 + 1e-6) per head. g, beta [B,T,H] float32; any T >= 1. ``scale`` is a Python float.
+    ``runs`` is None (one document, the faster path) or [B,T] int32: the number of resets up to and including each
+    token, so 0 or more and never falling along T. Tokens see one another iff their runs are equal; token t sees the state
     from before a token s <= t iff runs[t] equals runs[s - 1], or 0 where s = 0. In particular ``initial_state``
-    (None for zeros, or [B,H,N,V] float32) reaches the tokens of run 0, and ``final_state`` [B,H,N,V] float32 is the state of
-    the last token's run. g at the first token of a run above 0 is an ordinary number that acts on nothing.
+    (None for zeros, or [B,H,N,V] float32) reaches the tokens of run 0, and ``final_state`` [B,H,N,V] float32 is the
+    state of the last token's run. g at the first token of a run above 0 is an ordinary number that acts on nothing.
     ``o`` [B,T,H,V] has the dtype of v. ``updates`` is u [B,T,H,V] float32 if ``return_updates``, else None.
     ``residuals`` is any pytree of arrays beside the inputs that the backward pass wants again (chunk states, inverses).
 ``backward(q, k, v, g, beta, runs, initial_state, residuals, do, dfinal_state, *, scale, normalize)
         -> dq, dk, dv, dg, dbeta, dinitial_state``
-    The inputs of ``forward`` again, ``do`` in the dtype of o and ``dfinal_state`` in float32. dq and dk are for the raw q and
-    k and, like dv, in their dtype; dg and dbeta are float32; dinitial_state is float32, or None where initial_state is.
+    The inputs of ``forward`` again, ``do`` in the dtype of o and ``dfinal_state`` in float32. dq and dk are for the raw q
+    and k and, like dv, in their dtype; dg and dbeta are float32; dinitial_state is float32, or None where initial_state is.
 ``step(q, k, v, g, beta, state, *, scale, normalize, return_update) -> o, state, update``
-    One token: q, k [B,K,N], v [B,H,V], g, beta [B,H] float32, state [B,H,N,V] float32; update is [B,H,V] float32 or None.
-    Inactive rows come with g = beta = 0.
+    One token: q, k [B,K,N], v [B,H,V], g, beta [B,H] float32, state [B,H,N,V] float32; update is [B,H,V] float32 or
+    None. Inactive rows come with g = beta = 0.
 
 ``forward``, ``backward`` and ``step`` must work under jit and vmap (a kernel without a batching rule folds into B).
 """
@@ -143,7 +145,7 @@ def _make_case(
 
 
 def count_resets(segment_ids: Int32[Array, "B T"]) -> Int32[Array, "B T"]:
-    """The resets up to and including each token: one where a token's id differs from the last non-padding id before it."""
+    """The resets up to and including each token: one where an id differs from the last non-padding id before it."""
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     latest = jax.lax.cummax(jnp.where(segment_ids != 0, index, -1), axis=1)
     before = jnp.pad(latest[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
@@ -244,8 +246,8 @@ def gated_delta_rule(
 
     Returns:
       o [B,T,H,V] in the dtype of v; final_state [B,H,N,V] float32, the state of the row's last document (of a row of
-      padding: its initial state); and with ``return_updates`` u [B,T,H,V] float32. All but u are differentiable in q, k, v, g,
-      beta and initial_state.
+      padding: its initial state); and with ``return_updates`` u [B,T,H,V] float32. All but u are differentiable in q, k,
+      v, g, beta and initial_state.
 
     Raises:
       UnsupportedCase: a shape or dtype breaks the rules above, or the named implementation does not support the case.
