@@ -1,8 +1,8 @@
 """How are documents packed into rows of T tokens, and what is the label of each token?
 
-A row is a dict of int32 arrays of length T: ``input_ids`` and ``segment_ids`` (1, 2, ... in order of place; 0 is padding,
-only at the end). Every token of every document stands in exactly one row, once. A document that is cut becomes several
-pieces, each a segment of its own: no label crosses the cut.
+A row is a dict of int32 arrays of length T: ``input_ids`` and ``segment_ids`` (1, 2, ... in order of place; 0 is
+padding, only at the end). Every token of every document stands in exactly one row, once. A document that is cut
+becomes several pieces, each a segment of its own: no label crosses the cut.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class DataError(ValueError):
 class Packing:
     """How documents become rows.
 
-    ``best_fit``: pieces of at most T tokens, longest first, each into the fullest row that still holds it; a document of
-    at most T tokens is never cut. ``greedy``: documents in their order, one after the other; with ``split`` they are cut
-    where a row ends (no padding but in the last row), without it a document that does not fit starts the next row.
-    Without ``split``, a document of more than T tokens is an error.
+    ``best_fit``: pieces of at most T tokens, longest first, each into the fullest row that still holds it; a document
+    of at most T tokens is never cut. ``greedy``: documents in their order, one after the other; with ``split`` they
+    are cut where a row ends (no padding but in the last row), without it a document that does not fit starts the next
+    row. Without ``split``, a document of more than T tokens is an error.
     """
 
     length: int = 1024

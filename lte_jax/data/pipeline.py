@@ -1,8 +1,8 @@
 """How do rows become batches on every process, in an order that a restart continues exactly?
 
-Global batch i is rows [i B, (i+1) B) of one row order; shard p of P takes its p-th contiguous piece, so the batches of all
-shards side by side are the same arrays for any P. The state is one number, the rows consumed by all shards together:
-restoring is immediate and may change the number of shards, workers, or the batch size.
+Global batch i is rows [i B, (i+1) B) of one row order; shard p of P takes its p-th contiguous piece, so the batches of
+all shards side by side are the same arrays for any P. The state is one number, the rows consumed by all shards
+together: restoring is immediate and may change the number of shards, workers, or the batch size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ import numpy as np
 from absl import flags
 
 from lte_jax.data.packing import IGNORE, DataError, Row
-from lte_jax.data.tasks import mix_seed
+
+
+def mix_seed(*seeds: int) -> int:
+    """A 32-bit seed from several: grain shuffles epoch e with seed + e, so neighbouring seeds must not be used raw."""
+    return int(np.random.SeedSequence(seeds).generate_state(1)[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +44,20 @@ class Reading:
                 raise DataError(f"{name}={getattr(self, name)}: it must be at least {least}; raise it")
 
 
-def endless(rows: grain.MapDataset, seed: int) -> grain.MapDataset:
-    """The training order of a finite set of rows: shuffled anew in each epoch, without end."""
+def endless(rows: grain.MapDataset, seed: int, batch_size: int | None = None) -> grain.MapDataset:
+    """The training order of a finite set of rows: shuffled anew in each epoch, without end.
+
+    Raises:
+      DataError: without rows, or with fewer than ``batch_size`` (a batch would hold a row twice).
+    """
     if not len(rows):
         raise DataError(
             "rows=0: there is nothing to train on; give more documents, shorter rows or a smaller held-out part"
+        )
+    if batch_size is not None and len(rows) < batch_size:
+        raise DataError(
+            f"batch_size={batch_size}: the data hold only {len(rows)} rows, fewer than one batch; "
+            "lower batch_size, shorten the rows or give more data"
         )
     return rows.shuffle(seed=mix_seed(seed)).repeat()
 
@@ -99,7 +112,8 @@ class _Picked(grain.MapDataset):
 class _ShardRows(grain.MapDataset):
     """The rows of one shard, from global row ``first`` on: local row n is first + (n // b) B + p b + n % b, b = B / P.
 
-    A finite order ends with its last whole batch, or, with ``pad_last``, with a batch filled up by rows that ask nothing.
+    A finite order ends with its last whole batch, or, with ``pad_last``, with a batch filled up by rows that ask
+    nothing.
     """
 
     def __init__(
@@ -177,6 +191,8 @@ class Batches(Iterator[Row]):
         if self._source is None:
             self._source = self._open()
         batch = next(self._source)
+        if self._reading.workers:  # workers hand over shared memory: a copy frees it at once
+            batch = {name: np.array(array) for name, array in batch.items()}
         self._consumed += self._batch_size
         return batch
 
@@ -209,7 +225,7 @@ class Batches(Iterator[Row]):
         batches = rows.batch(local, drop_remainder=True).to_iter_dataset(options)
         if self._reading.workers:
             if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # grain reads its own flags when it starts workers; a library has parsed none
+                flags.FLAGS.mark_as_parsed()  # grain reads its own flags to start workers; a library has parsed none
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(
                     num_workers=self._reading.workers, per_worker_buffer_size=self._reading.ahead
@@ -225,7 +241,7 @@ def _init_worker(parent: int, worker_index: int, worker_count: int) -> None:
 
 
 def exit_with_parent(parent: int) -> None:
-    """Ends this worker process soon after process ``parent`` is gone, even if that was killed: no orphans stay behind."""
+    """Ends this worker process soon after process ``parent`` is gone, even if it was killed: no orphans stay."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -21,6 +21,7 @@ import grain
 import numpy as np
 
 from lte_jax.data.packing import IGNORE, DataError, Row
+from lte_jax.data.pipeline import endless, mix_seed
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -53,15 +54,12 @@ class Task(abc.ABC):
 
     def rows(self, split: Split = "train", *, batch_size: int | None = None) -> grain.MapDataset:
         """The rows of a split in training order: without end for "train", ``heldout_rows`` of them for "heldout"."""
-        del batch_size  # only mixtures of several lengths need it
         self.check()
         if split == "heldout":
             return grain.MapDataset.source(TaskRows(self, split, self.heldout_rows))
         if not self.train_rows:
             return grain.MapDataset.source(TaskRows(self, split, sys.maxsize))
-        return (
-            grain.MapDataset.source(TaskRows(self, split, self.train_rows)).shuffle(seed=mix_seed(self.seed)).repeat()
-        )
+        return endless(grain.MapDataset.source(TaskRows(self, split, self.train_rows)), self.seed, batch_size)
 
 
 class TaskRows:
@@ -79,11 +77,6 @@ class TaskRows:
 
     def __repr__(self) -> str:
         return f"TaskRows({self.task}, {self.split}, {self.count})"
-
-
-def mix_seed(*seeds: int) -> int:
-    """A 32-bit seed from several: grain's shuffle of epoch e uses seed + e, so neighbouring seeds must not be used raw."""
-    return int(np.random.SeedSequence(seeds).generate_state(1)[0])
 
 
 def require(holds: bool, value: str, rule: str, fix: str) -> None:
@@ -105,11 +98,11 @@ def empty_row(length: int) -> Row:
 class SymbolNeedles(Task):
     """Needles of one token each, a key and its value in one symbol, asked for at the end of the row.
 
-    Token ids: filler ``0 .. fillers-1``; the needle of (key, value) is ``fillers + values * key + value``; then ``keys``
-    query tokens, then ``values`` answer tokens (labels only). A row is filler with ``needles`` needles of different keys,
-    and in its last ``queries`` positions the query tokens of keys that occurred, in random order; the label there is the
-    answer token of the key's value. Every answer lies at least ``min_distance`` tokens before its query: choose it larger
-    than what any window of the compared models reaches. Chance is 1 / values.
+    Token ids: filler ``0 .. fillers-1``; the needle of (key, value) is ``fillers + values * key + value``; then
+    ``keys`` query tokens, then ``values`` answer tokens (labels only). A row is filler with ``needles`` needles of
+    different keys, and in its last ``queries`` positions the query tokens of keys that occurred, in random order; the
+    label there is the answer token of the key's value. Every answer lies at least ``min_distance`` tokens before its
+    query: choose it larger than what any window of the compared models reaches. Chance is 1 / values.
     """
 
     length: int = 96
@@ -165,9 +158,9 @@ class SymbolNeedles(Task):
 class MQAR(Task):
     """Multi-query associative recall, Zoology's recipe.
 
-    The first 2n tokens are ``k v k v ...`` with different keys from 1 .. L/2 - 1 and different values from L/2 .. L - 1;
-    each key is asked once, at position 2n + 2 gap, with gaps drawn without replacement from p(i) ~ a i^(a-1),
-    i = 1 .. (T - 2n) / 2. The label at a query is its value. All other positions hold random tokens of the vocabulary.
+    The first 2n tokens are ``k v k v ...`` with different keys from 1 .. L/2 - 1 and different values from L/2 .. L -
+    1; each key is asked once, at position 2n + 2 gap, with gaps drawn without replacement from p(i) ~ a i^(a-1), i = 1
+    .. (T - 2n) / 2. The label at a query is its value. All other positions hold random tokens of the vocabulary.
     """
 
     length: int = 64
@@ -219,7 +212,7 @@ ZOOLOGY_TEST = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class MQARMix:
-    """MQAR rows of several (length, pairs, rows): batches never mix two of them, and their order is shuffled each epoch.
+    """MQAR rows of several (length, pairs, rows): no batch mixes two of them; the batches are shuffled each epoch.
 
     Rows of a batch share their length, so the row order depends on the batch size; rows left over when a part is not a
     multiple of the batch size are not used. The held-out split takes the parts of ``test`` in order.
@@ -259,7 +252,7 @@ class MQARMix:
 
 
 class BatchwiseRows(grain.MapDataset):
-    """Rows of several tasks laid out so that rows [i B, (i+1) B) come from one task; whole batches shuffled per epoch."""
+    """Rows of several tasks, laid out so that rows [i B, (i+1) B) are of one; whole batches shuffled per epoch."""
 
     def __init__(self, parts: list[MQAR], split: Split, batch_size: int, shuffle_seed: int | None):
         super().__init__()
@@ -301,7 +294,7 @@ class Copying(Task):
 
     def check(self) -> None:
         require(
-            1 <= self.symbols and 2 * self.symbols <= self.length,
+            2 <= 2 * self.symbols <= self.length,
             f"length={self.length}, symbols={self.symbols}",
             "length must be at least 2 * symbols, with at least 1 symbol",
             "raise length or lower symbols",

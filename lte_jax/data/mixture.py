@@ -1,0 +1,47 @@
+"""How are several data sets mixed by weight into one?"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import grain
+
+from lte_jax.data.packing import DataError
+from lte_jax.data.pipeline import mix
+from lte_jax.data.tasks import Split
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Rows of several data sets in proportion to ``weights``; each part is shuffled and repeated by itself.
+
+    The held-out split is that of the parts, one after the other. All parts give the same arrays of the same length.
+    """
+
+    parts: tuple[Any, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    @property
+    def length(self) -> int:
+        return self.parts[0].length
+
+    @property
+    def vocab_size(self) -> int:
+        return max(part.vocab_size for part in self.parts)
+
+    def rows(self, split: Split = "train", *, batch_size: int | None = None) -> grain.MapDataset:
+        """The rows of a split in training order: without end for "train", once for "heldout"."""
+        if not self.parts:
+            raise DataError("parts=(): a mixture needs at least one data set; add one")
+        lengths = [part.length for part in self.parts]
+        if len(set(lengths)) > 1:
+            raise DataError(f"parts of lengths {lengths}: rows of one batch have one length; give all parts the same")
+        opened = [part.rows(split, batch_size=batch_size) for part in self.parts]
+        filled = [rows for rows in opened if len(rows)]
+        names = {tuple(sorted(rows[0])) for rows in filled}
+        if len(names) > 1:
+            raise DataError(f"parts with arrays {sorted(names)}: mix text with text, or tasks with tasks")
+        if split == "train":
+            return mix(opened, self.weights)
+        return grain.MapDataset.concatenate(filled) if filled else opened[0]
