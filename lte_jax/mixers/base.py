@@ -18,7 +18,6 @@ import dataclasses
 from typing import Any, ClassVar, Literal
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -28,8 +27,8 @@ from lte_jax.layers import InitRule
 Reading = Literal["train", "prompt", "streaming"]
 """How LTE reads a sequence; the other mixers read all three alike.
 
-``"train"``: every selected token stays. ``"prompt"``: the whole sequence sees the best M at its end (the authors' evaluation
-and prompt call). ``"streaming"``: each token sees what the store held at its own time.
+``"train"``: every selected token stays. ``"prompt"``: the whole sequence sees the best M at its end (the authors'
+evaluation and prompt call). ``"streaming"``: each token sees what the store held at its own time.
 """
 
 Aux = dict[str, jax.Array]
@@ -45,7 +44,7 @@ class MixerConfig:
 
 
 class Mixer(nnx.Module, abc.ABC):
-    """The interface. Subclasses take ``(config, width, *, init, dtype, param_dtype, rngs, max_length, implementation)``."""
+    """The interface; the constructor's arguments are the same for all."""
 
     needs_max_length: ClassVar[bool] = False
     """Whether the cache grows with the sequence (full attention, NSA), so that ``max_length`` bounds it."""
@@ -114,7 +113,6 @@ class Mixer(nnx.Module, abc.ABC):
         ``reading="prompt"`` is for a first call on an empty cache only.
         """
 
+    @abc.abstractmethod
     def cache_bytes(self, batch: int, max_length: int | None, dtype: DTypeLike) -> int:
-        """The cache's size in bytes; each mixer's docstring gives its formula."""
-        shapes = jax.eval_shape(lambda: self.init_cache(batch, max_length, dtype))
-        return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+        """The cache's size in bytes, from the formula in the mixer's docstring."""

@@ -1,0 +1,271 @@
+"""The generation engine: batches of prompts in, tokens streamed out.
+
+Prompts of different lengths are padded at the left (padding is invisible to every mixer), read at once or in chunks,
+and continued by one compiled loop with a donated cache. Every few steps the loop hands its tokens to the host, which
+streams them, looks for stop strings, and ends when all rows have ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lte_jax.inputs import check_tokens
+from lte_jax.mixers.base import Reading
+from lte_jax.model import LanguageModel, ModelCache
+from lte_jax.sampling import Sampling, draw
+
+# Prompts are padded to a multiple of this, so that few lengths are compiled.
+LENGTH_STEP = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One sequence's continuation.
+
+    Attributes:
+      tokens: the new tokens; the end-of-sequence token is not among them.
+      log_probs: of each, under the model itself.
+      finish_reason: "length", "eos" or "stop" (a stop string; ``text`` ends before it).
+      text: the tokens as text, where a ``decode`` was given.
+    """
+
+    tokens: list[int]
+    log_probs: list[float]
+    finish_reason: Literal["length", "eos", "stop"]
+    text: str | None = None
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    seeds: Sequence[int] | int = 0,
+    eos_id: int | None = None,
+    stop: Sequence[str] = (),
+    decode: Callable[[Sequence[int]], str] | None = None,
+    reading: Reading = "prompt",
+    chunk: int | None = None,
+    steps_per_call: int = 16,
+    on_tokens: Callable[[int, list[int]], Any] | None = None,
+) -> list[Generation]:
+    """Continues each prompt.
+
+    Args:
+      prompts: token ids; lengths may differ.
+      seeds: one per prompt, or one for all; a row's tokens depend on its own seed and prompt alone.
+      eos_id: a row ends when it draws this; None never.
+      stop: strings that end a row; they need ``decode``.
+      decode: tokens to text.
+      reading: how LTE reads the prompt; "prompt" is the authors', "streaming" the causal one.
+      chunk: reads prompts in pieces of this many tokens, in bounded memory; needs reading="streaming".
+      steps_per_call: tokens drawn between two looks of the host.
+      on_tokens: called with (row, new tokens) as they come.
+
+    Raises:
+      ValueError: no prompts, an empty prompt, ids outside the vocabulary, settings that exclude each other.
+    """
+    _check_request(model, prompts, max_new_tokens, stop, decode, reading, chunk)
+    seeds = [seeds] * len(prompts) if isinstance(seeds, int) else list(seeds)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for each, or one for all")
+    rows = _Rows(len(prompts), eos_id, tuple(stop), decode, on_tokens)
+    if max_new_tokens == 0:
+        return rows.results()
+
+    graph, state = nnx.split(model)
+    ids, mask = pad_left(prompts)
+    cache = model.init_cache(len(prompts), int(mask.sum(axis=1).max()) + max_new_tokens)
+    logits, cache = read_prompt(graph, state, ids, mask, cache, reading=reading, chunk=chunk)
+    loop = _Loop(
+        cache=cache,
+        logits=logits,
+        seen=_seen(ids, mask, model.config.vocab_size) if sampling.repetition_penalty != 1.0 else None,
+        keys=jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)),
+    )
+    for start in range(0, max_new_tokens, steps_per_call):
+        steps = min(steps_per_call, max_new_tokens - start)
+        loop, tokens, log_probs = _run(graph, state, loop, sampling=sampling, steps=steps)
+        rows.add(np.asarray(tokens), np.asarray(log_probs))
+        if rows.done():
+            break
+    return rows.results()
+
+
+def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [B, T] int32 with zeros at the left, and the mask of the tokens; T is a multiple of LENGTH_STEP."""
+    longest = max(len(prompt) for prompt in prompts)
+    length = -(-longest // LENGTH_STEP) * LENGTH_STEP
+    ids = np.zeros((len(prompts), length), np.int32)
+    mask = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = 1
+    return ids, mask
+
+
+def read_prompt(
+    graph: Any,
+    state: Any,
+    ids: np.ndarray,
+    mask: np.ndarray,
+    cache: ModelCache,
+    *,
+    reading: Reading,
+    chunk: int | None = None,
+) -> tuple[jax.Array, ModelCache]:
+    """The logits [B, L] after the last token of left-padded prompts, and the filled cache."""
+    length = ids.shape[1]
+    size = length if chunk is None else chunk
+    first = length % size or size
+    bounds = [0, *range(first, length + 1, size)]
+    logits = None
+    for start, stop in itertools.pairwise(bounds):
+        piece = slice(start, stop)
+        logits, cache = _read(graph, state, ids[:, piece], mask[:, piece], cache, reading=reading)
+    assert logits is not None
+    return logits, cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """What a step reads and writes: the cache, the last logits, the tokens seen, one key a row."""
+
+    cache: ModelCache
+    logits: jax.Array
+    seen: jax.Array | None
+    keys: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="reading", donate_argnames="cache")
+def _read(graph: Any, state: Any, ids: jax.Array, mask: jax.Array, cache: ModelCache, *, reading: Reading):
+    model = nnx.merge(graph, state)
+    hidden, cache, _ = model.extend_hidden(ids, cache, segment_ids=mask, reading=reading)
+    return model.logits(hidden[:, -1:])[:, 0], cache
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("sampling", "steps"), donate_argnames="loop")
+def _run(graph: Any, state: Any, loop: _Loop, *, sampling: Sampling, steps: int):
+    """Draws ``steps`` tokens a row without the host: (loop, tokens [B, steps], log_probs [B, steps])."""
+    model = nnx.merge(graph, state)
+
+    def step(loop: _Loop, _: None) -> tuple[_Loop, tuple[jax.Array, jax.Array]]:
+        keys = jax.vmap(jax.random.fold_in)(loop.keys, loop.cache.length)
+        token, log_prob = draw(loop.logits, loop.seen, keys, sampling)
+        hidden, cache, _ = model.extend_hidden(token[:, None], loop.cache)
+        seen = None if loop.seen is None else loop.seen.at[jnp.arange(token.shape[0]), token].set(True)
+        return _Loop(cache, model.logits(hidden)[:, 0], seen, loop.keys), (token, log_prob)
+
+    loop, (tokens, log_probs) = jax.lax.scan(step, loop, None, length=steps)
+    return loop, tokens.T, log_probs.T
+
+
+class _Rows:
+    """The host's side: what each row has said, and whether it has ended."""
+
+    def __init__(
+        self,
+        count: int,
+        eos_id: int | None,
+        stop: tuple[str, ...],
+        decode: Callable[[Sequence[int]], str] | None,
+        on_tokens: Callable[[int, list[int]], Any] | None,
+    ):
+        self._tokens: list[list[int]] = [[] for _ in range(count)]
+        self._log_probs: list[list[float]] = [[] for _ in range(count)]
+        self._reasons: list[Literal["eos", "stop"] | None] = [None] * count
+        self._texts: list[str | None] = [None] * count
+        self._eos_id, self._stop, self._decode, self._on_tokens = eos_id, stop, decode, on_tokens
+
+    def add(self, tokens: np.ndarray, log_probs: np.ndarray) -> None:
+        for row in range(len(self._tokens)):
+            if self._reasons[row] is not None:
+                continue
+            new = self._take(row, tokens[row].tolist(), log_probs[row].tolist())
+            if new and self._on_tokens is not None:
+                self._on_tokens(row, new)
+
+    def _take(self, row: int, tokens: list[int], log_probs: list[float]) -> list[int]:
+        new = []
+        for token, log_prob in zip(tokens, log_probs, strict=True):
+            if token == self._eos_id:
+                self._reasons[row] = "eos"
+                break
+            new.append(token)
+            self._tokens[row].append(token)
+            self._log_probs[row].append(log_prob)
+            if self._stop and self._cut_at_stop(row):
+                break
+        return new
+
+    def _cut_at_stop(self, row: int) -> bool:
+        assert self._decode is not None
+        text = self._decode(self._tokens[row])
+        found = [text.index(string) for string in self._stop if string in text]
+        if found:
+            self._reasons[row] = "stop"
+            self._texts[row] = text[: min(found)]
+        return bool(found)
+
+    def done(self) -> bool:
+        return all(reason is not None for reason in self._reasons)
+
+    def results(self) -> list[Generation]:
+        results = []
+        for tokens, log_probs, reason, text in zip(
+            self._tokens, self._log_probs, self._reasons, self._texts, strict=True
+        ):
+            if text is None and self._decode is not None:
+                text = self._decode(tokens)
+            results.append(Generation(tokens, log_probs, reason or "length", text))
+        return results
+
+
+def _seen(ids: np.ndarray, mask: np.ndarray, vocab_size: int) -> jax.Array:
+    seen = np.zeros((ids.shape[0], vocab_size), bool)
+    rows, columns = np.nonzero(mask)
+    seen[rows, ids[rows, columns]] = True
+    return jnp.asarray(seen)
+
+
+def _check_request(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    decode: Callable | None,
+    reading: Reading,
+    chunk: int | None,
+) -> None:
+    if not prompts:
+        raise ValueError("no prompts were given")
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {row} is empty; begin it with the tokenizer's bos token")
+        check_tokens(np.asarray(prompt)[None], model.config.vocab_size)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
+    if stop and decode is None:
+        raise ValueError("stop strings need decode=, the tokenizer's tokens-to-text function")
+    if chunk is not None and (chunk < 1 or reading != "streaming"):
+        raise ValueError(
+            f"chunk={chunk} with reading={reading!r}: chunks are at least 1 token long and need reading='streaming', "
+            "because the authors' prompt reading ranks the whole prompt at once"
+        )
+    longest = max(len(prompt) for prompt in prompts) + max_new_tokens
+    if longest > model.config.max_length:
+        warnings.warn(
+            f"the sequence may reach {longest} tokens; the model was made for {model.config.max_length}", stacklevel=3
+        )

@@ -1,0 +1,274 @@
+"""The authors' config.json, of any of their four model types, as a ModelConfig and back.
+
+Field names follow the authors' ``fla/models/*/configuration_*.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from lte_jax.mixers import full_attention, gated_deltanet, lte, mixer_name, nsa, window_attention
+from lte_jax.mixers.base import MixerConfig
+from lte_jax.model_config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+MODEL_TYPES = {
+    "gated_deltanet": "GatedDeltaNetForCausalLM",
+    "hybrid_gated_deltanet": "HybridGatedDeltaNetForCausalLM",
+    "transformer": "TransformerForCausalLM",
+    "nsa": "NSAForCausalLM",
+}
+
+# The defaults of the authors' configuration classes, for the fields that change what is computed.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gated_deltanet": dict(expand_v=2.0, head_dim=256, num_heads=6, num_hidden_layers=21, initializer_range=0.02),
+    "hybrid_gated_deltanet": dict(expand_v=2, head_dim=256, num_heads=6, num_hidden_layers=21, initializer_range=0.006),
+    "transformer": dict(num_heads=32, num_hidden_layers=24, initializer_range=0.02),
+    "nsa": dict(num_heads=64, num_kv_heads=4, num_hidden_layers=24, initializer_range=0.02),
+}
+_COMMON_DEFAULTS: dict[str, Any] = dict(
+    hidden_size=2048, vocab_size=32000, hidden_ratio=4, intermediate_size=None, norm_eps=1e-6,
+    tie_word_embeddings=False, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=None,
+    use_gate=True, use_short_conv=True, allow_neg_eigval=False, conv_size=4, num_v_heads=None, attn=None,
+    num_kv_heads=None, qkv_bias=False, qk_norm=False, window_size=None, rope_theta=10000.0, block_size=64,
+    block_counts=16, hidden_act="swish", elementwise_affine=True,
+)  # fmt: skip
+
+# Fields that say how the authors' code runs, or what transformers adds, and change no result.
+_IGNORED = frozenset(
+    """architectures attn_mode dtype fuse_cross_entropy fuse_norm fuse_swiglu head_dim model_type num_heads
+    num_hidden_layers initializer_range torch_dtype transformers_version use_cache use_l2warp expand_v
+    _name_or_path auto_map""".split()
+)
+
+LTE_TRAINING_DEFAULTS: dict[str, Any] = dict(
+    routing_freeze_steps=0, l1_lambda_init=1e-9, l1_lambda_min=1e-9, l1_lambda_max=1.0, l1_alpha=1.5, l1_alpha_neg=2,
+    l1_warmup_steps=0, l1_lambda_initial_steps=0, l1_lambda_update_steps=32, l1_lambda_shared="head",
+    l1_lambda_tolerate=[0.95, 1.0],
+)  # fmt: skip
+
+
+def model_config_from_hf(values: dict[str, Any], nsa_head_dim: int | None = None) -> ModelConfig:
+    """The model that a config.json describes.
+
+    Args:
+      values: the parsed file.
+      nsa_head_dim: the head size of a pure NSA model, read off its weights: the saved ``head_dim`` is not what the
+        authors' layer is built with (their block passes none, so the layer takes its default, 64).
+
+    Raises:
+      ValueError: an unknown model_type, or a setting that this project does not compute; the message names it.
+    """
+    model_type = values.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"model_type={model_type!r} is not one of {', '.join(MODEL_TYPES)}")
+    for name in sorted(set(values) - set(_COMMON_DEFAULTS) - _IGNORED):
+        logger.warning("config.json: %s=%r is not read", name, values[name])
+    get = {**_COMMON_DEFAULTS, **_DEFAULTS[model_type], **values}
+    for name, only in (("hidden_act", ("swish", "silu")), ("elementwise_affine", (True,)), ("qk_norm", (False, None))):
+        if get[name] not in only:
+            raise ValueError(f"config.json: {name}={get[name]!r} is not supported; only {only[0]!r} is")
+    return ModelConfig(
+        vocab_size=get["vocab_size"],
+        width=get["hidden_size"],
+        num_layers=get["num_hidden_layers"],
+        pattern=_shortest_period(_mixers(model_type, get, nsa_head_dim)),
+        hidden_ratio=get["hidden_ratio"],
+        intermediate_size=get["intermediate_size"],
+        norm_eps=get["norm_eps"],
+        tie_embeddings=get["tie_word_embeddings"],
+        max_length=get["max_position_embeddings"],
+        init_std=get["initializer_range"],
+        rescale_residual=model_type == "hybrid_gated_deltanet",
+        bos_token_id=get["bos_token_id"],
+        eos_token_id=get["eos_token_id"],
+        pad_token_id=get["pad_token_id"],
+    )
+
+
+def _mixers(model_type: str, get: dict[str, Any], nsa_head_dim: int | None) -> tuple[MixerConfig, ...]:
+    """The mixer of every layer."""
+    layers = get["num_hidden_layers"]
+    if model_type == "nsa":
+        return (_nsa({**get, "head_dim": nsa_head_dim or 64}),) * layers
+    if model_type == "transformer":
+        return (_attention(get),) * layers
+    linear = gated_deltanet.Config(
+        num_heads=get["num_heads"],
+        head_dim=get["head_dim"],
+        num_v_heads=get["num_v_heads"],
+        expand_v=get["expand_v"],
+        use_gate=get["use_gate"],
+        use_short_conv=get["use_short_conv"],
+        conv_size=get["conv_size"],
+        allow_neg_eigval=get["allow_neg_eigval"] if model_type == "gated_deltanet" else False,
+        norm_eps=get["norm_eps"],
+    )
+    attn = get["attn"]
+    if attn is None:
+        return (linear,) * layers
+    for name in ("layers", "num_heads"):
+        if name not in attn:
+            raise ValueError(f"config.json: attn has no {name}; hybrid models must name it")
+    attn = {"qkv_bias": False, "window_size": None, "rope_theta": 10000.0, "num_kv_heads": attn["num_heads"], **attn}
+    kind = attn.get("attn_type", "attn") if model_type == "hybrid_gated_deltanet" else "attn"
+    if kind not in ("attn", "lte", "nsa"):
+        raise ValueError(f"config.json: attn_type={kind!r} is not one of attn, lte, nsa")
+    other = {"attn": _attention, "lte": _lte, "nsa": _nsa}[kind](attn)
+    return tuple(other if index in attn["layers"] else linear for index in range(layers))
+
+
+def _attention(get: dict[str, Any]) -> MixerConfig:
+    shared = dict(
+        num_heads=get["num_heads"],
+        num_kv_heads=get["num_kv_heads"],
+        rope_theta=get["rope_theta"],
+        qkv_bias=get["qkv_bias"],
+    )
+    if get["window_size"] is None:
+        return full_attention.Config(**shared)
+    return window_attention.Config(window=get["window_size"], **shared)
+
+
+def _lte(attn: dict[str, Any]) -> MixerConfig:
+    return lte.Config(
+        num_heads=attn["num_heads"],
+        num_kv_heads=attn["num_kv_heads"],
+        window=attn["window_size"],
+        budget=attn["buffer_size"],
+        sinks=attn["sink_size"],
+        rope_theta=attn["rope_theta"],
+        qkv_bias=attn["qkv_bias"],
+        conv_sizes=tuple(attn["conv_size"]),
+        conv_dilations=tuple(attn["conv_dilation"]),
+        dropout=attn["dropout_prob"],
+        routing_method=attn["routing_method"],
+        routing_grad=attn["routing_grad"],
+        routing_shared=attn["routing_shared"],
+    )
+
+
+def _nsa(attn: dict[str, Any]) -> MixerConfig:
+    return nsa.Config(
+        num_heads=attn["num_heads"],
+        num_kv_heads=attn["num_kv_heads"],
+        head_dim=attn["head_dim"],
+        block_size=attn["block_size"],
+        block_counts=attn["block_counts"],
+        window=attn["window_size"],
+        rope_theta=attn["rope_theta"],
+        qkv_bias=attn["qkv_bias"],
+    )
+
+
+def _shortest_period(layers: tuple[MixerConfig, ...]) -> tuple[MixerConfig, ...]:
+    """The shortest pattern that repeats to ``layers``."""
+    for length in range(1, len(layers) + 1):
+        if len(layers) % length == 0 and layers[:length] * (len(layers) // length) == layers:
+            return layers[:length]
+    raise AssertionError("the whole list repeats once")
+
+
+def model_config_to_hf(config: ModelConfig, lte_training: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The config.json that the authors' code would build this model from.
+
+    Args:
+      lte_training: the authors' settings of LTE's penalty (``l1_*``), no part of a model here; default theirs.
+
+    Raises:
+      ValueError: their code has no such model (other mixers, mixed settings); the message says which.
+    """
+    layers = config.pattern * (config.num_layers // len(config.pattern))
+    names = [mixer_name(mixer) for mixer in layers]
+    values: dict[str, Any] = dict(
+        hidden_size=config.width,
+        num_hidden_layers=config.num_layers,
+        vocab_size=config.vocab_size,
+        hidden_ratio=config.hidden_ratio,
+        intermediate_size=config.intermediate_size,
+        norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tie_embeddings,
+        max_position_embeddings=config.max_length,
+        initializer_range=config.init_std,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        hidden_act="swish",
+        use_cache=True,
+        torch_dtype="float32",
+    )
+    linear = {mixer for mixer, name in zip(layers, names, strict=True) if name == "gated_deltanet"}
+    others = {mixer for mixer, name in zip(layers, names, strict=True) if name != "gated_deltanet"}
+    if len(linear) > 1 or len(others) > 1:
+        raise ValueError(
+            "the authors' config.json holds one setting for all Gated DeltaNet layers and one for the others"
+        )
+    if not linear:
+        model_type, other = ("nsa" if names[0] == "nsa" else "transformer"), _other_to_hf(others.pop())
+        other.pop("layers", None)
+        if other.pop("attn_type") == "lte":
+            raise ValueError("the authors' code has no model of LTE layers alone")
+        values.update(other)
+    else:
+        model_type = "gated_deltanet"
+        values.update(_gated_deltanet_to_hf(linear.pop()))
+        if others:
+            attn = _other_to_hf(others.pop())
+            attn["layers"] = [index for index, name in enumerate(names) if name != "gated_deltanet"]
+            if attn["attn_type"] == "lte":
+                attn.update({**LTE_TRAINING_DEFAULTS, **(lte_training or {})})
+            if attn["attn_type"] in ("lte", "nsa"):
+                model_type = "hybrid_gated_deltanet"
+                if values.pop("allow_neg_eigval") or values.pop("num_v_heads") is not None:
+                    raise ValueError("the authors' hybrid_gated_deltanet has no allow_neg_eigval and no num_v_heads")
+            else:
+                del attn["attn_type"]
+            values["attn"] = attn
+    return {"architectures": [MODEL_TYPES[model_type]], "model_type": model_type, **values}
+
+
+def _gated_deltanet_to_hf(mixer: Any) -> dict[str, Any]:
+    return dict(
+        attn_mode="chunk",
+        num_heads=mixer.num_heads,
+        head_dim=mixer.head_dim,
+        num_v_heads=mixer.num_v_heads,
+        expand_v=mixer.expand_v,
+        use_gate=mixer.use_gate,
+        use_short_conv=mixer.use_short_conv,
+        conv_size=mixer.conv_size,
+        allow_neg_eigval=mixer.allow_neg_eigval,
+        attn=None,
+    )
+
+
+def _other_to_hf(mixer: Any) -> dict[str, Any]:
+    name = mixer_name(mixer)
+    values = dict(
+        attn_type={"lte": "lte", "nsa": "nsa"}.get(name, "attn"),
+        num_heads=mixer.num_heads,
+        num_kv_heads=mixer.num_kv_heads or mixer.num_heads,
+        qkv_bias=mixer.qkv_bias,
+        rope_theta=mixer.rope_theta,
+        window_size=getattr(mixer, "window", None),
+    )
+    if name == "nsa":
+        values.update(head_dim=mixer.head_dim, block_size=mixer.block_size, block_counts=mixer.block_counts)
+    if name == "lte":
+        if mixer.retention != "learned":
+            raise ValueError(
+                f"retention={mixer.retention!r} has no place in the authors' config.json; only 'learned' does"
+            )
+        values.update(
+            buffer_size=mixer.budget,
+            sink_size=mixer.sinks,
+            conv_size=list(mixer.conv_sizes),
+            conv_dilation=list(mixer.conv_dilations),
+            dropout_prob=mixer.dropout,
+            routing_method=mixer.routing_method,
+            routing_grad=mixer.routing_grad,
+            routing_shared=mixer.routing_shared,
+        )
+    return values

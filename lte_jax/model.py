@@ -1,0 +1,385 @@
+"""The language model: a pattern of mixers repeated to depth, between an embedding and a head.
+
+The pattern is data: ``ModelConfig.pattern`` holds the settings of the layers that repeat, such as (GDN, LTE). One
+repeat is one step of a ``jax.lax.scan`` over stacked parameters, so that compile time does not grow with depth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from lte_jax.dims import Hidden, SegmentIds, Tokens
+from lte_jax.inputs import check_tokens, mask_to_segment_ids, zero_padding
+from lte_jax.layers import Embedding, GatedMLP, InitRule, Linear, RMSNorm, document_positions, mlp_width
+from lte_jax.mixers import mixer_module, mixer_name
+from lte_jax.mixers.base import Aux, MixerConfig, Reading
+from lte_jax.model_config import ModelConfig, with_emitters
+from lte_jax.remat import checkpointed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelOutput:
+    """What a forward pass returns.
+
+    Attributes:
+      logits: [B, T, L] float32.
+      scores: retention scores r of each LTE layer, keyed by layer, [B, T, K] float32; empty without LTE layers.
+      selected: the tokens that stay beyond the window, keyed likewise, [B, T, K] bool.
+    """
+
+    logits: jax.Array
+    scores: dict[int, jax.Array]
+    selected: dict[int, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelCache:
+    """The state of B sequences: fixed shapes, a plain pytree to copy, fork, save and donate.
+
+    Attributes:
+      length: tokens seen by each row, [B] int32, padding not counted.
+      layers: for each position of the pattern the mixer's cache, stacked over repeats: leaves [R, B, ...].
+      max_length: the bound of the caches that grow; None where none does.
+    """
+
+    length: jax.Array
+    layers: tuple[Any, ...]
+    max_length: int | None = dataclasses.field(metadata={"static": True})
+
+
+class Block(nnx.Module):
+    """Pre-norm residual layer: x += mixer(rms(x)); x += mlp(rms(x))."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mixer: MixerConfig,
+        *,
+        init: InitRule,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        implementation: str | None,
+    ):
+        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.mixer_norm = RMSNorm(config.width, eps=config.norm_eps, **types)
+        self.mixer = mixer_module(mixer)(
+            mixer, config.width, init=init, max_length=config.max_length, implementation=implementation, **types
+        )
+        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, **types)
+        inner = mlp_width(config.width, config.hidden_ratio, config.intermediate_size)
+        self.mlp = GatedMLP(config.width, inner, init=init, **types)
+
+    def __call__(self, x: Hidden, **kwargs: Any) -> tuple[Hidden, Aux]:
+        y, aux = self.mixer(self.mixer_norm(x), **kwargs)
+        return self._finish(x, y, kwargs["segment_ids"]), aux
+
+    def extend(self, x: Hidden, cache: Any, **kwargs: Any) -> tuple[Hidden, Any, Aux]:
+        y, cache, aux = self.mixer.extend(self.mixer_norm(x), cache, return_aux=True, **kwargs)
+        return self._finish(x, y, kwargs["segment_ids"]), cache, aux
+
+    def _finish(self, x: Hidden, y: Hidden, segment_ids: SegmentIds | None) -> Hidden:
+        x = x + y
+        x = x + self.mlp(self.mlp_norm(x))
+        return zero_padding(x, segment_ids)
+
+
+class Unit(nnx.Module):
+    """One repeat of the pattern: what a scan step runs."""
+
+    def __init__(self, config: ModelConfig, **kwargs: Any):
+        self.blocks = nnx.List([Block(config, mixer, **kwargs) for mixer in with_emitters(config.pattern)])
+
+
+class LanguageModel(nnx.Module):
+    """An embedding, stacked units, a final norm and a head (tied or not).
+
+    Args:
+      config: the shape; checked here.
+      rngs: draws the parameters from its ``params`` stream.
+      dtype: of the computation; norms, gates, scores, softmax and logits are float32 always.
+      param_dtype: of the stored weights.
+      implementation: of every operation: "pallas", "triton", "xla", or None for the fastest measured.
+      remat: what a backward pass keeps: a name in ``remat.POLICIES``.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        implementation: str | None = None,
+        remat: str = "none",
+    ):
+        config.validate()
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+        init = InitRule(config.init_std, config.num_layers, config.rescale_residual)
+        types = dict(dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
+        self.embeddings = Embedding(config.vocab_size, config.width, init=init, **types)
+        repeats = config.num_layers // len(config.pattern)
+
+        @nnx.split_rngs(splits=repeats)
+        @nnx.vmap(in_axes=(0,), out_axes=0, axis_size=repeats)
+        def stack(rngs: nnx.Rngs) -> Unit:
+            return Unit(config, init=init, implementation=implementation, **{**types, "rngs": rngs})
+
+        self.units = stack(rngs)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps, **types)
+        self.lm_head = None
+        if not config.tie_embeddings:
+            self.lm_head = Linear(config.width, config.vocab_size, axes=("embed", "vocab"), init=init.normal(), **types)
+
+    @property
+    def head_weight(self) -> Float[Array, "D L"]:
+        """The weight that maps the final hidden state to logits."""
+        return self.embeddings.weight[...].T if self.lm_head is None else self.lm_head.weight[...]
+
+    def logits(self, hidden: Hidden) -> Float[Array, "B T L"]:
+        """hidden W_head, float32."""
+        weight = self.head_weight.astype(self.dtype)
+        return jnp.matmul(hidden.astype(self.dtype), weight, preferred_element_type=jnp.float32)
+
+    def hidden(
+        self,
+        input_ids: Tokens,
+        *,
+        segment_ids: SegmentIds | None = None,
+        reading: Reading = "prompt",
+        key: jax.Array | None = None,
+        select: jax.Array | None = None,
+    ) -> tuple[Hidden, Aux]:
+        """The final hidden states, for losses that never hold all logits.
+
+        Args:
+          segment_ids: document of each token, 0 for padding; None for one document a row.
+          reading: how LTE reads the sequence (``mixers.base.Reading``).
+          key: draws dropout; None means none.
+          select: scalar bool for LTE's warm-up: False keeps every token and cuts the router's gradient into k and v.
+
+        Returns:
+          [B, T, D] after the final norm, and, with LTE layers, ``{"scores", "selected"}`` stacked over those layers,
+          [layers, B, T, K].
+        """
+        if segment_ids is None:
+            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
+        else:
+            positions = document_positions(segment_ids)
+        shared = dict(positions=positions, segment_ids=segment_ids, reading=reading)
+        extra = {} if select is None else {"select": select}
+        graph, state = nnx.split(self.units)
+
+        def step(x: Hidden, inputs: tuple[Any, jax.Array | None]) -> tuple[Hidden, tuple[Aux, ...]]:
+            unit = nnx.merge(graph, inputs[0])
+            keys = [None] * len(unit.blocks) if inputs[1] is None else jax.random.split(inputs[1], len(unit.blocks))
+            auxes: list[Aux] = []
+            for block, block_key, mixer in zip(unit.blocks, keys, self.config.pattern, strict=True):
+                options = extra if mixer_name(mixer) == "lte" else {}
+                x, aux = block(x, key=block_key, context=auxes[-1] if auxes else {}, **shared, **options)
+                auxes.append(aux)
+            return x, tuple(auxes)
+
+        repeats = self.config.num_layers // len(self.config.pattern)
+        keys = None if key is None else jax.random.split(key, repeats)
+        x = zero_padding(self.embeddings(input_ids), segment_ids)
+        x, auxes = jax.lax.scan(checkpointed(step, self.remat), x, (state, keys))
+        return self.norm(x), self._stack_routing(auxes)
+
+    def __call__(
+        self,
+        input_ids: Tokens,
+        attention_mask: Any = None,
+        *,
+        segment_ids: SegmentIds | None = None,
+        reading: Reading = "prompt",
+        key: jax.Array | None = None,
+    ) -> ModelOutput:
+        """Logits of whole sequences.
+
+        Args:
+          input_ids: [B, T], in [0, L).
+          attention_mask: [B, T] of 1 for tokens and 0 for padding at the left or the right; or give ``segment_ids``.
+          reading: the default is the authors' evaluation.
+
+        Raises:
+          ValueError: ids outside the vocabulary, a mask with holes, both mask and segment_ids.
+        """
+        input_ids, segment_ids = self._door(input_ids, attention_mask, segment_ids)
+        graph, state = nnx.split(self)
+        return _forward(graph, state, input_ids, segment_ids, key, reading=reading)
+
+    def init_cache(self, batch_size: int, max_length: int | None = None, dtype: DTypeLike | None = None) -> ModelCache:
+        """The cache of ``batch_size`` empty sequences.
+
+        Args:
+          max_length: the longest sequence, for mixers whose cache grows; default ``config.max_length``.
+          dtype: of stored keys and values; default the model's.
+        """
+        bound = self.config.max_length if max_length is None else max_length
+        repeats = self.config.num_layers // len(self.config.pattern)
+        graph, state = nnx.split(self.units)
+        first = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
+        caches = [block.mixer.init_cache(batch_size, bound, dtype or self.dtype) for block in first.blocks]
+        stacked = jax.tree.map(lambda leaf: jnp.tile(leaf[None], (repeats,) + (1,) * leaf.ndim), tuple(caches))
+        grows = any(block.mixer.needs_max_length for block in first.blocks)
+        return ModelCache(jnp.zeros(batch_size, jnp.int32), stacked, bound if grows else None)
+
+    def extend(
+        self,
+        input_ids: Tokens,
+        cache: ModelCache,
+        attention_mask: Any = None,
+        *,
+        reading: Reading | None = None,
+        logits_to_keep: int | None = None,
+    ) -> tuple[jax.Array, ModelCache]:
+        """Continues each row by T >= 1 tokens: prompts in any pieces, and single steps.
+
+        Args:
+          attention_mask: [B, T] of 1 for tokens and 0 for padding at the left or the right of this piece; a longer mask
+            (one that covers earlier pieces too) is cut to its last T columns.
+          reading: None takes the authors' default, "prompt" for a first call and "streaming" afterwards.
+          logits_to_keep: compute the logits of the last so many positions only.
+
+        Returns:
+          logits [B, T, L] float32 and the new cache; the old one stays valid.
+
+        Raises:
+          ValueError: as ``__call__``; a cache of ``max_length`` that would overflow; reading=None for several tokens
+            inside jit, where the cache cannot be looked at.
+        """
+        if attention_mask is not None:
+            attention_mask = jnp.asarray(attention_mask)[:, -jnp.shape(input_ids)[1] :]
+        input_ids, segment_ids = self._door(input_ids, attention_mask, None)
+        reading = _default_reading(reading, cache, input_ids.shape[1])
+        _check_room(cache, input_ids, segment_ids)
+        graph, state = nnx.split(self)
+        logits, cache, _ = _extend(graph, state, input_ids, segment_ids, cache, reading=reading, keep=logits_to_keep)
+        return logits, cache
+
+    def extend_hidden(
+        self,
+        input_ids: Tokens,
+        cache: ModelCache,
+        *,
+        segment_ids: SegmentIds | None = None,
+        reading: Reading = "streaming",
+    ) -> tuple[Hidden, ModelCache, Aux]:
+        """``extend`` without checks, head or jit, for loops that are compiled as a whole; also returns the routing."""
+        shared = dict(segment_ids=segment_ids, reading=reading)
+        graph, state = nnx.split(self.units)
+
+        def step(x: Hidden, inputs: tuple[Any, tuple[Any, ...]]) -> tuple[Hidden, tuple[Any, tuple[Aux, ...]]]:
+            unit = nnx.merge(graph, inputs[0])
+            auxes: list[Aux] = []
+            caches = []
+            for block, block_cache in zip(unit.blocks, inputs[1], strict=True):
+                x, block_cache, aux = block.extend(x, block_cache, context=auxes[-1] if auxes else {}, **shared)
+                auxes.append(aux)
+                caches.append(block_cache)
+            return x, (tuple(caches), tuple(auxes))
+
+        x = zero_padding(self.embeddings(input_ids), segment_ids)
+        x, (layers, auxes) = jax.lax.scan(step, x, (state, cache.layers))
+        new = input_ids.shape[1] if segment_ids is None else jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
+        cache = dataclasses.replace(cache, length=cache.length + new, layers=layers)
+        return self.norm(x), cache, self._stack_routing(auxes)
+
+    def _stack_routing(self, auxes: tuple[Aux, ...]) -> Aux:
+        """Scores and selections of the LTE layers in layer order: from [repeats, ...] per position to [layers, ...]."""
+        routed = [aux for aux in auxes if "scores" in aux]
+        if not routed:
+            return {}
+        return {
+            name: jnp.stack([aux[name] for aux in routed], axis=1).reshape(-1, *routed[0][name].shape[1:])
+            for name in ("scores", "selected")
+        }
+
+    def _door(self, input_ids: Any, attention_mask: Any, segment_ids: Any) -> tuple[jax.Array, jax.Array | None]:
+        """Arguments as int32 arrays, checked where they are concrete."""
+        if not isinstance(input_ids, jax.core.Tracer):
+            check_tokens(input_ids, self.config.vocab_size)
+        input_ids = jnp.asarray(input_ids, jnp.int32)
+        if attention_mask is not None:
+            if segment_ids is not None:
+                raise ValueError("give attention_mask or segment_ids, not both")
+            segment_ids = mask_to_segment_ids(attention_mask)
+        if segment_ids is None:
+            return input_ids, None
+        segment_ids = jnp.asarray(segment_ids, jnp.int32)
+        if segment_ids.shape != input_ids.shape:
+            raise ValueError(f"the mask's shape {segment_ids.shape} is not that of input_ids {input_ids.shape}")
+        return input_ids, segment_ids
+
+
+def _default_reading(reading: Reading | None, cache: ModelCache, tokens: int) -> Reading:
+    if reading is not None:
+        return reading
+    if tokens == 1:
+        return "streaming"  # one token reads alike either way
+    if isinstance(cache.length, jax.core.Tracer):
+        raise ValueError("inside jit the cache cannot be looked at: say reading='prompt' or reading='streaming'")
+    return "streaming" if np.any(np.asarray(cache.length)) else "prompt"
+
+
+def _check_room(cache: ModelCache, input_ids: jax.Array, segment_ids: jax.Array | None) -> None:
+    """Raises ValueError if a cache that cannot grow would overflow (checked where its length is concrete)."""
+    if cache.max_length is None or isinstance(cache.length, jax.core.Tracer) or isinstance(input_ids, jax.core.Tracer):
+        return
+    new = input_ids.shape[1] if segment_ids is None else np.asarray(segment_ids != 0).sum(axis=1)
+    longest = int(np.max(np.asarray(cache.length) + new))
+    if longest > cache.max_length:
+        raise ValueError(
+            f"the sequence would reach {longest} tokens, and its cache holds max_length={cache.max_length}; "
+            "make it with init_cache(batch_size, max_length=...)"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="reading")
+def _forward(
+    graph: Any,
+    state: Any,
+    input_ids: Tokens,
+    segment_ids: SegmentIds | None,
+    key: jax.Array | None,
+    *,
+    reading: Reading,
+) -> ModelOutput:
+    model = nnx.merge(graph, state)
+    hidden, routing = model.hidden(input_ids, segment_ids=segment_ids, reading=reading, key=key)
+    layers = [index for index, name in enumerate(model.config.layer_names()) if name == "lte"]
+    per_layer = {
+        name: {layer: routing[name][i] for i, layer in enumerate(layers)} if routing else {}
+        for name in ("scores", "selected")
+    }
+    return ModelOutput(model.logits(hidden), **per_layer)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("reading", "keep"))
+def _extend(
+    graph: Any,
+    state: Any,
+    input_ids: Tokens,
+    segment_ids: SegmentIds | None,
+    cache: ModelCache,
+    *,
+    reading: Reading,
+    keep: int | None,
+) -> tuple[jax.Array, ModelCache, Aux]:
+    model = nnx.merge(graph, state)
+    hidden, cache, routing = model.extend_hidden(input_ids, cache, segment_ids=segment_ids, reading=reading)
+    return model.logits(hidden if keep is None else hidden[:, -keep:]), cache, routing

@@ -1,0 +1,81 @@
+"""Imports run one way: kernels <- mixers <- model <- train, evaluate, generate <- experiments."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# What each part may import of ours, by prefix; the longest matching part decides.
+ALLOWED = {
+    "pallas_kernels": ("pallas_kernels",),
+    "lte_jax.dims": (),
+    "lte_jax.configs": (),
+    "lte_jax.layers": ("lte_jax.dims",),
+    "lte_jax.inputs": ("lte_jax.dims",),
+    "lte_jax.remat": (),
+    "lte_jax.sharding": ("lte_jax.dims", "pallas_kernels"),
+    "lte_jax.mixers": ("lte_jax.dims", "lte_jax.layers", "lte_jax.mixers", "pallas_kernels"),
+    "lte_jax.data": ("lte_jax.dims", "lte_jax.configs", "lte_jax.data"),
+}
+MODEL = ("lte_jax.dims", "lte_jax.layers", "lte_jax.inputs", "lte_jax.remat", "lte_jax.sharding", "lte_jax.mixers")
+ALLOWED["lte_jax.model_config"] = (*MODEL,)
+ALLOWED["lte_jax.model"] = (*MODEL, "lte_jax.model_config")
+PROGRAMS = ("lte_jax.train", "lte_jax.evaluate", "lte_jax.generate")
+FILES = sorted(path for part in ("pallas_kernels", "lte_jax", "experiments") for path in (ROOT / part).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def under(name: str, prefixes) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_run_downward(path):
+    name = module_name(path)
+    ours = {target for target in imports(path) if under(target, ("pallas_kernels", "lte_jax", "experiments", "tests"))}
+    rules = [part for part in ALLOWED if under(name, (part,))]
+    if rules:
+        allowed = ALLOWED[max(rules, key=len)]
+        wrong = {target for target in ours if not under(target, allowed)}
+        assert not wrong, f"{name} imports {sorted(wrong)}; it may import {allowed}"
+    if name.startswith("lte_jax"):
+        assert not {target for target in ours if under(target, ("experiments", "tests"))}
+    if under(name, PROGRAMS):
+        others = [program for program in PROGRAMS if not under(name, (program,))]
+        assert not {target for target in ours if under(target, others)}, "train, evaluate and generate are siblings"
+    if name.startswith("lte_jax.mixers.") and name.split(".")[2] not in ("base",):
+        family = name.split(".")[2].split("_router")[0].split("_store")[0]
+        mixers = {"full_attention", "window_attention", "gated_deltanet", "lte", "nsa"} - {family}
+        assert not {target for target in ours if under(target, {f"lte_jax.mixers.{mixer}" for mixer in mixers})}
+    if name.startswith("pallas_kernels"):
+        assert not {target for target in imports(path) if under(target, ("flax", "optax", "torch"))}
+        if name != "pallas_kernels.triton_call":
+            assert not {target for target in imports(path) if under(target, ("jax_triton",))}
+
+
+@pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "tests").rglob("*.py"))], ids=lambda path: path.stem)
+def test_files_and_functions_stay_short(path):
+    text = path.read_text()
+    assert text.count("\n") <= 400, f"{path} has more than 400 lines: split it by idea"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 80, f"{path}: {node.name} has 80 lines or more"
