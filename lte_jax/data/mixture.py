@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import grain
 
+from lte_jax.data.needles import TextNeedles
 from lte_jax.data.packing import DataError
 from lte_jax.data.pipeline import mix
-from lte_jax.data.tasks import Split
+from lte_jax.data.shards import PackedRows
+from lte_jax.data.tasks import MQAR, Copying, Split, SymbolNeedles
+from lte_jax.data.text import Text
+
+Part = SymbolNeedles | TextNeedles | MQAR | Copying | Text | PackedRows
+"""A data set whose rows are all of one length, and may therefore be mixed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Mixture:
     The held-out split is that of the parts, one after the other. All parts give the same arrays of the same length.
     """
 
-    parts: tuple[Any, ...] = ()
+    parts: tuple[Part, ...] = ()
     weights: tuple[float, ...] = ()
 
     @property

@@ -64,7 +64,7 @@ def write_shard(path: Path, rows: Iterable[Sequence[np.ndarray]], id_bytes: int)
     temporary.unlink(missing_ok=True)
     counts = np.zeros(3, np.int64)
     # One record per chunk: training reads rows at random.
-    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,zstd:3,max_parallelism:0")
+    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,zstd:3,max_parallelism:1")
     try:
         for segments in rows:
             writer.write(encode_row(segments, id_bytes))

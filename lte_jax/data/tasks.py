@@ -225,6 +225,11 @@ class MQARMix:
     seed: int = 0
 
     @property
+    def length(self) -> int:
+        """The longest row."""
+        return max(length for length, _, _ in (*self.train, *self.test))
+
+    @property
     def vocab_size(self) -> int:
         return self.vocabulary
 
