@@ -1,0 +1,285 @@
+r"""What block attention (native sparse attention) computes, which arguments it takes, and what a backend must provide.
+
+**Backend modules** (``pallas_kernels.block_attention.<implementation>``) see only valid arguments and provide
+
+``check(case)``
+    Raises ``UnsupportedCase`` (value, rule, fix) before any launch.
+``forward(case, q, k, v, layout) -> ((o_compressed, o_selected), residuals)``
+    Both [B,T,H,V] in v's dtype. ``layout``: a ``blocks.Layout`` of packed rows, None for one document without padding.
+``backward(case, q, k, v, layout, outputs, residuals, cotangents) -> (dq, dk, dv)``
+``attend(case, q, k, v, pooled_k, pooled_v, position) -> (o_compressed, o_selected)``
+    The same for queries at ``position`` [B,T] (-1: padding) of the one document of their row, whose U tokens are keys and
+    whose complete blocks are pooled already: the cached form, where ``case.cached`` is set.
+
+All of them work under ``vmap``.
+
+The window branch is the operation ``window_attention``; the merge by gates is plain jax.numpy, which the compiler fuses
+into one pass, forward and backward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.block_attention.blocks import BlockCache, Layout, append, row_layout, table_size
+from pallas_kernels.dispatch import Operation, UnsupportedCase
+from pallas_kernels.window_attention.api import window_attention, window_attention_step
+
+OPERATION = Operation("block_attention", ("xla",))
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes and options of one call: T query tokens, U keys. ``B`` follows the arrays under ``vmap``."""
+
+    B: int
+    T: int
+    U: int
+    H: int
+    K: int
+    N: int
+    V: int
+    dtype: str
+    block_size: int
+    block_counts: int
+    scale: float
+    segment_ids: bool
+    cached: bool
+
+
+def block_attention(
+    q: Float[Array, "B T H N"],
+    k: Float[Array, "B T K N"],
+    v: Float[Array, "B T K V"],
+    gates: Float[Array, "B T H 3"],
+    *,
+    block_size: int,
+    block_counts: int,
+    window: int,
+    segment_ids: Int32[Array, "B T"] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T H V"]:
+    r"""Native sparse attention: three looks at the past, weighted by gates.
+
+        o_t = gates[t,0] compressed_t + gates[t,1] selected_t + gates[t,2] window_t
+
+    A document is cut into blocks of S = block_size tokens from its first token; t counts from there, c0 = t // S.
+
+    * compressed_t = sum_c p_tc mean(v of block c), p_t = softmax over the complete blocks c < (t + 1) // S of
+      scale q_t . mean(k of block c); 0 where there is none yet.
+    * selected_t: softmax attention over the tokens j <= t of the best ``block_counts`` blocks c <= c0. A block's
+      importance is p_tc summed over the query group; blocks 0, c0 - 1 and c0 count as G = H / K, the most there is.
+      Larger importance first, then the smaller number. The choice carries no gradient.
+    * window_t: softmax attention over the last ``window`` tokens, t included.
+
+    Query heads h G .. h G + G - 1 read KV head h; G is any number. Where there are fewer blocks than block_counts, all
+    are read.
+
+    Args:
+      q, k, v: of one dtype, float32, bfloat16 or float16; rotated already if at all.
+      gates: in the order compressed, selected, window, after their sigmoid; any of the same dtypes.
+      segment_ids: a document's number for each token, 0 for padding, which never lies inside a document. Documents are
+        computed as if alone. None: one document per row, no padding.
+      scale: of the logits; N ** -0.5 by default.
+      implementation: "pallas", "triton", "xla", or None for the fastest here; the window branch gets the same.
+
+    Returns:
+      o [B,T,H,V] in v's dtype, 0 for padding. Products accumulate in float32, block means are rounded to the dtype of k
+      and v. Differentiable in q, k, v and gates; memory is linear in T, forward and backward.
+
+    Raises:
+      UnsupportedCase: an argument breaks one of these rules, or the implementation does not do this case.
+
+    Native Sparse Attention, arXiv 2502.11089, as arXiv 2510.20787 uses it: no overlapping blocks, no learned pooling.
+    """
+    case = _check(q, k, v, gates, segment_ids, window, block_size, block_counts, scale)
+    module = OPERATION.select(implementation, case)
+    layout = None if segment_ids is None else row_layout(segment_ids, block_size)
+    compressed, selected = _branches(module, case, q, k, v, layout)
+    windowed = window_attention(
+        q, k, v, window=window, segment_ids=segment_ids, scale=case.scale, implementation=implementation
+    )
+    return _merge(gates, compressed, selected, windowed)
+
+
+def block_attention_extend(
+    q: Float[Array, "B T H N"],
+    k: Float[Array, "B T K N"],
+    v: Float[Array, "B T K V"],
+    gates: Float[Array, "B T H 3"],
+    cache: BlockCache,
+    *,
+    block_size: int,
+    block_counts: int,
+    window: int,
+    segment_ids: Int32[Array, "B T"] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T H V"], BlockCache]:
+    """The next T >= 1 tokens of one document per row: :func:`block_attention` where the past is a cache.
+
+    Args:
+      cache: from ``init_block_cache`` or an earlier call, of any of the same dtypes. The caller makes sure that no document outgrows it: tokens
+        beyond its length are dropped.
+      segment_ids: 1 for tokens, 0 for padding, which may stand left and right of the tokens. None: all are tokens.
+      Others: as in :func:`block_attention`.
+
+    Returns:
+      (o, the cache with the new tokens). A document in any pieces gives what it gives in one. No gradient is defined.
+
+    Raises:
+      UnsupportedCase: an argument breaks one of these rules, or the implementation does not do this case.
+    """
+    case = _check(q, k, v, gates, segment_ids, window, block_size, block_counts, scale, cache)
+    module = OPERATION.select(implementation, case)
+    before = cache.length
+    valid = None if segment_ids is None else segment_ids > 0
+    cache, position = append(cache, k, v, valid, block_size)
+    read = jax.tree.map(lambda x: x.astype(q.dtype), cache._replace(length=None))
+    compressed, selected = _call(module, "attend", case)(q, read.k, read.v, read.pooled_k, read.pooled_v, position)
+    windowed = _cached_window(q, cache, before, position, window, case, implementation)
+    return _merge(gates, compressed, selected, windowed), cache
+
+
+def _merge(gates: Array, *branches: Array) -> Array:
+    g = gates.astype(jnp.float32)
+    o = sum(g[..., n, None] * branch.astype(jnp.float32) for n, branch in enumerate(branches))
+    return jnp.asarray(o).astype(branches[0].dtype)
+
+
+def _cached_window(
+    q: Array, cache: BlockCache, before: Array, position: Array, window: int, case: Case, implementation: str | None
+) -> Array:
+    """The window branch over the cache: the last window - 1 old tokens, then the call's, padding where it has it."""
+    past = min(window, case.U) - 1
+    left = jnp.argmax(position >= 0, axis=1).astype(jnp.int32)
+    token = (before - left)[:, None] + jnp.arange(-past, case.T, dtype=jnp.int32)
+    seen = (token >= 0) & (token < cache.length[:, None])
+    slot = jnp.clip(token, 0, case.U - 1)
+    k, v = (jnp.take_along_axis(x, slot[:, :, None, None], axis=1).astype(q.dtype) for x in (cache.k, cache.v))
+    if case.T == 1:
+        seen &= position >= 0
+        o = window_attention_step(q[:, 0], k, v, seen, scale=case.scale, implementation=implementation)
+        return o[:, None]
+    # A left-padded row starts with old tokens, which are no queries; all that is not a new token is masked as padding.
+    segments = seen.astype(jnp.int32)
+    o = window_attention(q, k, v, window=window, segment_ids=segments, scale=case.scale, implementation=implementation)
+    return jnp.where((position >= 0)[:, :, None, None], o, jnp.zeros((), o.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _branches(
+    module: ModuleType, case: Case, q: Array, k: Array, v: Array, layout: Layout | None
+) -> tuple[Array, Array]:
+    return _call(module, "forward", case)(q, k, v, layout)[0]
+
+
+def _branches_forward(module: ModuleType, case: Case, q: Array, k: Array, v: Array, layout: Layout | None) -> Any:
+    outputs, residuals = _call(module, "forward", case)(q, k, v, layout)
+    # Named here, inside the rule, so that a remat policy that saves these names runs no forward kernel twice.
+    outputs = checkpoint_name(outputs, "block_attention_out")
+    residuals = checkpoint_name(residuals, "block_attention_residual")
+    return outputs, (q, k, v, layout, outputs, residuals)
+
+
+def _branches_backward(module: ModuleType, case: Case, saved: Any, cotangents: tuple[Array, Array]) -> Any:
+    return (*_call(module, "backward", case)(*saved, cotangents), None)
+
+
+_branches.defvjp(_branches_forward, _branches_backward)
+
+
+def _call(module: ModuleType, name: str, case: Case) -> Callable[..., Any]:
+    """The module's function for this case, with B as the arrays have it (vmap changes it)."""
+
+    def call(*arrays):
+        return getattr(module, name)(dataclasses.replace(case, B=arrays[0].shape[0]), *arrays)
+
+    return call
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UnsupportedCase(f"block_attention: {message}")
+
+
+def _check_array(name: str, x: Any, letters: str, sizes: dict[str, int], dtypes: tuple[str, ...]) -> None:
+    """Raises unless x has these dimensions (a letter's first use sets its size) and one of these dtypes."""
+    wanted = f"[{','.join(letters)}]"
+    _require(hasattr(x, "shape") and hasattr(x, "dtype"), f"{name} is {type(x).__name__}; it must be an array {wanted}")
+    _require(len(x.shape) == len(letters), f"{name} has shape {x.shape}; it must be {wanted}")
+    for letter, size in zip(letters, x.shape, strict=True):
+        expected = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
+        _require(size == expected, f"{name} has shape {x.shape}; it must be {wanted} with {letter} = {expected}")
+    _require(all(x.shape), f"{name} has shape {x.shape}; every dimension must be at least 1")
+    _require(str(x.dtype) in dtypes, f"{name} has dtype {x.dtype}; it must be {' or '.join(dtypes)}, use .astype")
+
+
+def _check(
+    q: Any,
+    k: Any,
+    v: Any,
+    gates: Any,
+    segment_ids: Any,
+    window: int,
+    block_size: int,
+    block_counts: int,
+    scale: float | None,
+    cache: Any = None,
+) -> Case:
+    sizes: dict[str, int] = {}
+    _check_array("q", q, "BTHN", sizes, DTYPES)
+    same = (str(q.dtype),)
+    _check_array("k", k, "BTKN", sizes, same)
+    _check_array("v", v, "BTKV", sizes, same)
+    _check_array("gates", gates, "BTH3", sizes, DTYPES)
+    if segment_ids is not None:
+        _check_array("segment_ids", segment_ids, "BT", sizes, ("int32",))
+    H, K = sizes["H"], sizes["K"]
+    _require(H % K == 0, f"q has {H} heads and k has {K}; the first must be a multiple of the second")
+    for name, value in (("block_size", block_size), ("block_counts", block_counts), ("window", window)):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        _require(whole and value >= 1, f"{name}={value!r}; it must be an integer >= 1")
+    sizes["U"] = sizes["T"]
+    if cache is not None:
+        _require(isinstance(cache, BlockCache), f"cache is {type(cache).__name__}; it must be a BlockCache")
+        sizes.pop("U")
+        _check_array("cache.k", cache.k, "BUKN", sizes, DTYPES)
+        held = (str(cache.k.dtype),)
+        _check_array("cache.v", cache.v, "BUKV", sizes, held)
+        sizes["C"] = table_size(sizes["U"], block_size)
+        _check_array("cache.pooled_k", cache.pooled_k, "BCKN", sizes, held)
+        _check_array("cache.pooled_v", cache.pooled_v, "BCKV", sizes, held)
+        _check_array("cache.length", cache.length, "B", sizes, ("int32",))
+    return Case(
+        *(sizes[letter] for letter in "BTUHKNV"),
+        dtype=same[0],
+        block_size=block_size,
+        block_counts=block_counts,
+        scale=_check_scale(scale, sizes["N"]),
+        segment_ids=segment_ids is not None,
+        cached=cache is not None,
+    )
+
+
+def _check_scale(scale: float | None, N: int) -> float:
+    if scale is None:
+        return N**-0.5
+    try:
+        value = float(scale)
+    except (TypeError, ValueError, jax.errors.JAXTypeError) as error:
+        raise UnsupportedCase(f"block_attention: scale is {scale!r}; it must be a number, not traced") from error
+    _require(math.isfinite(value), f"scale={value}; it must be finite")
+    return value
