@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
 
 import grain
 
+from lte_jax import configs
 from lte_jax.data.needles import TextNeedles
 from lte_jax.data.packing import DataError
 from lte_jax.data.pipeline import mix
@@ -34,6 +38,27 @@ class Mixture:
     @property
     def vocab_size(self) -> int:
         return max(part.vocab_size for part in self.parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; each part carries its class name."""
+        parts = [{"kind": type(part).__name__, **configs.to_dict(part)} for part in self.parts]
+        return {"parts": parts, "weights": list(self.weights)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Mixture:
+        """The inverse of ``to_dict``."""
+        unknown = sorted(set(values) - {"parts", "weights"})
+        if unknown:
+            raise DataError(f"Mixture: no setting {', '.join(unknown)}; it has parts, weights")
+        kinds = {kind.__name__: kind for kind in typing.get_args(Part)}
+        parts = []
+        for number, part in enumerate(values.get("parts", ())):
+            settings = dict(part)
+            kind = settings.pop("kind", None)
+            if kind not in kinds:
+                raise DataError(f"parts[{number}]: kind {kind!r} is unknown; use one of {', '.join(kinds)}")
+            parts.append(configs.from_dict(kinds[kind], settings, f"parts[{number}]"))
+        return cls(tuple(parts), tuple(map(float, values.get("weights", ()))))
 
     def rows(self, split: Split = "train", *, batch_size: int | None = None) -> grain.MapDataset:
         """The rows of a split in training order: without end for "train", once for "heldout"."""

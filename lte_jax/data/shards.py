@@ -23,7 +23,7 @@ import numpy as np
 
 from lte_jax.data.packing import DataError, Row, row_of_segments, with_labels
 from lte_jax.data.pipeline import endless, split_rows
-from lte_jax.data.sources import open_records
+from lte_jax.data.sources import open_records, read_records
 from lte_jax.data.tasks import Split
 
 MANIFEST = "manifest.json"
@@ -142,16 +142,12 @@ class ShardRows:
 
     def __getitem__(self, index: int) -> Row:
         number = bisect.bisect_right(self._starts, index) - 1
+        path = self._folder / self._shards[number].name
         with self._lock:
             if number not in self._readers:
-                self._readers[number] = open_records(self._folder / self._shards[number].name)
-            try:
-                (record,) = self._readers[number].read([index - self._starts[number]])
-            except (ValueError, RuntimeError, IndexError) as error:
-                raise DataError(
-                    f"{self._folder / self._shards[number].name}: row {index - self._starts[number]} cannot be read; "
-                    "the shard is damaged: copy it again or prepare the folder again"
-                ) from error
+                self._readers[number] = open_records(path)
+            at = index - self._starts[number]
+            (record,) = read_records(self._readers[number], path, at, at + 1)
         return with_labels(row_of_segments(decode_row(record), self._length, self._pad_id))
 
     def __getstate__(self) -> dict[str, Any]:  # readers and locks stay behind when a worker process gets a copy

@@ -111,12 +111,22 @@ def open_records(path: Path | str):
 
     try:
         reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
-        reader.num_records()
     except (ValueError, RuntimeError, OSError) as error:
-        raise DataError(
-            f"{path}: not a whole ArrayRecord file ({str(error).splitlines()[0][:120]}); write it again"
-        ) from error
+        raise DataError(f"{path}: not an ArrayRecord file ({str(error)[:100]}); write it again") from error
+    if not reader.ok():  # the reader of a damaged file says 0 records and raises nothing
+        raise DataError(f"{path}: not a whole ArrayRecord file; copy or write it again")
     return reader
+
+
+def read_records(reader, path: Path | str, start: int, stop: int) -> list[bytes]:
+    """Records [start, stop) of an open file, or DataError where it is damaged."""
+    try:
+        records = reader.read(start, stop)
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise DataError(f"{path}: records from {start} on are damaged; copy or write the file again") from error
+    if len(records) != stop - start:
+        raise DataError(f"{path}: records from {start} on are missing; copy or write the file again")
+    return records
 
 
 def _units_of(file: Path, kind: Kind, size: int, unit_bytes: int) -> list[Unit]:
@@ -213,5 +223,5 @@ def _read_records(unit: Unit, field: str, undecodable: str) -> Iterator[str]:
     del field
     reader = open_records(unit.path)
     for start in range(unit.start, unit.stop, 256):
-        for raw in reader.read(start, min(start + 256, unit.stop)):
+        for raw in read_records(reader, unit.path, start, min(start + 256, unit.stop)):
             yield _decode(raw, unit.path, undecodable)

@@ -1,0 +1,234 @@
+"""Are documents, tokenizers and shards read as they are written, and is damage seen before it is trained on?"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tokenizers
+from array_record.python import array_record_module
+
+from lte_jax import data
+from lte_jax.data import corpus, pipeline, shards, sources, tokenizer
+from tests.system.data_samples import batches, documents, same, small_text, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def bpe_file(tmp_path_factory):
+    """A byte-level BPE tokenizer whose pieces split characters."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(documents(20), trainer)
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    model.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return small_text(tmp_path_factory.mktemp("text"))
+
+
+# --- documents
+
+
+def test_held_out_documents_are_fixed_and_disjoint(text):
+    parts = text.pack_units(sources.find_units(text.path), tokenizer.ByteTokenizer())
+    decode = tokenizer.ByteTokenizer().decode
+    names = {
+        split: {int(decode(piece).split(":")[0]) for row in rows for piece in row if b":" in bytes(piece[:5] % 256)}
+        for split, rows in parts.items()
+    }
+    assert names["train"] | names["heldout"] >= set(range(120)) and not names["train"] & names["heldout"]
+    assert 10 <= len(names["heldout"]) <= 40
+
+
+def test_split_by_rows_takes_each_row_once():
+    train, heldout = pipeline.split_rows(data.SymbolNeedles(heldout_rows=23).rows("heldout"), 0.25)
+    keys = [row["input_ids"].tobytes() for part in (train, heldout) for row in part]
+    assert (len(train), len(heldout)) == (18, 5) and len(set(keys)) == 23
+
+
+def test_all_formats_give_the_same_documents(tmp_path, bpe_file):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = documents(40)
+    for name in ("txt", "jsonl", "parquet", "records"):
+        (tmp_path / name).mkdir()
+    for number, item in enumerate(texts):
+        (tmp_path / "txt" / f"{number:03d}.txt").write_text(item, encoding="utf-8", newline="")
+    write_jsonl(tmp_path / "jsonl" / "a.jsonl", texts, field="body")
+    pyarrow.parquet.write_table(pyarrow.table({"body": texts}), tmp_path / "parquet" / "a.parquet", row_group_size=7)
+    writer = array_record_module.ArrayRecordWriter(str(tmp_path / "records" / "a.array_record"), "group_size:1")
+    for item in texts:
+        writer.write(item.encode())
+    writer.close()
+    for name in ("txt", "jsonl", "parquet", "records", "txt/*.txt"):
+        for unit_bytes in (50, 10**6):  # jsonl and records are cut anywhere
+            units = sources.find_units(str(tmp_path / name), unit_bytes)
+            assert [text for unit in units for text in sources.read_documents(unit, "body")] == texts
+
+
+def test_bad_paths_are_one_line_errors(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "none.txt").touch()
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "field.jsonl").write_text('{"body": "a"}\n')
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1xx")
+    (tmp_path / "cut.array_record").write_bytes(b"12345")
+    cases = {
+        "": "no data path",
+        "missing": "no such file",
+        "empty": "holds no",
+        "none.txt": "empty",
+        "latin.txt": "byte 3 is not UTF-8",
+        "bad.jsonl": "at byte 14: the line is not JSON",
+        "field.jsonl": "no field 'text' \\(it has body\\)",
+        "cut.parquet": "not a whole parquet",
+        "cut.array_record": "not a whole ArrayRecord",
+    }
+    for name, message in cases.items():
+        with pytest.raises(data.DataError, match=message) as caught:
+            data.Text(path=str(tmp_path / name) if name else "").rows()
+        assert "\n" not in str(caught.value) and ";" in str(caught.value)
+    assert len(data.Text(path=str(tmp_path / "latin.txt"), undecodable="replace").rows())
+    with pytest.raises(data.DataError, match="heldout_by=row"):
+        (tmp_path / "one.txt").write_text("one document " * 500)
+        data.Text(path=str(tmp_path / "one.txt"), heldout=0.1).rows()
+
+
+# --- tokenizers
+
+
+def test_tokenizers_round_trip_and_stream(tmp_path, bpe_file):
+    text = " ".join(documents(8)) + "é"
+    for number, name in enumerate((tokenizer.BYTES, bpe_file)):
+        found = tokenizer.load_tokenizer(name)
+        found.save(tmp_path / str(number))
+        for each in (found, tokenizer.load_tokenizer(tmp_path / str(number))):
+            ids = each.encode(text, add_bos=True, add_eos=True)
+            assert (ids[0], ids[-1]) == (found.bos_id, found.eos_id) and max(ids) < each.vocab_size
+            assert each.decode(ids) == text
+            stream = each.stream()
+            pieces = [stream.push(token) for token in ids]
+            assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+            assert any(len(piece) == 0 for piece in pieces[1:-1])  # characters of several tokens were held back
+            stream = each.stream()
+            cut = each.encode("a😀")[:-1]
+            assert "".join(map(stream.push, cut)) == "a" and "\ufffd" in stream.finish()
+
+
+def test_hugging_face_folder_names_its_special_tokens(tmp_path, bpe_file):
+    (tmp_path / "tokenizer.json").write_bytes(bpe_file.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": {"content": "<s>"}}))
+    found = tokenizer.load_tokenizer(tmp_path)
+    assert (found.bos_id, found.eos_id) == (None, 0)
+    with pytest.raises(data.DataError, match="has no bos token"):
+        found.encode("a", add_bos=True)
+    with pytest.raises(data.DataError, match="vocab_size 100"):
+        tokenizer.check_fits(found, 100)
+    with pytest.raises(data.DataError, match="ids must lie in"):
+        found.decode([10**6])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<nope>"}))
+    with pytest.raises(data.DataError, match="'<nope>' is not in"):
+        tokenizer.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(data.DataError, match="not a tokenizer file"):
+        tokenizer.load_tokenizer(tmp_path)
+    for name in ("nowhere", tmp_path / ".."):
+        with pytest.raises(data.DataError, match="tokenizer"):
+            tokenizer.load_tokenizer(name)
+
+
+# --- shards
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_shards_hold_the_rows_and_damage_is_seen(tmp_path, text):
+    plan = corpus.make_plan(text, tmp_path / "shards", part_bytes=2**20)
+    with pytest.raises(data.DataError, match=r"no manifest\.json.*experiments\.prepare"):
+        data.PackedRows(str(tmp_path / "shards")).rows()
+    assert list(corpus.write_parts(plan, 0)) == [0]
+    manifest = corpus.finish(plan)
+    packed = data.PackedRows(str(tmp_path / "shards"), verify=True)
+    assert (packed.length, packed.vocab_size) == (64, 259)
+    assert tokenizer.load_tokenizer(packed.tokenizer).vocab_size == 259
+    assert all(same(packed.rows()[index], text.rows()[index]) for index in range(manifest["rows"]["train"]))
+    assert len(packed.rows("heldout")) == len(text.rows("heldout")) == manifest["rows"]["heldout"]
+    expected = batches(3, packed.rows(), 4, reading=data.Reading(threads=4))
+    assert all(map(same, expected, batches(3, packed.rows(), 4, reading=data.Reading(threads=0))))
+
+    with pytest.raises(data.DataError, match="other settings"):
+        corpus.make_plan(dataclasses.replace(text, heldout=0.1), tmp_path / "shards", part_bytes=2**20)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(data.DataError, match="never overwritten"):
+        corpus.make_plan(text, tmp_path / "other")
+
+    shard = tmp_path / "shards" / manifest["train"][0]["name"]
+    whole = bytearray(shard.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    shard.write_bytes(whole)
+    with pytest.raises(data.DataError, match="checksum"):
+        packed.rows()
+    damaged = shards.ShardRows(tmp_path / "shards", [shards.Shard(**manifest["train"][0])], 64, 258, verify=False)
+    with pytest.raises(data.DataError, match=r"damaged|not a whole"):
+        list(map(damaged.__getitem__, range(len(damaged))))
+    shard.write_bytes(whole[:-9])
+    with pytest.raises(data.DataError, match="the manifest says"):
+        data.PackedRows(str(tmp_path / "shards")).rows()
+    shard.unlink()
+    with pytest.raises(data.DataError, match="missing"):
+        data.PackedRows(str(tmp_path / "shards")).rows()
+    assert not corpus.is_done(plan, 0)
+
+
+def test_record_round_trip():
+    segments = [np.arange(3), np.array([70_000]), np.arange(5)]
+    for found, expected in zip(shards.decode_row(shards.encode_row(segments, 4)), segments, strict=True):
+        assert np.array_equal(found, expected)
+
+
+def test_prepare_killed_and_resumed_writes_the_same_shards(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(12_000))
+
+    def command(out, workers):
+        return [
+            *(sys.executable, "-m", "experiments.prepare", f"--path={source}", f"--out={tmp_path / out}"),
+            *("--set=packing.length=128", "--set=heldout=0.1", "--part_mb=1", f"--workers={workers}"),
+        ]
+
+    options = {"env": {**os.environ, "JAX_PLATFORMS": "cpu"}, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command("killed", 2), stdout=subprocess.PIPE, start_new_session=True, **options)
+    while process.poll() is None and not list((tmp_path / "killed").glob("parts/*.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()  # returns when the workers, which hold the pipe, are gone too: no orphans
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed: give it more to do"
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    for out in ("killed", "whole"):
+        done = subprocess.run(command(out, 0), check=True, stdout=subprocess.PIPE, **options)
+        assert "training rows" in done.stdout and "shards: 100%" in done.stderr
+    killed, whole = tree(tmp_path / "killed"), tree(tmp_path / "whole")
+    assert {name for name in killed if not name.endswith(".tmp")} == set(whole)
+    assert all(killed[name] == whole[name] for name in whole)
+    assert len([name for name in whole if name.startswith("train-")]) > 3
+    failed = subprocess.run(command("whole", -1), stdout=subprocess.PIPE, check=False, **options)
+    assert failed.returncode == 1 and "workers=-1" in failed.stderr
