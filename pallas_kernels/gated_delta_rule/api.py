@@ -16,18 +16,20 @@ is masked here, outside the backend.
 ``forward(q, k, v, g, beta, runs, initial_state, *, scale, normalize, return_updates)
         -> o, final_state, updates, residuals``
     q, k [B,T,K,N] and v [B,T,H,V] of one dtype (float32, bfloat16 or float16), raw: with ``normalize`` the backend
-    itself divides q and k by sqrt(sum x^2 + 1e-6) per head. g, beta [B,T,H] float32; any T >= 1. ``scale`` is a Python float.
+    itself divides q and k by sqrt(sum x^2 + 1e-6) per head. g, beta [B,T,H] float32; any T >= 1. ``scale`` is a Python
+    float.
     ``runs`` is None (one document, the faster path) or [B,T] int32: the number of resets up to and including each
-    token, so 0 or more and never falling along T. Tokens see one another iff their runs are equal; token t sees the state
-    from before a token s <= t iff runs[t] equals runs[s - 1], or 0 where s = 0. In particular ``initial_state``
+    token, so 0 or more and never falling along T. Tokens see one another iff their runs are equal; token t sees the
+    state from before a token s <= t iff runs[t] equals runs[s - 1], or 0 where s = 0. In particular ``initial_state``
     (None for zeros, or [B,H,N,V] float32) reaches the tokens of run 0, and ``final_state`` [B,H,N,V] float32 is the
     state of the last token's run. g at the first token of a run above 0 is an ordinary number that acts on nothing.
     ``o`` [B,T,H,V] has the dtype of v. ``updates`` is u [B,T,H,V] float32 if ``return_updates``, else None.
     ``residuals`` is any pytree of arrays beside the inputs that the backward pass wants again (chunk states, inverses).
 ``backward(q, k, v, g, beta, runs, initial_state, residuals, do, dfinal_state, *, scale, normalize)
         -> dq, dk, dv, dg, dbeta, dinitial_state``
-    The inputs of ``forward`` again, ``do`` in the dtype of o and ``dfinal_state`` in float32. dq and dk are for the raw q
-    and k and, like dv, in their dtype; dg and dbeta are float32; dinitial_state is float32, or None where initial_state is.
+    The inputs of ``forward`` again, ``do`` in the dtype of o and ``dfinal_state`` in float32. dq and dk are for the raw
+    q and k and, like dv, in their dtype; dg and dbeta are float32; dinitial_state is float32, or None where
+    initial_state is.
 ``step(q, k, v, g, beta, state, *, scale, normalize, return_update) -> o, state, update``
     One token: q, k [B,K,N], v [B,H,V], g, beta [B,H] float32, state [B,H,N,V] float32; update is [B,H,V] float32 or
     None. Inactive rows come with g = beta = 0.
@@ -39,7 +41,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import ModuleType
-from typing import Any, Literal, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -192,29 +194,6 @@ _differentiable = jax.custom_vjp(_primal, nondiff_argnums=(0,))
 _differentiable.defvjp(_forward_rule, _backward_rule)
 
 
-@overload
-def gated_delta_rule(
-    q, k, v, g, beta, *, segment_ids=..., initial_state=..., scale=..., normalize=..., implementation=...
-) -> tuple[jax.Array, jax.Array]: ...
-
-
-@overload
-def gated_delta_rule(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    *,
-    return_updates: Literal[True],
-    segment_ids=...,
-    initial_state=...,
-    scale=...,
-    normalize=...,
-    implementation=...,
-) -> tuple[jax.Array, jax.Array, jax.Array]: ...
-
-
 def gated_delta_rule(
     q: Float[Array, "B T K N"],
     k: Float[Array, "B T K N"],
@@ -228,7 +207,7 @@ def gated_delta_rule(
     normalize: bool = True,
     return_updates: bool = False,
     implementation: str | None = None,
-):
+) -> tuple[jax.Array, ...]:
     """S <- exp(g_t) S;  u_t = beta_t (v_t - S^T k_t);  S <- S + k_t u_t^T;  o_t = scale S^T q_t.
 
     Args:
@@ -246,8 +225,8 @@ def gated_delta_rule(
 
     Returns:
       o [B,T,H,V] in the dtype of v; final_state [B,H,N,V] float32, the state of the row's last document (of a row of
-      padding: its initial state); and with ``return_updates`` u [B,T,H,V] float32. All but u are differentiable in q, k,
-      v, g, beta and initial_state.
+      padding: its initial state); and with ``return_updates`` u [B,T,H,V] float32. All but u are differentiable in q,
+      k, v, g, beta and initial_state.
 
     Raises:
       UnsupportedCase: a shape or dtype breaks the rules above, or the named implementation does not support the case.
@@ -282,7 +261,7 @@ def gated_delta_rule_step(
     normalize: bool = True,
     return_update: bool = False,
     implementation: str | None = None,
-):
+) -> tuple[jax.Array, ...]:
     """One token of :func:`gated_delta_rule` from the state before it to the state after it.
 
     Args:

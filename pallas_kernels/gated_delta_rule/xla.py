@@ -1,7 +1,8 @@
-"""The gated delta rule in plain jax.numpy: token by token (the slow reference), in chunks (forward, backward), one step.
+"""The gated delta rule in plain jax.numpy: token by token (the slow reference), in chunks, and one step.
 
-In a chunk of C tokens that starts from the state S, with G(i,j) = exp(sum of g over j < l <= i) and start(i) the decay from
-before the chunk to i, the updates u solve a unit lower triangular system (the WY form; arXiv 2412.06464, section 3.3):
+In a chunk of C tokens that starts from the state S, with G(i,j) = exp(sum of g over j < l <= i), start(i) the decay
+from before the chunk to i and end(j) that from j to its last token, the updates u solve a unit lower triangular system
+(the WY form; arXiv 2412.06464, section 3.3):
 
     (I + A) U = beta (V - start K S),   A_ij = beta_i G(i,j) k_i.k_j  for j < i
     O = start Q S + (G q_i.k_j, j <= i) U,      S' = start(C) S + (end K)^T U
@@ -125,8 +126,8 @@ _solve.defvjp(_solve_forward, _solve_backward)
 def _decays(g, runs, run_before):
     """The decay between each pair of tokens, from before the chunk to each token, and from each token to the end.
 
-    g [B,K,G,C]; runs [B,C] and run_before [B], or None. Across a change of run, and forward in time, the decay is 0: the
-    exponent is masked before the exponential, so that no infinity meets a zero in the gradient.
+    g [B,K,G,C]; runs [B,C] and run_before [B], or None. Across a change of run, and forward in time, the decay is 0:
+    the exponent is masked before the exponential, so that no infinity meets a zero in the gradient.
     """
     size = g.shape[-1]
     row, column = jnp.arange(size)[:, None], jnp.arange(size)

@@ -1,0 +1,275 @@
+"""The Gated DeltaNet layer: short convolutions, the gated delta rule, a gated norm; its cache is one state per head.
+
+    q, k, v = conv(x W), SiLU;   beta = sigmoid(x W_b);   g = -exp(A_log) softplus(x W_a + dt_bias)
+    S <- exp(g_t) S;   u_t = beta_t (v_t - S^T k_t);   S <- S + k_t u_t^T;   o_t = N^-1/2 S^T q_t
+    y = (rms(o) silu(x W_g)) W_o
+
+with q and k normalised per head. Source: Yang et al., "Gated Delta Networks", arXiv 2412.06464.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
+
+from lte_jax.dims import Hidden, Positions, SegmentIds
+from lte_jax.layers import InitRule, Linear, RMSNorm, parameter
+from lte_jax.mixers.base import Aux, Mixer, MixerConfig, Reading
+from pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
+from pallas_kernels.short_convolution import short_convolution, short_convolution_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(MixerConfig):
+    """Settings of the Gated DeltaNet layer.
+
+    Attributes:
+      num_heads: heads of q and k.
+      head_dim: N, their size.
+      num_v_heads: H, heads of v; None means as many as q and k have.
+      expand_v: V / N.
+      use_gate: multiply the normalised output by silu(x W_g).
+      use_short_conv: convolve q, k and v over time; without it they pass through SiLU only.
+      conv_size: taps of that convolution.
+      allow_neg_eigval: double beta, which lets the transition have negative eigenvalues.
+      norm_eps: of the output norm.
+      emit_write_strength: put the mean over heads of |u_t| into aux, for a layer above that ranks tokens by it.
+    """
+
+    num_heads: int = 8
+    head_dim: int = 128
+    num_v_heads: int | None = None
+    expand_v: float = 1.0
+    use_gate: bool = True
+    use_short_conv: bool = True
+    conv_size: int = 4
+    allow_neg_eigval: bool = False
+    norm_eps: float = 1e-6
+    emit_write_strength: bool = False
+
+    @property
+    def value_heads(self) -> int:
+        return self.num_heads if self.num_v_heads is None else self.num_v_heads
+
+    @property
+    def value_dim(self) -> int:
+        return round(self.head_dim * self.expand_v)
+
+    def validate(self, width: int) -> None:
+        for name in ("num_heads", "head_dim", "value_heads"):
+            if getattr(self, name) < 1:
+                label = "num_v_heads" if name == "value_heads" else name
+                raise ValueError(f"gated_deltanet: {label}={getattr(self, name)} must be at least 1")
+        if self.value_heads % self.num_heads:
+            raise ValueError(
+                f"gated_deltanet: num_v_heads={self.num_v_heads} must be a multiple of num_heads={self.num_heads}"
+            )
+        if self.value_dim < 1 or not math.isclose(self.head_dim * self.expand_v, self.value_dim, rel_tol=1e-5):
+            raise ValueError(
+                f"gated_deltanet: expand_v={self.expand_v} times head_dim={self.head_dim} must be a whole number of at "
+                "least 1; change one of them"
+            )
+        if self.use_short_conv and self.conv_size < 2:
+            raise ValueError(
+                f"gated_deltanet: conv_size={self.conv_size} must be at least 2; use_short_conv=False turns the "
+                "convolution off"
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GatedDeltaNetCache:
+    """What a document leaves behind: the state, and the last inputs of each convolution (None without them)."""
+
+    state: Float32[Array, "B H N V"]
+    q_conv: Float[Array, "B taps-1 KN"] | None
+    k_conv: Float[Array, "B taps-1 KN"] | None
+    v_conv: Float[Array, "B taps-1 HV"] | None
+
+
+def _init_decay(key: jax.Array, shape, dtype) -> jax.Array:
+    """log U(0, 16)."""
+    return jnp.log(jax.random.uniform(key, shape, jnp.float32, jnp.finfo(jnp.float32).tiny, 16.0)).astype(dtype)
+
+
+def _init_dt_bias(key: jax.Array, shape, dtype) -> jax.Array:
+    """The inverse softplus of dt, log-uniform in [1e-3, 0.1] and at least 1e-4."""
+    dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, math.log(1e-3), math.log(0.1)))
+    dt = jnp.maximum(dt, 1e-4)
+    return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)
+
+
+class GatedDeltaNet(Mixer):
+    """The layer. Its cache holds B * (4 H N V + b (conv_size - 1) (2 K N + H V)) bytes, b those of its dtype."""
+
+    def __init__(
+        self,
+        config: Config,
+        width: int,
+        *,
+        init: InitRule,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        max_length: int,
+        implementation: str | None = None,
+    ):
+        config.validate(width)
+        self.config = config
+        self.dtype = dtype
+        self.implementation = implementation
+        heads = config.value_heads
+        keys, values = config.num_heads * config.head_dim, heads * config.value_dim
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        into: dict[str, Any] = dict(init=init.normal(), **types)
+        self.q_proj = Linear(width, keys, axes=("embed", "kv_heads"), **into)
+        self.k_proj = Linear(width, keys, axes=("embed", "kv_heads"), **into)
+        self.v_proj = Linear(width, values, axes=("embed", "heads"), **into)
+        self.a_proj = Linear(width, heads, axes=("embed", "heads"), **into)
+        self.b_proj = Linear(width, heads, axes=("embed", "heads"), **into)
+        self.A_log = parameter(_init_decay, (heads,), ("heads",), param_dtype, rngs)
+        self.dt_bias = parameter(_init_dt_bias, (heads,), ("heads",), param_dtype, rngs)
+
+        def taps(size: int, axis: str) -> nnx.Param | None:
+            if not config.use_short_conv:
+                return None
+            return parameter(init.normal(), (config.conv_size, size), (None, axis), param_dtype, rngs)
+
+        self.q_conv = taps(keys, "kv_heads")
+        self.k_conv = taps(keys, "kv_heads")
+        self.v_conv = taps(values, "heads")
+        self.g_proj = Linear(width, values, axes=("embed", "heads"), **into) if config.use_gate else None
+        self.o_norm = RMSNorm(
+            config.value_dim, eps=config.norm_eps, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs
+        )
+        self.o_proj = Linear(values, width, axes=("heads", "embed"), init=init.residual(values), **types)
+
+    def __call__(
+        self,
+        x: Hidden,
+        *,
+        positions: Positions,
+        segment_ids: SegmentIds | None = None,
+        reading: Reading = "train",
+        key: jax.Array | None = None,
+        context: Aux | None = None,
+    ) -> tuple[Hidden, Aux]:
+        y, _, aux = self._run(x, None, segment_ids)
+        return y, aux
+
+    def init_cache(self, batch: int, max_length: int | None, dtype: DTypeLike) -> GatedDeltaNetCache:
+        config = self.config
+        keys, values = config.num_heads * config.head_dim, config.value_heads * config.value_dim
+
+        def inputs(size: int) -> jax.Array | None:
+            return jnp.zeros((batch, config.conv_size - 1, size), dtype) if config.use_short_conv else None
+
+        state = jnp.zeros((batch, config.value_heads, config.head_dim, config.value_dim), jnp.float32)
+        return GatedDeltaNetCache(state, inputs(keys), inputs(keys), inputs(values))
+
+    def extend(
+        self,
+        x: Hidden,
+        cache: GatedDeltaNetCache,
+        *,
+        segment_ids: SegmentIds | None = None,
+        reading: Reading = "streaming",
+        context: Aux | None = None,
+        return_aux: bool = False,
+    ):
+        run = self._step if x.shape[1] == 1 else self._run
+        y, cache, aux = run(x, cache, segment_ids)
+        return (y, cache, aux) if return_aux else (y, cache)
+
+    def cache_bytes(self, batch: int, max_length: int | None, dtype: DTypeLike) -> int:
+        config = self.config
+        size, heads, value_dim = config.head_dim, config.value_heads, config.value_dim
+        inputs = (config.conv_size - 1) * (2 * config.num_heads * size + heads * value_dim)
+        taps_bytes = inputs * jnp.dtype(dtype).itemsize if config.use_short_conv else 0
+        return batch * (4 * heads * size * value_dim + taps_bytes)
+
+    def _run(
+        self, x: Hidden, cache: GatedDeltaNetCache | None, segment_ids: SegmentIds | None
+    ) -> tuple[Hidden, GatedDeltaNetCache, Aux]:
+        """A whole sequence, from a cache or (None) from nothing."""
+
+        def convolve(y: jax.Array, weight: nnx.Param | None, state: jax.Array | None):
+            if weight is None:
+                return jax.nn.silu(y), None
+            start = None if state is None else state.astype(y.dtype)
+            # Not given ``implementation``: that names the delta rule's kernel, and this is a fusion on every device.
+            y, after = short_convolution(y, weight[...], segment_ids=segment_ids, initial_state=start)
+            return y, after if state is None else after.astype(state.dtype)
+
+        q, k, v, g, beta, inputs = self._project(x, cache, convolve)
+        o, state, *updates = gated_delta_rule(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            segment_ids=segment_ids,
+            initial_state=None if cache is None else cache.state,
+            return_updates=self.config.emit_write_strength,
+            implementation=self.implementation,
+        )
+        return self._output(x, o), GatedDeltaNetCache(state, *inputs), self._aux(*updates)
+
+    def _step(
+        self, x: Hidden, cache: GatedDeltaNetCache, segment_ids: SegmentIds | None
+    ) -> tuple[Hidden, GatedDeltaNetCache, Aux]:
+        """One token, from x [B,1,D]."""
+        active = None if segment_ids is None else segment_ids[:, 0] != 0
+
+        def convolve(y: jax.Array, weight: nnx.Param | None, state: jax.Array | None):
+            if weight is None or state is None:
+                return jax.nn.silu(y), None
+            step, after = short_convolution_step(y[:, 0], weight[...], state.astype(y.dtype), active=active)
+            return step[:, None], after.astype(state.dtype)
+
+        q, k, v, g, beta, inputs = self._project(x, cache, convolve)
+        o, state, *update = gated_delta_rule_step(
+            q[:, 0],
+            k[:, 0],
+            v[:, 0],
+            g[:, 0],
+            beta[:, 0],
+            cache.state,
+            active=active,
+            return_update=self.config.emit_write_strength,
+            implementation=self.implementation,
+        )
+        return self._output(x, o[:, None]), GatedDeltaNetCache(state, *inputs), self._aux(*(u[:, None] for u in update))
+
+    def _project(self, x: Hidden, cache: GatedDeltaNetCache | None, convolve):
+        """q, k [B,T,K,N], v [B,T,H,V], g and beta [B,T,H] float32, and the convolutions' new states."""
+        config = self.config
+        states = (None, None, None) if cache is None else (cache.q_conv, cache.k_conv, cache.v_conv)
+        q, q_inputs = convolve(self.q_proj(x), self.q_conv, states[0])
+        k, k_inputs = convolve(self.k_proj(x), self.k_conv, states[1])
+        v, v_inputs = convolve(self.v_proj(x), self.v_conv, states[2])
+        q = q.reshape(*q.shape[:2], config.num_heads, config.head_dim)
+        k = k.reshape(*k.shape[:2], config.num_heads, config.head_dim)
+        v = v.reshape(*v.shape[:2], config.value_heads, config.value_dim)
+        beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32)) * (2.0 if config.allow_neg_eigval else 1.0)
+        rate = self.a_proj(x).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32)
+        g = -jnp.exp(self.A_log[...].astype(jnp.float32)) * jax.nn.softplus(rate)
+        return q, k, v, g, beta, (q_inputs, k_inputs, v_inputs)
+
+    def _output(self, x: Hidden, o: Float[Array, "B T H V"]) -> Hidden:
+        o = self.o_norm(o)
+        if self.g_proj is not None:
+            o = o * jax.nn.silu(self.g_proj(x).astype(jnp.float32)).reshape(o.shape)
+        return self.o_proj(o.reshape(*o.shape[:2], -1))
+
+    def _aux(self, updates: Float32[Array, "B T H V"] | None = None) -> Aux:
+        if updates is None:
+            return {}
+        return {"write_strength": jnp.mean(jnp.linalg.norm(updates, axis=-1), axis=-1)}

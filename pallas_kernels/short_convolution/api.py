@@ -1,0 +1,172 @@
+"""What the short convolution computes, which arguments it takes, and what a backend must provide.
+
+Depthwise and causal, without bias, over the tokens of one document:
+
+    y_t = act(sum_i w[i] x_{t - taps + 1 + i}),   so that w[-1] multiplies the current token
+
+A backend is a module of this folder with four functions, whose arguments have been checked:
+
+``check(case: Case) -> None``
+    Raises UnsupportedCase for what the backend does not do.
+``forward(x, weight, segment_ids, initial_state, *, activation) -> y, final_state``
+    segment_ids is None or [B,T] int32 with padding anywhere; initial_state is None or an array.
+``backward(x, weight, segment_ids, initial_state, dy, dfinal_state, *, activation) -> dx, dweight, dinitial_state``
+    Gradients in the dtype of what they belong to; dinitial_state is None where initial_state is.
+``step(x, weight, state, *, activation) -> y, state``
+    One token of every row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.dispatch import Operation, UnsupportedCase
+
+OPERATION = Operation("short_convolution", implementations=("xla",))
+
+ACTIVATIONS = ("silu", None)
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call, as far as the choice of an implementation is concerned."""
+
+    batch: int
+    tokens: int
+    width: int
+    taps: int
+    dtype: str
+    packed: bool
+    initial_state: bool
+    activation: str | None
+    step: bool
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UnsupportedCase(f"short_convolution: {message}")
+
+
+def _check_array(name: str, array: Any, dimensions: dict[str, int | None], dtypes: tuple[str, ...]) -> None:
+    """``array`` has these dimensions (None: any size of at least 1) and one of these dtypes."""
+    wanted = "[" + ", ".join(dimensions) + "]"
+    _require(hasattr(array, "shape"), f"{name} is a {type(array).__name__}; pass an array {wanted}")
+    _require(array.ndim == len(dimensions), f"{name} has shape {array.shape}; it must have the dimensions {wanted}")
+    for (letter, expected), size in zip(dimensions.items(), array.shape, strict=True):
+        rule = "at least 1" if expected is None else str(expected)
+        fits = size > 0 if expected is None else size == expected
+        _require(fits, f"{name} {wanted} has shape {array.shape}; {letter} must be {rule}")
+    _require(str(array.dtype) in dtypes, f"{name} has dtype {array.dtype}; it must be {' or '.join(dtypes)}: cast it")
+
+
+def _make_case(x: Any, weight: Any, state: Any, mask: Any, activation: Any, *, step: bool) -> Case:
+    """Checks every argument; ``mask`` is segment_ids [B,T], or the step's active [B]."""
+    time: dict[str, int | None] = {} if step else {"T": None}
+    _check_array("x", x, {"B": None, **time, "D": None}, _DTYPES)
+    batch, width = x.shape[0], x.shape[-1]
+    _check_array("weight", weight, {"taps": None, "D": width}, _DTYPES)
+    taps = weight.shape[0]
+    _require(taps > 1, f"weight has {taps} tap; it must have at least 2: multiply x by the weight instead")
+    if state is not None:
+        dimensions: dict[str, int | None] = {"B": batch, "taps - 1": taps - 1, "D": width}
+        _check_array("state" if step else "initial_state", state, dimensions, (str(x.dtype),))
+    if mask is not None and step:
+        _check_array("active", mask, {"B": batch}, ("bool",))
+    elif mask is not None:
+        _check_array("segment_ids", mask, {"B": batch, "T": x.shape[1]}, ("int32",))
+    _require(activation in ACTIVATIONS, f"activation={activation!r} is not one of {ACTIVATIONS}")
+    return Case(
+        batch=batch,
+        tokens=1 if step else x.shape[1],
+        width=width,
+        taps=taps,
+        dtype=str(x.dtype),
+        packed=mask is not None and not step,
+        initial_state=state is not None,
+        activation=activation,
+        step=step,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(backend: ModuleType, activation: str | None, x, weight, segment_ids, initial_state):
+    return backend.forward(x, weight, segment_ids, initial_state, activation=activation)
+
+
+def _forward_rule(backend, activation, *inputs):
+    outputs = backend.forward(*inputs, activation=activation)
+    return checkpoint_name(outputs, "short_convolution_out"), inputs
+
+
+def _backward_rule(backend, activation, inputs, cotangents):
+    dx, dweight, dinitial_state = backend.backward(*inputs, *cotangents, activation=activation)
+    return dx, dweight, None, dinitial_state
+
+
+_differentiable.defvjp(_forward_rule, _backward_rule)
+
+
+def short_convolution(
+    x: Float[Array, "B T D"],
+    weight: Float[Array, "taps D"],
+    *,
+    segment_ids: Int32[Array, "B T"] | None = None,
+    initial_state: Float[Array, "B taps-1 D"] | None = None,
+    activation: str | None = "silu",
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B taps-1 D"]]:
+    """y_t = act(sum_i w[i] x_{t - taps + 1 + i}) within each document; sums in float32.
+
+    Args:
+      x: float32, bfloat16 or float16.
+      weight: w[-1] multiplies the current token; at least 2 taps.
+      segment_ids: document of each token; no tap reaches over a change of id, and tokens of id 0 are padding: they
+        change nothing and their outputs are 0. None means one document without padding.
+      initial_state: the taps - 1 inputs before the row's first document token, oldest first, in the dtype of x; None
+        means zeros, as before a document's start.
+      activation: "silu" or None.
+      implementation: "xla", or None for the fastest.
+
+    Returns:
+      y in the dtype of x, and final_state: the last taps - 1 inputs of the row's last document, zeros where it is
+      shorter (of a row of padding: its initial state). Both are differentiable in x, weight and initial_state.
+
+    Raises:
+      UnsupportedCase: a shape, dtype or activation breaks the rules above.
+    """
+    case = _make_case(x, weight, initial_state, segment_ids, activation, step=False)
+    backend = OPERATION.select(implementation, case)
+    return _differentiable(backend, activation, x, weight, segment_ids, initial_state)
+
+
+def short_convolution_step(
+    x: Float[Array, "B D"],
+    weight: Float[Array, "taps D"],
+    state: Float[Array, "B taps-1 D"],
+    *,
+    active: Bool[Array, "B"] | None = None,
+    activation: str | None = "silu",
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B D"], Float[Array, "B taps-1 D"]]:
+    """One token of :func:`short_convolution`; rows that are not ``active`` keep their state and output 0.
+
+    Raises:
+      UnsupportedCase: as :func:`short_convolution`; the state is required.
+    """
+    _require(state is not None, "state is None; pass an array [B, taps - 1, D], zeros at the start")
+    case = _make_case(x, weight, state, active, activation, step=True)
+    backend = OPERATION.select(implementation, case)
+    y, after = backend.step(x, weight, state, activation=activation)
+    if active is not None:
+        y = jnp.where(active[:, None], y, jnp.zeros((), y.dtype))
+        after = jnp.where(active[:, None, None], after, state)
+    return y, after
