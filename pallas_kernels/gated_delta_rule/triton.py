@@ -1,0 +1,252 @@
+"""The gated delta rule's forward pass in Triton: within chunks of 64 tokens in parallel, then a scan over the chunks.
+
+With c the running sum of the log decays g inside a chunk, S the state before it, and all rows of q, k normalised:
+
+    A    = (I + L)^-1,  L_ij = exp(c_i - c_j) k_i.k_j beta_j    (i > j)
+    P_ij = scale exp(c_i - c_j) q_i.k_j beta_j                  (i >= j)
+    r    = A (v - exp(c) k S)                                   (u = beta r)
+    o    = scale exp(c) q S + P r
+    S   <- exp(c_last) S + (exp(c_last - c) beta k)^T r
+
+(Yang, Kautz, Hatamizadeh: Gated Delta Networks, 2024, section 3.3.) The first kernel writes A, P and four rows of
+factors per chunk; everything that concerns normalisation, padding and document boundaries is inside those, so that the
+scan is dots alone. The scan holds S transposed, [V, N]: then every intermediate result is the left operand of the next
+dot and stays in registers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.tiles import ceil_div, check_choice
+from pallas_kernels.triton_call import check_installed, fold_batch, jit, tl, triton_call
+
+CHUNK = 64
+BLOCK_V = 64
+
+
+@jit
+def load_gates(g_ptr, beta_ptr, run_ptr, T, b, h, chunk, H: tl.constexpr, RUNS: tl.constexpr):
+    """One chunk's (running log decay, beta, run of each token, run of the state before the chunk).
+
+    A decay below exp(-100) is zero in float32, and smaller logarithms would cost the running sum its precision.
+    """
+    t = chunk * 64 + tl.arange(0, 64)
+    inside = t < T
+    at = (b * T + t) * H + h
+    g = tl.load(g_ptr + at, mask=inside, other=0.0)
+    beta = tl.load(beta_ptr + at, mask=inside, other=0.0)
+    run = tl.full([64], 0, tl.int32)
+    before = 0
+    if RUNS:
+        run = tl.load(run_ptr + b * T + tl.minimum(t, T - 1))
+        before = tl.load(run_ptr + b * T + tl.maximum(chunk * 64 - 1, 0))
+        before = tl.where(chunk > 0, before, 0)
+    return tl.cumsum(tl.maximum(g, -100.0), 0), beta, run, before
+
+
+@jit
+def inverse_norm(x, NORMALIZE: tl.constexpr):
+    """1 / sqrt(sum x^2 + 1e-6) of each row, or ones."""
+    if NORMALIZE:
+        x = x.to(tl.float32)
+        return tl.rsqrt(tl.sum(x * x, 1) + 1e-6)
+    else:
+        return tl.full([64], 1.0, tl.float32)
+
+
+@jit
+def invert_unit_lower(lower, PRECISION: tl.constexpr):
+    """(I + lower)^-1 of a strictly lower [64, 64] by doubling diagonal blocks: X <- X - X L X.
+
+    Kept as X = I - Y, so that the dots round only corrections to L.
+    """
+    i = tl.arange(0, 64)[:, None]
+    j = tl.arange(0, 64)[None, :]
+    y = tl.where((i // 2) == (j // 2), lower, 0.0)
+    for level in tl.static_range(1, 6):
+        size = 1 << level
+        off = tl.where(((i // (2 * size)) == (j // (2 * size))) & ((i // size) != (j // size)), lower, 0.0)
+        right = off - tl.dot(off, y, input_precision=PRECISION)
+        y += right - tl.dot(y, right, input_precision=PRECISION)
+    return tl.where(i == j, 1.0, 0.0) - y
+
+
+@jit
+def _within_chunks(
+    q_ptr, k_ptr, g_ptr, beta_ptr, run_ptr, T, scale,
+    inverse_ptr, scores_ptr, factors_ptr,
+    H: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+    NORMALIZE: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    NT = tl.cdiv(T, 64)
+    rows, n = tl.arange(0, 64), tl.arange(0, N)
+    i, j = rows[:, None], rows[None, :]
+    inside = (chunk * 64 + i) < T
+    at = ((b * T + chunk * 64 + i) * K + h // (H // K)) * N + n[None, :]
+    k = tl.load(k_ptr + at, mask=inside, other=0.0)
+    q = tl.load(q_ptr + at, mask=inside, other=0.0)
+    c, beta, run, before = load_gates(g_ptr, beta_ptr, run_ptr, T, b, h, chunk, H, RUNS)
+    rq = inverse_norm(q, NORMALIZE) * scale
+    rk = inverse_norm(k, NORMALIZE)
+    sees = i >= j
+    if RUNS:
+        sees = sees & (run[:, None] == run[None, :])
+    decay = tl.exp(tl.where(sees, c[:, None] - c[None, :], float("-inf"))) * (beta * rk)[None, :]
+
+    keys = tl.dot(k, tl.trans(k), input_precision=PRECISION) * decay * rk[:, None]
+    inverse = invert_unit_lower(tl.where(i > j, keys, 0.0), PRECISION)
+    tile = (bh * NT + chunk) * 4096 + i * 64 + j
+    tl.store(inverse_ptr + tile, inverse.to(inverse_ptr.dtype.element_ty))
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * decay * rq[:, None]
+    tl.store(scores_ptr + tile, scores.to(scores_ptr.dtype.element_ty))
+
+    last = tl.sum(tl.where(rows == 63, c, 0.0), 0)
+    read, write, carry = tl.exp(c), tl.exp(last - c) * beta * rk, tl.exp(last)
+    if RUNS:
+        last_run = tl.max(run, 0)
+        read = tl.where(run == before, read, 0.0)
+        write = tl.where(run == last_run, write, 0.0)
+        carry = tl.where(last_run == before, carry, 0.0)
+    factors = factors_ptr + (bh * NT + chunk) * 256 + rows
+    tl.store(factors, read * rk)
+    tl.store(factors + 64, read * rq)
+    tl.store(factors + 128, write)
+    tl.store(factors + 192, rows * 0.0 + carry)
+
+
+@jit
+def _scan_chunks(
+    q_ptr, k_ptr, v_ptr, inverse_ptr, scores_ptr, factors_ptr, initial_ptr, T,
+    o_ptr, r_ptr, final_ptr,
+    H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    INITIAL: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    NT = tl.cdiv(T, 64)
+    rows, n = tl.arange(0, 64), tl.arange(0, N)
+    columns = tl.program_id(0) * BV + tl.arange(0, BV)
+    at_state = bh * N * V + n[None, :] * V + columns[:, None]
+    state = tl.zeros([BV, N], tl.float32)
+    if INITIAL:
+        state += tl.load(initial_ptr + at_state)
+    at_k = (b * T * K + h // (H // K)) * N + rows[:, None] * (K * N) + n[None, :]
+    at_v = (b * T * H + h) * V + rows[None, :] * (H * V) + columns[:, None]
+    square = bh * NT * 4096 + rows[:, None] * 64 + rows[None, :]
+    factors = factors_ptr + bh * NT * 256 + rows
+    dtype = k_ptr.dtype.element_ty
+    for chunk in range(NT):
+        if EVEN:
+            k = tl.load(k_ptr + at_k)
+            q = tl.load(q_ptr + at_k)
+            v = tl.load(v_ptr + at_v)
+        else:
+            inside = (chunk * 64 + rows) < T
+            k = tl.load(k_ptr + at_k, mask=inside[:, None], other=0.0)
+            q = tl.load(q_ptr + at_k, mask=inside[:, None], other=0.0)
+            v = tl.load(v_ptr + at_v, mask=inside[None, :], other=0.0)
+        inverse = tl.load(inverse_ptr + square)
+        scores = tl.load(scores_ptr + square)
+        low = state.to(dtype)
+        y = v.to(tl.float32) - tl.dot(low, tl.trans(k), input_precision=PRECISION) * tl.load(factors)[None, :]
+        o = tl.dot(low, tl.trans(q), input_precision=PRECISION) * tl.load(factors + 64)[None, :]
+        r = tl.dot(y.to(dtype), tl.trans(inverse), input_precision=PRECISION)
+        o = tl.dot(r.to(dtype), tl.trans(scores), o, input_precision=PRECISION)
+        state *= tl.load(factors_ptr + (bh * NT + chunk) * 256 + 192)
+        state = tl.dot((r * tl.load(factors + 128)[None, :]).to(dtype), k, state, input_precision=PRECISION)
+        if EVEN:
+            tl.store(o_ptr + at_v, o.to(o_ptr.dtype.element_ty))
+            tl.store(r_ptr + at_v, r.to(r_ptr.dtype.element_ty))
+        else:
+            inside = (chunk * 64 + rows) < T
+            tl.store(o_ptr + at_v, o.to(o_ptr.dtype.element_ty), mask=inside[None, :])
+            tl.store(r_ptr + at_v, r.to(r_ptr.dtype.element_ty), mask=inside[None, :])
+        at_k += 64 * K * N
+        at_v += 64 * H * V
+        square += 4096
+        factors += 256
+    tl.store(final_ptr + at_state, state)
+
+
+def check(case: Any) -> None:
+    """Raises UnsupportedCase unless these kernels do ``case``."""
+    check_installed("gated_delta_rule")
+    check_choice("gated_delta_rule", "key head size", case.head_size, (64, 128, 256), "use implementation='xla'")
+    check_choice("gated_delta_rule", "value head size", case.value_size, (case.head_size, 2 * case.head_size), "use implementation='xla'")
+
+
+def precision(dtype: Any) -> str:
+    """float32 inputs get float32 dots; for bfloat16 inputs only the inverse is affected, and tf32 is enough for it."""
+    return "ieee" if dtype == jnp.float32 else "tf32"
+
+
+def within_chunks(q, k, g, beta, runs, *, scale: float, normalize: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(A, P [B,H,chunks,64,64] in the dtype of k, factors [B,H,chunks,4,64] float32) of every chunk.
+
+    The factors' rows: what multiplies k S, what multiplies q S, what multiplies r before the write, and the carry.
+    """
+    B, T, K, N = k.shape
+    H, chunks = g.shape[2], ceil_div(T, CHUNK)
+    return triton_call(
+        _within_chunks, q, k, g, beta, runs, T, scale,
+        out_shape=(
+            jax.ShapeDtypeStruct((B, H, chunks, CHUNK, CHUNK), k.dtype),
+            jax.ShapeDtypeStruct((B, H, chunks, CHUNK, CHUNK), k.dtype),
+            jax.ShapeDtypeStruct((B, H, chunks, 4, CHUNK), jnp.float32),
+        ),
+        grid=(chunks, B * H), num_warps=4, num_stages=1,
+        H=H, K=K, N=N, NORMALIZE=normalize, RUNS=runs is not None, PRECISION=precision(k.dtype),
+    )  # fmt: skip
+
+
+def scan_chunks(q, k, v, inverse, scores, factors, initial_state) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(o, r [B,T,H,V] in the dtype of v, final state [B,H,N,V] float32)."""
+    B, T, K, N = k.shape
+    H, V = v.shape[2:]
+    return triton_call(
+        _scan_chunks, q, k, v, inverse, scores, factors, initial_state, T,
+        out_shape=(
+            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            jax.ShapeDtypeStruct((B, H, N, V), jnp.float32),
+        ),
+        grid=(V // BLOCK_V, B * H), num_warps=4, num_stages=2,
+        H=H, K=K, N=N, V=V, BV=BLOCK_V, INITIAL=initial_state is not None, EVEN=T % CHUNK == 0,
+        PRECISION=precision(k.dtype),
+    )  # fmt: skip
+
+
+@functools.partial(fold_batch, static=("scale", "normalize"))
+def _forward(q, k, v, g, beta, runs, initial_state, *, scale: float, normalize: bool):
+    inverse, scores, factors = within_chunks(q, k, g, beta, runs, scale=scale, normalize=normalize)
+    o, r, final_state = scan_chunks(q, k, v, inverse, scores, factors, initial_state)
+    return o, final_state, (inverse, scores, factors, r)
+
+
+def forward(q, k, v, g, beta, runs, initial_state, *, scale, normalize, return_updates):
+    """o, final_state, updates, residuals; the protocol is in ``api``."""
+    o, final_state, residuals = _forward(q, k, v, g, beta, runs, initial_state, scale=scale, normalize=normalize)
+    updates = residuals[-1].astype(jnp.float32) * beta[..., None] if return_updates else None
+    return o, final_state, updates, residuals
+
+
+@functools.partial(fold_batch, static=("scale", "normalize"))
+def _backward(*arrays: Any, scale: float, normalize: bool):
+    from pallas_kernels.gated_delta_rule import triton_bwd
+
+    return triton_bwd.backward(*arrays, scale=scale, normalize=normalize)
+
+
+def backward(q, k, v, g, beta, runs, initial_state, residuals, do, dfinal_state, *, scale, normalize):
+    """dq, dk, dv, dg, dbeta, dinitial_state; the protocol is in ``api``. v itself is not needed: r stands for it."""
+    del v
+    return _backward(
+        q, k, g, beta, runs, initial_state, residuals, do, dfinal_state, scale=scale, normalize=normalize
+    )

@@ -1,0 +1,288 @@
+"""The gated delta rule's backward pass in Triton: two scans over the chunks, then every gradient within chunks in parallel.
+
+With the forward pass's A, P, r and state S before the chunk, D the gradient of the state after it, and dy that of
+y = v - exp(c) k S (which is dv):
+
+    w  = P^T do + exp(c_last - c) beta k D          (beta times the gradient of u = beta r)
+    dy = A^T w
+    D <- exp(c_last) D + scale (exp(c) q)^T do - (exp(c) k)^T dy
+
+The scans write S and D of every chunk, transposed. In the last kernel p_ij = do_i.r_j P_ij / beta_j, l_ij = dy_i.r_j L_ij /
+beta_j and w_j = exp(c_last - c_j) r_j.(k_j D) give dbeta_j = sum_i (p_ij - l_ij) + w_j without a division, and the gradient
+of c beside it. No dot takes the transpose of another dot's result (Triton 3.4 to 3.7 gets that wrong on Hopper): where
+both a product and its transpose are needed, both are computed from memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gated_delta_rule.triton import BLOCK_V, CHUNK, inverse_norm, load_gates, precision
+from pallas_kernels.tiles import ceil_div
+from pallas_kernels.triton_call import jit, tl, triton_call
+
+
+@jit
+def _states(
+    k_ptr, r_ptr, factors_ptr, initial_ptr, T, states_ptr,
+    H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    INITIAL: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    NT = tl.cdiv(T, 64)
+    rows, n = tl.arange(0, 64), tl.arange(0, N)
+    columns = tl.program_id(0) * BV + tl.arange(0, BV)
+    state = tl.zeros([BV, N], tl.float32)
+    if INITIAL:
+        state += tl.load(initial_ptr + bh * N * V + n[None, :] * V + columns[:, None])
+    at_k = (b * T * K + h // (H // K)) * N + rows[:, None] * (K * N) + n[None, :]
+    at_v = (b * T * H + h) * V + rows[None, :] * (H * V) + columns[:, None]
+    factors = factors_ptr + bh * NT * 256 + rows
+    out = states_ptr + bh * NT * V * N + columns[:, None] * N + n[None, :]
+    dtype = k_ptr.dtype.element_ty
+    for chunk in range(NT):
+        tl.store(out, state.to(dtype))
+        if EVEN:
+            k = tl.load(k_ptr + at_k)
+            r = tl.load(r_ptr + at_v)
+        else:
+            inside = (chunk * 64 + rows) < T
+            k = tl.load(k_ptr + at_k, mask=inside[:, None], other=0.0)
+            r = tl.load(r_ptr + at_v, mask=inside[None, :], other=0.0)
+        state *= tl.load(factors_ptr + (bh * NT + chunk) * 256 + 192)
+        written = (r.to(tl.float32) * tl.load(factors + 128)[None, :]).to(dtype)
+        state = tl.dot(written, k, state, input_precision=PRECISION)
+        at_k += 64 * K * N
+        at_v += 64 * H * V
+        factors += 256
+        out += V * N
+
+
+@jit
+def _reverse_scan(
+    q_ptr, k_ptr, do_ptr, inverse_ptr, scores_ptr, factors_ptr, dfinal_ptr, T,
+    dstates_ptr, dv_ptr, dinitial_ptr,
+    H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    NT = tl.cdiv(T, 64)
+    rows, n = tl.arange(0, 64), tl.arange(0, N)
+    columns = tl.program_id(0) * BV + tl.arange(0, BV)
+    at_state = bh * N * V + n[None, :] * V + columns[:, None]
+    dstate = tl.load(dfinal_ptr + at_state)
+    first = b * T + (NT - 1) * 64
+    at_k = (first * K + h // (H // K)) * N + rows[:, None] * (K * N) + n[None, :]
+    at_v = (first * H + h) * V + rows[None, :] * (H * V) + columns[:, None]
+    last = bh * NT + NT - 1
+    square = last * 4096 + rows[:, None] * 64 + rows[None, :]
+    factors = factors_ptr + last * 256
+    out = dstates_ptr + last * V * N + columns[:, None] * N + n[None, :]
+    dtype = k_ptr.dtype.element_ty
+    for step in range(NT):
+        low = dstate.to(dtype)
+        tl.store(out, low)
+        if EVEN:
+            k = tl.load(k_ptr + at_k)
+            q = tl.load(q_ptr + at_k)
+            do = tl.load(do_ptr + at_v)
+        else:
+            inside = ((NT - 1 - step) * 64 + rows) < T
+            k = tl.load(k_ptr + at_k, mask=inside[:, None], other=0.0)
+            q = tl.load(q_ptr + at_k, mask=inside[:, None], other=0.0)
+            do = tl.load(do_ptr + at_v, mask=inside[None, :], other=0.0)
+        inverse = tl.load(inverse_ptr + square)
+        scores = tl.load(scores_ptr + square)
+        w = tl.dot(low, tl.trans(k), input_precision=PRECISION) * tl.load(factors + 128 + rows)[None, :]
+        w = tl.dot(do, scores, w, input_precision=PRECISION)
+        dy = tl.dot(w.to(dtype), inverse, input_precision=PRECISION)
+        dstate *= tl.load(factors + 192)
+        read = (do.to(tl.float32) * tl.load(factors + 64 + rows)[None, :]).to(dtype)
+        dstate = tl.dot(read, q, dstate, input_precision=PRECISION)
+        erased = (dy * -tl.load(factors + rows)[None, :]).to(dtype)
+        dstate = tl.dot(erased, k, dstate, input_precision=PRECISION)
+        if EVEN:
+            tl.store(dv_ptr + at_v, dy.to(dv_ptr.dtype.element_ty))
+        else:
+            inside = ((NT - 1 - step) * 64 + rows) < T
+            tl.store(dv_ptr + at_v, dy.to(dv_ptr.dtype.element_ty), mask=inside[None, :])
+        at_k -= 64 * K * N
+        at_v -= 64 * H * V
+        square -= 4096
+        factors -= 256
+        out -= V * N
+    tl.store(dinitial_ptr + at_state, dstate)
+
+
+@jit
+def _undo_norm(x, dx, rstd, NORMALIZE: tl.constexpr):
+    """The gradient of raw x from that of x rstd."""
+    if NORMALIZE:
+        normal = x * rstd[:, None]
+        return (dx - normal * tl.sum(normal * dx, 1)[:, None]) * rstd[:, None]
+    else:
+        return dx
+
+
+@jit
+def _gradients(
+    q_ptr, k_ptr, g_ptr, beta_ptr, run_ptr, r_ptr, do_ptr, dv_ptr, states_ptr, dstates_ptr, T, scale,
+    dq_ptr, dk_ptr, dg_ptr, dbeta_ptr,
+    H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    NORMALIZE: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    NT = tl.cdiv(T, 64)
+    rows, n, columns = tl.arange(0, 64), tl.arange(0, N), tl.arange(0, BV)
+    i, j = rows[:, None], rows[None, :]
+    inside = (chunk * 64 + i) < T
+    dtype = k_ptr.dtype.element_ty
+    c, beta, run, before = load_gates(g_ptr, beta_ptr, run_ptr, T, b, h, chunk, H, RUNS)
+    last = tl.sum(tl.where(rows == 63, c, 0.0), 0)
+    read, write, carry = tl.exp(c), tl.exp(last - c), tl.exp(last)
+    sees = i >= j
+    seen = i <= j
+    if RUNS:
+        last_run = tl.max(run, 0)
+        read = tl.where(run == before, read, 0.0)
+        write = tl.where(run == last_run, write, 0.0)
+        carry = tl.where(last_run == before, carry, 0.0)
+        sees = sees & (run[:, None] == run[None, :])
+        seen = seen & (run[:, None] == run[None, :])
+
+    # Against the state before the chunk, and token against token. g_ij = do_i.r_j, l_ij = dy_i.r_j, and their transposes.
+    dq = tl.zeros([64, N], tl.float32)
+    dk = tl.zeros([64, N], tl.float32)
+    dp = tl.zeros([64, 64], tl.float32)
+    dl = tl.zeros([64, 64], tl.float32)
+    dp_t = tl.zeros([64, 64], tl.float32)
+    dl_t = tl.zeros([64, 64], tl.float32)
+    at_v = ((b * T + chunk * 64 + i) * H + h) * V + columns[None, :]
+    at_state = (bh * NT + chunk) * V * N + columns[:, None] * N + n[None, :]
+    for block in range(V // BV):
+        do = tl.load(do_ptr + at_v + block * BV, mask=inside, other=0.0)
+        dy = tl.load(dv_ptr + at_v + block * BV, mask=inside, other=0.0)
+        r = tl.load(r_ptr + at_v + block * BV, mask=inside, other=0.0)
+        state = tl.load(states_ptr + at_state + block * BV * N)
+        dq = tl.dot(do, state, dq, input_precision=PRECISION)
+        dk = tl.dot(dy, state, dk, input_precision=PRECISION)
+        dp = tl.dot(do, tl.trans(r), dp, input_precision=PRECISION)
+        dl = tl.dot(dy, tl.trans(r), dl, input_precision=PRECISION)
+        dp_t = tl.dot(r, tl.trans(do), dp_t, input_precision=PRECISION)
+        dl_t = tl.dot(r, tl.trans(dy), dl_t, input_precision=PRECISION)
+
+    at = ((b * T + chunk * 64 + i) * K + h // (H // K)) * N + n[None, :]
+    k = tl.load(k_ptr + at, mask=inside, other=0.0)
+    q = tl.load(q_ptr + at, mask=inside, other=0.0)
+    rq, rk = inverse_norm(q, NORMALIZE), inverse_norm(k, NORMALIZE)
+    dq *= (read * scale)[:, None]
+    dk *= -read[:, None]
+    dc = tl.sum(dq * q.to(tl.float32), 1) * rq + tl.sum(dk * k.to(tl.float32), 1) * rk
+
+    # Against the gradient of the state after the chunk.
+    dwrite = tl.zeros([64, N], tl.float32)
+    dcarry = tl.zeros([N], tl.float32)
+    for block in range(V // BV):
+        r = tl.load(r_ptr + at_v + block * BV, mask=inside, other=0.0)
+        state = tl.load(states_ptr + at_state + block * BV * N)
+        dstate = tl.load(dstates_ptr + at_state + block * BV * N)
+        dwrite = tl.dot(r, dstate, dwrite, input_precision=PRECISION)
+        dcarry += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 0)
+    dwrite *= write[:, None]
+    w = tl.sum(dwrite * k.to(tl.float32), 1) * rk
+    dk += dwrite * beta[:, None]
+
+    decay = tl.exp(tl.where(sees, c[:, None] - c[None, :], float("-inf")))
+    dp *= decay * scale
+    dl *= tl.where(i > j, decay, 0.0)
+    pairs = tl.dot(q, tl.trans(k), input_precision=PRECISION) * dp * (rq[:, None] * rk[None, :])
+    pairs -= tl.dot(k, tl.trans(k), input_precision=PRECISION) * dl * (rk[:, None] * rk[None, :])
+    dbeta = tl.sum(pairs, 0) + w
+    dc += tl.sum(pairs * beta[None, :], 1) - beta * dbeta
+    dlast = tl.sum(beta * w, 0) + tl.sum(dcarry, 0) * carry
+    at_t = (b * T + chunk * 64 + rows) * H + h
+    if RUNS:
+        # A sum over the same run alone: other documents' terms would cancel only up to rounding.
+        dc_last = tl.where(run == last_run, dlast, 0.0)
+        same = (i <= j) & (run[:, None] == run[None, :])
+        dg = tl.sum(tl.where(same, dc[None, :], 0.0), 1) + dc_last
+    else:
+        dg = tl.sum(tl.where(i <= j, dc[None, :], 0.0), 1) + dlast
+    tl.store(dg_ptr + at_t, dg, mask=chunk * 64 + rows < T)
+    tl.store(dbeta_ptr + at_t, dbeta, mask=chunk * 64 + rows < T)
+
+    at_out = ((b * T + chunk * 64 + i) * H + h) * N + n[None, :]
+    dq = tl.dot((dp * (beta * rk)[None, :]).to(dtype), k, dq, input_precision=PRECISION)
+    dq = _undo_norm(q.to(tl.float32), dq, rq, NORMALIZE)
+    tl.store(dq_ptr + at_out, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+    # Transposed decays: row i is the token that is seen, column j the one that sees it.
+    decay = tl.exp(tl.where(seen, c[None, :] - c[:, None], float("-inf")))
+    dp_t *= decay * (beta[:, None] * rq[None, :] * scale)
+    dk = tl.dot(dp_t.to(dtype), q, dk, input_precision=PRECISION)
+    both = dl * beta[None, :] + dl_t * tl.where(i < j, decay, 0.0) * beta[:, None]
+    dk = tl.dot((both * -rk[None, :]).to(dtype), k, dk, input_precision=PRECISION)
+    dk = _undo_norm(k.to(tl.float32), dk, rk, NORMALIZE)
+    tl.store(dk_ptr + at_out, dk.to(dk_ptr.dtype.element_ty), mask=inside)
+
+
+def _chunk_states(k, r, factors, initial_state) -> jax.Array:
+    """The state before each chunk, transposed: [B,H,chunks,V,N] in the dtype of k."""
+    B, T, K, N = k.shape
+    H, V = r.shape[2:]
+    return triton_call(
+        _states, k, r, factors, initial_state, T,
+        out_shape=jax.ShapeDtypeStruct((B, H, ceil_div(T, CHUNK), V, N), k.dtype),
+        grid=(V // BLOCK_V, B * H), num_warps=4, num_stages=3,
+        H=H, K=K, N=N, V=V, BV=BLOCK_V, INITIAL=initial_state is not None, EVEN=T % CHUNK == 0,
+        PRECISION=precision(k.dtype),
+    )  # fmt: skip
+
+
+def _scan_back(q, k, do, inverse, scores, factors, dfinal_state) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(gradient of the state after each chunk, transposed [B,H,chunks,V,N]; dv; dinitial_state)."""
+    B, T, K, N = k.shape
+    H, V = do.shape[2:]
+    return triton_call(
+        _reverse_scan, q, k, do, inverse, scores, factors, dfinal_state, T,
+        out_shape=(
+            jax.ShapeDtypeStruct((B, H, ceil_div(T, CHUNK), V, N), k.dtype),
+            jax.ShapeDtypeStruct(do.shape, do.dtype),
+            jax.ShapeDtypeStruct((B, H, N, V), jnp.float32),
+        ),
+        grid=(V // BLOCK_V, B * H), num_warps=4, num_stages=2,
+        H=H, K=K, N=N, V=V, BV=BLOCK_V, EVEN=T % CHUNK == 0, PRECISION=precision(k.dtype),
+    )  # fmt: skip
+
+
+def _gradients_within(q, k, g, beta, runs, r, do, dv, states, dstates, *, scale, normalize):
+    """(dq, dk [B,T,H,N] of each value head, dg, dbeta [B,T,H] float32)."""
+    B, T, K, N = k.shape
+    H, V = r.shape[2:]
+    per_head = jax.ShapeDtypeStruct((B, T, H, N), k.dtype if H == K else jnp.float32)
+    gates = jax.ShapeDtypeStruct((B, T, H), jnp.float32)
+    return triton_call(
+        _gradients, q, k, g, beta, runs, r, do, dv, states, dstates, T, scale,
+        out_shape=(per_head, per_head, gates, gates),
+        grid=(ceil_div(T, CHUNK), B * H), num_warps=8, num_stages=2,
+        H=H, K=K, N=N, V=V, BV=64, NORMALIZE=normalize, RUNS=runs is not None, PRECISION=precision(k.dtype),
+    )  # fmt: skip
+
+
+def backward(q, k, g, beta, runs, initial_state, residuals, do, dfinal_state, *, scale, normalize) -> tuple[Any, ...]:
+    """(dq, dk, dv, dg, dbeta, dinitial_state); the protocol is in ``api``."""
+    inverse, scores, factors, r = residuals
+    states = _chunk_states(k, r, factors, initial_state)
+    dstates, dv, dinitial = _scan_back(q, k, do, inverse, scores, factors, dfinal_state)
+    dq, dk, dg, dbeta = _gradients_within(
+        q, k, g, beta, runs, r, do, dv, states, dstates, scale=scale, normalize=normalize
+    )
+    if dq.shape != q.shape:
+        grouped = (*q.shape[:3], dq.shape[2] // q.shape[2], q.shape[3])
+        dq, dk = (x.reshape(grouped).sum(3).astype(q.dtype) for x in (dq, dk))
+    return dq, dk, dv, dg, dbeta, None if initial_state is None else dinitial

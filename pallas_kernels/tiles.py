@@ -1,0 +1,40 @@
+"""Which tiles fit a GPU: head sizes, padding to a chunk, the shared-memory budget, and the words for breaking a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pallas_kernels.dispatch import UnsupportedCase
+
+# Bytes of shared memory that one program may use, by compute capability (CUDA C++ programming guide, table of limits).
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+def ceil_div(length: int, tile: int) -> int:
+    """How many tiles cover ``length``."""
+    return -(-length // tile)
+
+
+def check_choice(operation: str, name: str, value: object, allowed: Sequence[object], fix: str) -> None:
+    """Raises UnsupportedCase unless ``value`` is one of ``allowed``; ``fix`` says what to do instead."""
+    if value not in allowed:
+        listed = ", ".join(str(a) for a in allowed)
+        raise UnsupportedCase(f"{operation}: {name}={value} is not one of {listed}; {fix}")
+
+
+def check_shared_memory(operation: str, buffers: dict[str, int], capability: int = 90) -> int:
+    """Adds up ``buffers`` (name -> bytes) and raises UnsupportedCase, listing them, if one program cannot hold them.
+
+    Compiling a kernel that asks for too much can take very long before it fails, so this comes first.
+
+    Returns:
+      The total in bytes.
+    """
+    total, limit = sum(buffers.values()), SHARED_BYTES[capability]
+    if total > limit:
+        parts = ", ".join(f"{name} {size}" for name, size in buffers.items())
+        raise UnsupportedCase(
+            f"{operation}: {total} bytes of shared memory ({parts}) are more than the {limit} of compute capability "
+            f"{capability / 10}; use smaller tiles or implementation='xla'"
+        )
+    return total
