@@ -231,6 +231,8 @@ def to_authors(path: Path_, value: np.ndarray) -> np.ndarray:
     if kind == "router_convolution":  # [K, taps, in, out] -> [K * out, in, 1, taps]
         heads, taps, inner, out = value.shape
         return value.transpose(0, 3, 2, 1).reshape(heads * out, inner, 1, taps)
+    if kind == "router_projection":  # [K, in] -> [K, in, 1, 1]
+        return value[:, :, None, None]
     if kind == "router_bias":  # [K, out] -> [K * out]
         return value.reshape(-1)
     return value
@@ -252,7 +254,9 @@ def from_authors(path: Path_, value: np.ndarray, shape: tuple[int, ...]) -> np.n
 def _kind(path: Path_) -> str:
     names = [str(part) for part in path]
     if "router" in names:
-        return "router_convolution" if names[-1] == "weight" else "router_bias"
+        if names[-1] == "bias":
+            return "router_bias"
+        return "router_convolution" if "convs" in names else "router_projection"
     if names[-1].endswith("_conv"):
         return "short_convolution"
     if names[-1] == "weight" and (names[-2].endswith("_proj") or names[-2] == "lm_head"):

@@ -22,6 +22,7 @@ from lte_jax.inputs import check_tokens, mask_to_segment_ids, zero_padding
 from lte_jax.layers import Embedding, GatedMLP, InitRule, Linear, RMSNorm, document_positions, mlp_width
 from lte_jax.mixers import mixer_module, mixer_name
 from lte_jax.mixers.base import Aux, MixerConfig, Reading
+from lte_jax.mixers.lte import make_router, needs_shared_router
 from lte_jax.model_config import ModelConfig, with_emitters
 from lte_jax.remat import checkpointed
 
@@ -131,6 +132,8 @@ class LanguageModel(nnx.Module):
         init = InitRule(config.init_std, config.num_layers, config.rescale_residual)
         types = dict(dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
         self.embeddings = Embedding(config.vocab_size, config.width, init=init, **types)
+        shared = [mixer for mixer in config.pattern if needs_shared_router(mixer)]
+        self.router = make_router(shared[0], config.width, **types) if shared else None
         repeats = config.num_layers // len(config.pattern)
 
         @nnx.split_rngs(splits=repeats)
@@ -140,9 +143,9 @@ class LanguageModel(nnx.Module):
 
         self.units = stack(rngs)
         self.norm = RMSNorm(config.width, eps=config.norm_eps, **types)
-        self.lm_head = None
-        if not config.tie_embeddings:
-            self.lm_head = Linear(config.width, config.vocab_size, axes=("embed", "vocab"), init=init.normal(), **types)
+        head = dict(axes=("embed", "vocab"), init=init.normal())
+        tied = config.tie_embeddings
+        self.lm_head = None if tied else Linear(config.width, config.vocab_size, **head, **types)
 
     @property
     def head_weight(self) -> Float[Array, "D L"]:
@@ -180,7 +183,6 @@ class LanguageModel(nnx.Module):
         else:
             positions = document_positions(segment_ids)
         shared = dict(positions=positions, segment_ids=segment_ids, reading=reading)
-        extra = {} if select is None else {"select": select}
         graph, state = nnx.split(self.units)
 
         def step(x: Hidden, inputs: tuple[Any, jax.Array | None]) -> tuple[Hidden, tuple[Aux, ...]]:
@@ -188,8 +190,9 @@ class LanguageModel(nnx.Module):
             keys = [None] * len(unit.blocks) if inputs[1] is None else jax.random.split(inputs[1], len(unit.blocks))
             auxes: list[Aux] = []
             for block, block_key, mixer in zip(unit.blocks, keys, self.config.pattern, strict=True):
-                options = extra if mixer_name(mixer) == "lte" else {}
-                x, aux = block(x, key=block_key, context=auxes[-1] if auxes else {}, **shared, **options)
+                options = self._options(mixer, {} if select is None else {"select": select})
+                context = auxes[-1] if auxes else {}
+                x, aux = block(x, key=block_key, context=context, **shared, **options)
                 auxes.append(aux)
             return x, tuple(auxes)
 
@@ -287,8 +290,9 @@ class LanguageModel(nnx.Module):
             unit = nnx.merge(graph, inputs[0])
             auxes: list[Aux] = []
             caches = []
-            for block, block_cache in zip(unit.blocks, inputs[1], strict=True):
-                x, block_cache, aux = block.extend(x, block_cache, context=auxes[-1] if auxes else {}, **shared)
+            for block, block_cache, mixer in zip(unit.blocks, inputs[1], self.config.pattern, strict=True):
+                context = auxes[-1] if auxes else {}
+                x, block_cache, aux = block.extend(x, block_cache, context=context, **shared, **self._options(mixer))
                 auxes.append(aux)
                 caches.append(block_cache)
             return x, (tuple(caches), tuple(auxes))
@@ -298,6 +302,11 @@ class LanguageModel(nnx.Module):
         new = input_ids.shape[1] if segment_ids is None else jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
         cache = dataclasses.replace(cache, length=cache.length + new, layers=layers)
         return self.norm(x), cache, self._stack_routing(auxes)
+
+    def _options(self, mixer: MixerConfig, for_lte: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What the model passes to LTE alone: the router that all layers share, and ``for_lte``."""
+        options = {"router": self.router} if needs_shared_router(mixer) else {}
+        return {**options, **(for_lte or {})} if mixer_name(mixer) == "lte" else options
 
     def _stack_routing(self, auxes: tuple[Aux, ...]) -> Aux:
         """Scores and selections of the LTE layers in layer order: from [repeats, ...] per position to [layers, ...]."""
