@@ -1,0 +1,408 @@
+"""Learned token eviction (LTE): window attention that keeps, per KV head, the M tokens a router finds worth keeping.
+
+With W the window, r the router's score and Z sinks, query i sees key j <= i of its document if
+
+    i - j <= W,   or   j is one of the first Z tokens,   or   j is retained:
+
+* ``"train"``: r_j > 0, without a bound;
+* ``"prompt"``: j is among the best M (sinks first) of all selected tokens that have left the window at the END of the
+  document: the authors' evaluation mask and prompt call;
+* ``"streaming"``: j is in the store of M slots at the time of query i: what step-by-step decoding sees.
+
+The score learns from attention: v passes through it, and backward dr_j = sum_n dv_jn v_jn (paper 2510.20787, sec. 3),
+beside the penalty that the training loss puts on it. Other rules rank tokens under the same budget and cache
+(``Config.retention``); they select nothing by a threshold, so their ``"train"`` reads as ``"streaming"``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from lte_jax.dims import Hidden, Keys, Positions, Queries, Scores, SegmentIds, Selected, Values
+from lte_jax.layers import InitRule, Linear, rotary
+from lte_jax.mixers import lte_cache, lte_store
+from lte_jax.mixers.base import Aux, Mixer, Reading
+from lte_jax.mixers.lte_cache import LTECache
+from lte_jax.mixers.lte_config import Config, needs_shared_router
+from lte_jax.mixers.lte_router import Router
+from pallas_kernels.window_attention.api import NEVER, Columns, window_attention, window_attention_step
+
+READINGS = ("train", "prompt", "streaming")
+
+
+def make_router(config: Config, width: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> Router:
+    """A layer's router, or, for ``routing_shared="all"``, that of all layers, which the model owns and passes."""
+    return Router(
+        config.kv_heads if config.routing_shared == "head" else 1,
+        2 * (width // config.num_heads),
+        sizes=config.conv_sizes,
+        dilations=config.conv_dilations,
+        dropout=config.dropout,
+        method=config.routing_method,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+class LTE(Mixer):
+    """Window attention with retained tokens; ``aux`` is {"scores" [B,T,K] float32, "selected" [B,T,K] bool}.
+
+    Beside the contract of ``Mixer``, both calls take
+
+      router: the shared router, where ``needs_shared_router(config)``; otherwise None.
+
+    and ``__call__`` takes
+
+      select: a scalar bool for warm-up in training; False keeps every token and cuts the router's gradient into k and v
+        (the router itself goes on learning). None means True. The other readings ignore it.
+
+    ``aux["scores"]`` are the router's scores r (0 at padding, and everywhere for rules without a router). The last
+    ``reach`` of a document, or of a call of ``extend``, are provisional: tokens to come may change them.
+    ``aux["selected"]`` is, in training, r > 0 or sink; otherwise what of that is left under the budget at the end.
+
+    The cache is ``LTECache``; its size is B (4 + K ((W+1) (2N s + 4) + M (2N s + 8) + 2 reach 2N s)) bytes.
+    """
+
+    def __init__(
+        self,
+        config: Config,  # type: ignore[override]
+        width: int,
+        *,
+        init: InitRule,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        max_length: int,
+        implementation: str | None = None,
+    ):
+        config.validate(width)
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.implementation = implementation
+        self.head_size = width // config.num_heads
+        kv_width = config.kv_heads * self.head_size
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        into: dict[str, Any] = dict(init=init.normal(), use_bias=config.qkv_bias, **types)
+        self.q_proj = Linear(width, width, axes=("embed", "heads"), **into)
+        self.k_proj = Linear(width, kv_width, axes=("embed", "kv_heads"), **into)
+        self.v_proj = Linear(width, kv_width, axes=("embed", "kv_heads"), **into)
+        self.o_proj = Linear(width, width, axes=("heads", "embed"), init=init.residual(width), **types)
+        own = config.retention == "learned" and config.routing_shared != "all"
+        self.router = make_router(config, width, **types) if own else None
+
+    def __call__(
+        self,
+        x: Hidden,
+        *,
+        positions: Positions,
+        segment_ids: SegmentIds | None = None,
+        reading: Reading = "train",
+        key: jax.Array | None = None,
+        context: Aux | None = None,
+        router: Router | None = None,
+        select: jax.Array | None = None,
+    ) -> tuple[Hidden, Aux]:
+        _check_reading(reading, READINGS)
+        select = select if reading == "train" else None
+        q, k, v = self._project(x)
+        scores = None
+        if self.config.retention == "learned":
+            scores = self._router(router)(self._router_input(k, v, select), segment_ids, key)
+            ranks = scores
+        else:
+            ranks = _rule_scores(self.config, positions, context)
+        q, k = (rotary(part, positions, self.config.rope_theta) for part in (q, k))
+        real = None if segment_ids is None else segment_ids != 0
+        ranks = lte_store.ranked(jax.lax.stop_gradient(ranks), positions, self.config.sinks, real)
+        expiry, selected = self._retain(ranks, positions, segment_ids, reading)
+        if select is not None:
+            everything = jnp.ones_like(selected) if real is None else jnp.broadcast_to(real[..., None], selected.shape)
+            expiry = jnp.where(select, expiry, NEVER)
+            selected = jnp.where(select, selected, everything)
+        o = self._attend(q, k, v, scores, expiry=expiry, segment_ids=segment_ids)
+        return self.o_proj(o), {"scores": jnp.zeros_like(ranks) if scores is None else scores, "selected": selected}
+
+    def init_cache(self, batch: int, max_length: int | None, dtype: DTypeLike) -> LTECache:
+        c = self.config
+        return lte_cache.empty_cache(batch, c.window, c.budget, c.kv_heads, self.head_size, c.reach, dtype)
+
+    def cache_bytes(self, batch: int, max_length: int | None, dtype: DTypeLike) -> int:
+        c = self.config
+        return lte_cache.cache_bytes(batch, c.window, c.budget, c.kv_heads, self.head_size, c.reach, dtype)
+
+    def extend(
+        self,
+        x: Hidden,
+        cache: LTECache,
+        *,
+        segment_ids: SegmentIds | None = None,
+        reading: Reading = "streaming",
+        context: Aux | None = None,
+        return_aux: bool = False,
+        router: Router | None = None,
+    ) -> tuple[Hidden, LTECache] | tuple[Hidden, LTECache, Aux]:
+        _check_reading(reading, READINGS[1:])
+        if x.shape[1] == 1:
+            y, cache, aux = self._extend_one(x, cache, segment_ids, context, router)
+        else:
+            y, cache, aux = self._extend_chunk(x, cache, segment_ids, reading, context, router)
+        return (y, cache, aux) if return_aux else (y, cache)
+
+    def _extend_one(
+        self, x: Hidden, cache: LTECache, segment_ids: SegmentIds | None, context: Aux | None, router: Router | None
+    ) -> tuple[Hidden, LTECache, Aux]:
+        """One token per row: one new score, one token into the ring, at most one slot of the store changed."""
+        config, reach = self.config, self.config.reach
+        active = None if segment_ids is None else segment_ids[:, 0] != 0
+        position = cache.length[:, None]
+        q, k, v = self._project(x)
+        q, k_rotated = (rotary(part, position, config.rope_theta) for part in (q, k))
+        if config.retention == "learned":
+            joined = self._join_inputs(cache, k, v)
+            known = position - 2 * reach + jnp.arange(2 * reach + 1, dtype=jnp.int32) >= 0
+            scores = self._router(router)(joined, known.astype(jnp.int32))
+            score, own = scores[:, reach], scores[:, -1:]
+        else:
+            score, own = _rule_scores(self.config, position, context)[:, 0], None
+        if cache.recent is not None:
+            recent = lte_cache.last_inputs(joined, 2 * reach, 1).astype(cache.recent.dtype)
+            if active is not None:
+                recent = jnp.where(active[:, None, None, None], recent, cache.recent)
+            cache = cache._replace(recent=recent)
+        cache = lte_cache.push(cache, k_rotated[:, 0], v[:, 0], score, reach=reach, sinks=config.sinks, active=active)
+        held = jnp.minimum(cache.length, cache.ring_k.shape[1])[:, None]
+        ring = jnp.broadcast_to(held, (held.shape[0], config.kv_heads))
+        o = window_attention_step(
+            q[:, 0],
+            (cache.ring_k.astype(self.dtype), cache.store.k.astype(self.dtype)),
+            (cache.ring_v.astype(self.dtype), cache.store.v.astype(self.dtype)),
+            (ring, jnp.sum(cache.store.position >= 0, axis=1, dtype=jnp.int32)),
+            implementation=self.implementation,
+        )
+        y = self.o_proj(o.reshape(o.shape[0], 1, -1))
+        return y, cache, self._step_aux(own, position, active)
+
+    def _step_aux(self, own: Scores | None, position: Positions, active: Bool[Array, "B"] | None) -> Aux:
+        shape = (*position.shape, self.config.kv_heads)
+        scores = jnp.zeros(shape, jnp.float32) if own is None else own
+        selected = jnp.ones(shape, bool) if own is None else (own > 0) | (position < self.config.sinks)[..., None]
+        if active is not None:
+            scores = jnp.where(active[:, None, None], scores, 0.0)
+            selected &= active[:, None, None]
+        return {"scores": scores, "selected": selected}
+
+    def _extend_chunk(
+        self,
+        x: Hidden,
+        cache: LTECache,
+        segment_ids: SegmentIds | None,
+        reading: Reading,
+        context: Aux | None,
+        router: Router | None,
+    ) -> tuple[Hidden, LTECache, Aux]:
+        """Several tokens: ring and tokens on one axis of keys, the store as columns, each with its expiry."""
+        batch, tokens = x.shape[:2]
+        new = jnp.full(batch, tokens, jnp.int32)
+        shift, strengths = None, None if context is None else context.get("write_strength")
+        if segment_ids is not None:
+            real = segment_ids != 0
+            new = jnp.sum(real, axis=1, dtype=jnp.int32)
+            shift = jnp.argmax(real, axis=1).astype(jnp.int32)
+            x, strengths = lte_cache.roll(x, shift), None if strengths is None else lte_cache.roll(strengths, shift)
+        real = jnp.arange(tokens, dtype=jnp.int32) < new[:, None]
+        past = None if reading == "prompt" else lte_cache.unroll(cache)
+        position = cache.length[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+        q, k, v = self._project(x)
+        scores, own, recent = self._chunk_scores(
+            k,
+            v,
+            cache,
+            past,
+            position,
+            real,
+            {} if strengths is None else {"write_strength": strengths},
+            router,
+            None if segment_ids is None else new,
+        )
+        q, k = (rotary(part, position, self.config.rope_theta) for part in (q, k))
+        k, v = (part.astype(cache.ring_k.dtype) for part in (k, v))
+        before = 0
+        if past is not None:
+            before = past.position.shape[1]
+            k, v = jnp.concatenate([past.k, k], axis=1), jnp.concatenate([past.v, v], axis=1)
+            position = jnp.concatenate([past.position, position], axis=1)
+            real = jnp.concatenate([past.position >= 0, real], axis=1)
+        ranks = lte_store.ranked(scores, position, self.config.sinks, real)
+        expiry, columns, store, selected = self._retain_chunk(ranks, position, k, v, cache, before, new)
+        o = self._attend(
+            q,
+            k.astype(self.dtype),
+            v.astype(self.dtype),
+            None,
+            expiry=expiry,
+            columns=columns,
+            segment_ids=None if past is None and segment_ids is None else real.astype(jnp.int32),
+        )
+        y, selected = self.o_proj(o), selected[:, before:]
+        cache = lte_cache.roll_up(cache, k, v, scores, before, new, self.config.reach)
+        cache = cache._replace(store=store, recent=recent)
+        if shift is not None:
+            y, own, selected = (lte_cache.roll(part, -shift) for part in (y, own, selected))
+        return y, cache, {"scores": own, "selected": selected}
+
+    def _chunk_scores(
+        self,
+        k: Keys,
+        v: Values,
+        cache: LTECache,
+        past: lte_cache.Past | None,
+        position: Positions,
+        real: Bool[Array, "B T"],
+        context: Aux,
+        router: Router | None,
+        new: Int32[Array, "B"] | None,
+    ) -> tuple[Scores, Scores, Array | None]:
+        """Scores on the axis of keys, the router's of the new tokens alone, and its inputs to remember.
+
+        ``new``: tokens per row; None where no token is padding.
+        """
+        if self.config.retention != "learned":
+            scores = _rule_scores(self.config, position, context)
+            joined = scores if past is None else jnp.concatenate([past.score, scores], axis=1)
+            return joined, jnp.zeros_like(scores), cache.recent
+        reach = self.config.reach
+        inputs = self._join_inputs(cache, k, v)
+        known = jnp.concatenate([position[:, :1] - 2 * reach + jnp.arange(2 * reach) >= 0, real], axis=1)
+        alone = past is None and new is None
+        scores = (
+            self._router(router)(inputs[:, 2 * reach :])
+            if alone
+            else self._router(router)(inputs, known.astype(jnp.int32))[:, reach:]
+        )
+        own = scores if alone else scores[:, reach:]
+        if past is not None:
+            # The last ``reach`` tokens of the ring have their right context now.
+            scores = jnp.concatenate([past.score[:, : past.score.shape[1] - reach], scores], axis=1)
+        else:
+            scores = own
+        recent = None
+        if cache.recent is not None:
+            recent = lte_cache.last_inputs(inputs, 2 * reach, k.shape[1] if new is None else new)
+            recent = recent.astype(cache.recent.dtype)
+        return scores, own, recent
+
+    def _retain_chunk(
+        self,
+        ranks: Float32[Array, "B U K"],
+        position: Int32[Array, "B U"],
+        k: Keys,
+        v: Values,
+        cache: LTECache,
+        before: int,
+        new: Int32[Array, "B"],
+    ) -> tuple[Int32[Array, "B U K"], Columns | None, lte_store.Store, Selected]:
+        """What becomes of keys and slots during the call: expiries, the store as columns, the store after it."""
+        budget, ring = self.config.budget, self.config.window + 1
+        left = before + new - ring  # keys of a smaller index have left the window by the end of the call
+        if not before:
+            gone = jnp.arange(ranks.shape[1], dtype=jnp.int32) < left[:, None]
+            best = lte_store.best_of_document(jnp.where(gone[..., None], ranks, -jnp.inf), budget)
+            slots = lte_store.slots_of_best(best, budget)
+            slots = jnp.where(slots < 0, slots, slots + budget)
+            store = lte_store.refill(cache.store, slots, k, v, position, ranks)
+            return jnp.where(best, NEVER, 0), None, store, jnp.where(gone[..., None], best, ranks > -jnp.inf)
+        held = cache.store
+        all_ranks = jnp.concatenate([held.score, ranks], axis=1)
+        all_positions = jnp.concatenate([held.position, jnp.broadcast_to(position[..., None], ranks.shape)], axis=1)
+        successor = lte_store.successors(all_ranks, all_positions, budget)
+        slots = lte_store.slots_after(all_ranks, successor, budget, budget + left)
+        store = lte_store.refill(held, slots, k, v, position, ranks)
+        expiry = lte_store.expiries(successor, budget, ring)
+        start = cache.length - before  # the position of index 0
+        columns = Columns(
+            held.k.astype(self.dtype),
+            held.v.astype(self.dtype),
+            held.position - start[:, None, None],
+            expiry[:, :budget],
+        )
+        selected = (all_ranks > -jnp.inf) & (successor >= (budget + left)[:, None, None])
+        return expiry[:, budget:], columns, store, selected[:, budget:]
+
+    def _retain(
+        self, ranks: Float32[Array, "B T K"], positions: Positions, segment_ids: SegmentIds | None, reading: Reading
+    ) -> tuple[Int32[Array, "B T K"], Selected]:
+        """Expiry and selection of every token of whole documents."""
+        tokens, ring = ranks.shape[1], self.config.window + 1
+        candidate = ranks > -jnp.inf
+        if reading == "train" and self.config.retention == "learned":
+            return jnp.where(candidate, NEVER, 0), candidate
+        bounds = None if segment_ids is None else lte_store.document_bounds(segment_ids)
+        end = tokens if bounds is None else bounds[1]
+        left = jnp.arange(tokens, dtype=jnp.int32) < jnp.broadcast_to(jnp.asarray(end) - ring, positions.shape)
+        left = left[..., None]
+        if reading == "prompt":
+            best = lte_store.best_of_document(jnp.where(left, ranks, -jnp.inf), self.config.budget, bounds)
+            return jnp.where(best, NEVER, 0), jnp.where(left, best, candidate)
+        position = jnp.broadcast_to(positions[..., None], ranks.shape)
+        successor = lte_store.successors(ranks, position, self.config.budget, bounds)
+        last = jnp.broadcast_to(jnp.asarray(end) - ring, positions.shape)[..., None]
+        return lte_store.expiries(successor, 0, ring), candidate & (successor >= last)
+
+    def _project(self, x: Hidden) -> tuple[Queries, Keys, Values]:
+        def split(y: Array) -> Array:
+            return y.reshape(*y.shape[:2], -1, self.head_size)
+
+        return split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+
+    def _attend(self, q: Queries, k: Keys, v: Values, scores: Scores | None, **retained: Any) -> Float[Array, "B T D"]:
+        o = window_attention(
+            q, k, v, scores, window=self.config.window + 1, implementation=self.implementation, **retained
+        )
+        return o.reshape(*o.shape[:2], -1)
+
+    def _router(self, router: Router | None) -> Router:
+        if (router is None) == needs_shared_router(self.config):
+            wanted = "pass router=, the one that the model owns" if router is None else "pass no router"
+            raise ValueError(f"lte: routing_shared={self.config.routing_shared!r}: {wanted}")
+        return self.router if router is None else router  # type: ignore[return-value]
+
+    def _router_input(self, k: Keys, v: Values, select: jax.Array | None) -> Float[Array, "B T K C"]:
+        """[k; v], cut from the gradient where the settings or the warm-up say so."""
+        x = jnp.concatenate([k, v], axis=-1)
+        if not self.config.routing_grad:
+            return jax.lax.stop_gradient(x)
+        return x if select is None else jnp.where(select, x, jax.lax.stop_gradient(x))
+
+    def _join_inputs(self, cache: LTECache, k: Keys, v: Values) -> Float[Array, "B J K C"]:
+        """The router's remembered inputs and the new ones, rounded as the cache will hold them."""
+        x = jnp.concatenate([k, v], axis=-1)
+        if cache.recent is None:
+            return x
+        return jnp.concatenate([cache.recent, x.astype(cache.recent.dtype)], axis=1).astype(self.dtype)
+
+
+def _check_reading(reading: str, known: tuple[str, ...]) -> None:
+    if reading not in known:
+        raise ValueError(f"lte: reading={reading!r} is not one of {', '.join(known)} here")
+
+
+def _rule_scores(config: Config, positions: Positions, context: Aux | None) -> Scores:
+    """Scores by a rule without a router."""
+    if config.retention == "recency":
+        return lte_store.recency_scores(positions, config.kv_heads)
+    if config.retention == "random":
+        return lte_store.random_scores(positions, config.kv_heads, config.retention_seed)
+    if context is None or "write_strength" not in context:
+        raise ValueError(
+            "lte: retention='write_strength' needs context['write_strength'] [B, T] from the mixer below; put a "
+            "gated_deltanet there, with emit_write_strength=True"
+        )
+    strength = jax.lax.stop_gradient(context["write_strength"]).astype(jnp.float32)
+    return jnp.broadcast_to(strength[..., None], (*strength.shape, config.kv_heads))
