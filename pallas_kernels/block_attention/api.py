@@ -8,8 +8,8 @@ r"""What block attention (native sparse attention) computes, which arguments it 
     Both [B,T,H,V] in v's dtype. ``layout``: a ``blocks.Layout`` of packed rows, None for one document without padding.
 ``backward(case, q, k, v, layout, outputs, residuals, cotangents) -> (dq, dk, dv)``
 ``attend(case, q, k, v, pooled_k, pooled_v, position) -> (o_compressed, o_selected)``
-    The same for queries at ``position`` [B,T] (-1: padding) of the one document of their row, whose U tokens are keys and
-    whose complete blocks are pooled already: the cached form, where ``case.cached`` is set.
+    The same for queries at ``position`` [B,T] (-1: padding) of the one document of their row, whose U tokens are keys
+    and whose complete blocks are pooled already: the cached form, where ``case.cached`` is set.
 
 All of them work under ``vmap``.
 
@@ -131,8 +131,8 @@ def block_attention_extend(
     """The next T >= 1 tokens of one document per row: :func:`block_attention` where the past is a cache.
 
     Args:
-      cache: from ``init_block_cache`` or an earlier call, of any of the same dtypes. The caller makes sure that no document outgrows it: tokens
-        beyond its length are dropped.
+      cache: from ``init_block_cache`` or an earlier call, of any of the same dtypes. The caller makes
+        sure that no document outgrows it: tokens beyond its length are dropped.
       segment_ids: 1 for tokens, 0 for padding, which may stand left and right of the tokens. None: all are tokens.
       Others: as in :func:`block_attention`.
 

@@ -1,8 +1,8 @@
 """Where do blocks begin and end: the layout of a row, means over its blocks, and the cache that keeps them up to date.
 
 A document is cut into blocks of S tokens from its own first token on. A row of several documents (or with padding)
-lists its complete blocks in one table, in order: block c of a document is entry ``base + c`` of the table, where ``base``
-counts the complete blocks of the documents before it. An incomplete block (the last of a document) is in no table.
+lists its complete blocks in one table, in order: block c of a document is entry ``base + c`` of the table, where
+``base`` counts the complete blocks of the documents before it. An incomplete block (a document's last) is in no table.
 """
 
 from __future__ import annotations

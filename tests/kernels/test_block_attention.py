@@ -1,0 +1,305 @@
+"""Does block attention equal its definition, token by token, for every size, packing, padding and split into pieces?
+
+The expected values come from a float64 loop over single tokens, written from the definition: it shares no code and no idea of
+tiles, tables or layouts with the implementations. Expected gradients are central differences of that loop along random
+directions, with the selected blocks held fixed.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.block_attention import block_attention, block_attention_extend, init_block_cache
+from pallas_kernels.block_attention import xla as xla_backend
+from pallas_kernels.block_attention.api import Case
+from pallas_kernels.dispatch import UnsupportedCase
+from tests.tolerances import assert_close
+
+NAMES = ("q", "k", "v", "gates")
+
+
+def draw(seed, B, T, H, K, N, V, dtype="float32"):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    q = jax.random.normal(keys[0], (B, T, H, N)) * 1.5
+    k = jax.random.normal(keys[1], (B, T, K, N))
+    v = jax.random.normal(keys[2], (B, T, K, V))
+    gates = jax.nn.sigmoid(jax.random.normal(keys[3], (B, T, H, 3)))
+    return tuple(x.astype(dtype) for x in (q, k, v, gates))
+
+
+def softmax(logits):
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def one_document(q, k, v, gates, options, chosen=None):
+    """o [T,H,V] of one document and the chosen blocks, {(t, head of k): [numbers, best first]}."""
+    S, M, W = options["block_size"], options["block_counts"], options["window"]
+    T, H, N = q.shape
+    K = k.shape[1]
+    G = H // K
+    o = np.zeros((T, H, v.shape[2]))
+    choice = {} if chosen is None else chosen
+    for t in range(T):
+        whole, current = (t + 1) // S, t // S
+        for kv in range(K):
+            heads = range(kv * G, kv * G + G)
+            importance = np.zeros(current + 1)
+            for h in heads:
+                if whole == 0:
+                    break
+                mean_k = np.stack([k[c * S : c * S + S, kv].mean(0) for c in range(whole)])
+                mean_v = np.stack([v[c * S : c * S + S, kv].mean(0) for c in range(whole)])
+                p = softmax(mean_k @ q[t, h] / np.sqrt(N))
+                o[t, h] += gates[t, h, 0] * (p @ mean_v)
+                importance[: min(whole, current)] += p[: min(whole, current)]
+            for forced in {0, max(current - 1, 0), current}:
+                importance[forced] = G
+            if chosen is None:
+                choice[t, kv] = sorted(range(current + 1), key=lambda c: (-importance[c], c))[:M]
+            tokens = [j for c in choice[t, kv] for j in range(c * S, min(c * S + S, t + 1))]
+            recent = list(range(max(0, t - W + 1), t + 1))
+            for h in heads:
+                for gate, seen in ((1, tokens), (2, recent)):
+                    p = softmax(k[seen, kv] @ q[t, h] / np.sqrt(N))
+                    o[t, h] += gates[t, h, gate] * (p @ v[seen, kv])
+    return o, choice
+
+
+def expected(arrays, segment_ids, options, chosen=None):
+    """o [B,T,H,V] and the chosen blocks of every document, by running each document alone."""
+    q, k, v, gates = (np.asarray(x, np.float64) for x in arrays)
+    B, T, H, _ = q.shape
+    segments = np.ones((B, T), int) if segment_ids is None else np.asarray(segment_ids)
+    o = np.zeros((B, T, H, v.shape[3]))
+    choices = {}
+    for b in range(B):
+        for document in sorted(set(segments[b]) - {0}):
+            at = np.flatnonzero(segments[b] == document)
+            past = None if chosen is None else chosen[b, document]
+            o[b, at], choices[b, document] = one_document(q[b, at], k[b, at], v[b, at], gates[b, at], options, past)
+    return o, choices
+
+
+def packed_segments(B, T, lengths, gaps):
+    """Rows of documents of the given lengths, padding of the given lengths before each and what is left behind."""
+    row = []
+    for number, (length, gap) in enumerate(zip(lengths, gaps, strict=True), start=1):
+        row += [0] * gap + [number] * length
+    row = (row + [0] * T)[:T]
+    return jnp.asarray([row, row[::-1], *[[1] * T] * (B - 2)][:B], jnp.int32)
+
+
+OPTIONS = dict(block_size=4, block_counts=3, window=5)
+# name: (shape B, T, H, K, N, V), options, document lengths and gaps or None
+CASES = {
+    "odd": ((2, 37, 6, 2, 8, 5), OPTIONS, None),
+    "group of 1, prime block": ((1, 29, 3, 3, 7, 7), dict(block_size=5, block_counts=2, window=1), None),
+    "group of 5, gathered": ((1, 61, 5, 1, 8, 8), dict(block_size=3, block_counts=4, window=70), None),
+    "shorter than a block": ((2, 6, 4, 2, 8, 8), dict(block_size=8, block_counts=2, window=3), None),
+    "one whole block": ((1, 8, 2, 1, 4, 4), dict(block_size=8, block_counts=16, window=3), None),
+    "fewer blocks than counts": ((1, 31, 4, 2, 8, 8), dict(block_size=4, block_counts=16, window=4), None),
+    "one block each": ((1, 23, 2, 1, 8, 8), dict(block_size=4, block_counts=1, window=4), None),
+    "packed": ((3, 43, 4, 2, 8, 6), OPTIONS, ((9, 1, 4, 17), (2, 0, 3, 0))),
+    "packed, gathered": ((2, 67, 4, 2, 8, 8), dict(block_size=3, block_counts=3, window=6), ((22, 2, 31), (0, 3, 1))),
+    "all padding": ((1, 12, 2, 1, 4, 4), OPTIONS, ((0,), (12,))),
+}
+
+
+def build(name):
+    shape, options, packing = CASES[name]
+    arrays = draw(sorted(CASES).index(name), *shape)
+    segments = None if packing is None else packed_segments(shape[0], shape[1], *packing)
+    return arrays, segments, options
+
+
+@functools.cache
+def compiled(options, implementation):
+    run = functools.partial(block_attention, **dict(options), implementation=implementation)
+
+    @jax.jit
+    def value_and_gradients(arrays, segment_ids, cotangent):
+        o, pull = jax.vjp(lambda *a: run(*a, segment_ids=segment_ids), *arrays)
+        return o, pull(cotangent.astype(o.dtype))
+
+    return value_and_gradients
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_definition(name, implementation):
+    arrays, segments, options = build(name)
+    rng = np.random.default_rng(7)
+    cotangent = jnp.asarray(rng.normal(size=(*arrays[0].shape[:3], arrays[2].shape[3])), jnp.float32)
+    o, gradients = compiled(tuple(options.items()), implementation)(arrays, segments, cotangent)
+    truth, chosen = expected(arrays, segments, options)
+    assert_close(o, truth, "block attention")
+    if name == "all padding":
+        assert not np.any(o) and not any(np.any(g) for g in gradients)
+        return
+    step = 1e-5
+    for n, gradient in enumerate(gradients):
+        direction = rng.normal(size=arrays[n].shape)
+        moved = [
+            expected(
+                [x + s * step * direction if i == n else x for i, x in enumerate(map(np.float64, arrays))],
+                segments,
+                options,
+                chosen,
+            )[0]
+            for s in (1, -1)
+        ]
+        wanted = np.sum((moved[0] - moved[1]) / (2 * step) * np.asarray(cotangent, np.float64))
+        got = np.sum(np.asarray(gradient, np.float64) * direction)
+        scale = np.linalg.norm(np.asarray(gradient, np.float64))
+        assert abs(got - wanted) <= 2e-5 * scale, f"d{NAMES[n]}: {got} where {wanted} was expected (norm {scale})"
+
+
+def test_walking_over_small_tiles_changes_nothing(monkeypatch):
+    """Tiles whose number does not divide the tokens, with all keys under a mask and with gathered blocks."""
+    for name in ("packed", "packed, gathered"):
+        arrays, segments, options = build(name)
+        cotangent = jax.random.normal(jax.random.key(1), (*arrays[0].shape[:3], arrays[2].shape[3]))
+        whole = compiled(tuple(options.items()), "xla")(arrays, segments, cotangent)
+        compiled.cache_clear()
+        monkeypatch.setattr(xla_backend, "_TILE_ELEMENTS", 2**14)
+        tiled = compiled(tuple(options.items()), "xla")(arrays, segments, cotangent)
+        monkeypatch.undo()
+        compiled.cache_clear()
+        for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(tiled), strict=True):
+            assert_close(other, one, "block attention")
+
+
+def test_ties_go_to_the_smaller_number():
+    """With equal keys all blocks weigh the same: those chosen are 0, c0 - 1, c0, then 1, 2, ..."""
+    T, S, M = 40, 4, 5
+    q, k = draw(3, 1, T, 4, 2, 8, 8)[:2]
+    k = jnp.ones_like(k)
+    case = Case(1, T, T, 4, 2, 8, 8, "float32", S, M, 8**-0.5, False, False)
+    chosen = np.asarray(jax.jit(lambda q, k: xla_backend.select(case, q, k, None))(q, k))
+    for t in range(T):
+        current = t // S
+        forced = sorted({0, max(current - 1, 0), current})
+        wanted = (forced + [c for c in range(current + 1) if c not in forced])[:M]
+        wanted += [-1] * (M - len(wanted))
+        np.testing.assert_array_equal(chosen[0, t], [wanted, wanted])
+
+
+@functools.cache
+def extender(options, implementation):
+    return jax.jit(functools.partial(block_attention_extend, **dict(options), implementation=implementation))
+
+
+@pytest.mark.parametrize("pieces", [(1,) * 9, (5, 1, 17, 1, 13), (37,), (2, 35)], ids=str)
+def test_any_split_gives_the_whole(pieces, implementation):
+    """Rows at different lengths, with padding left of one row's tokens and right of the other's."""
+    options = dict(block_size=4, block_counts=3, window=6)
+    T = sum(pieces)
+    arrays = draw(11, 2, T, 6, 2, 8, 5)
+    whole, _ = expected(arrays, None, options)
+    extend = extender(tuple(options.items()), implementation)
+    cache = init_block_cache(2, T + 2, 2, 8, 5, 4, jnp.float32)
+    start, parts = 0, []
+    for number, size in enumerate(pieces):
+        piece = tuple(x[:, start : start + size] for x in arrays)
+        pad = 3 if number % 2 == 0 and size > 1 else 0
+        left, right = ((0, 0), (pad, 0)), ((0, 0), (0, pad))
+        rows = [
+            [np.pad(x[b], (side[1], *((0, 0),) * (x.ndim - 2)), constant_values=9.0) for x in map(np.asarray, piece)]
+            for b, side in enumerate((left, right))
+        ]
+        padded = [jnp.asarray(np.stack(x)) for x in zip(*rows, strict=True)]
+        real = np.stack([np.pad(np.ones(size, np.int32), side[1]) for side in (left, right)])
+        o, cache = extend(*padded, cache, segment_ids=jnp.asarray(real) if pad else None)
+        assert not np.any(np.asarray(o)[real == 0])
+        parts.append(np.stack([np.asarray(o[b])[real[b] > 0] for b in range(2)]))
+        start += size
+    assert_close(np.concatenate(parts, axis=1), whole, "block attention")
+    assert np.all(np.asarray(cache.length) == T)
+
+
+def test_rows_that_are_all_padding_leave_the_cache_alone(implementation):
+    options = dict(block_size=4, block_counts=3, window=6)
+    arrays = draw(5, 2, 7, 6, 2, 8, 5)
+    extend = extender(tuple(options.items()), implementation)
+    cache = init_block_cache(2, 20, 2, 8, 5, 4, jnp.float32)
+    _, cache = extend(*arrays, cache)
+    for size in (1, 7):
+        segments = jnp.asarray([[0] * size, [1] * size], jnp.int32)
+        o, after = extend(*(x[:, :size] for x in arrays), cache, segment_ids=segments)
+        assert not np.any(o[0]) and np.any(o[1])
+        for old, new in zip(cache, after, strict=True):
+            np.testing.assert_array_equal(old[0], new[0])
+
+
+def test_under_vmap_scan_and_remat(implementation):
+    arrays, segments, options = build("packed")
+    run = functools.partial(block_attention, **options, implementation=implementation)
+    policy = jax.checkpoint_policies.save_only_these_names("block_attention_out", "block_attention_residual")
+
+    def loss(arrays, segments):
+        return jnp.sum(jnp.sin(run(*arrays, segment_ids=segments)))
+
+    def layer(total, arrays):
+        return total + jax.checkpoint(loss, policy=policy)(arrays, segments), None
+
+    two = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), arrays)
+    plain = jax.jit(jax.grad(loss))(arrays, segments)
+    stacked = jax.jit(jax.grad(lambda two: jax.lax.scan(layer, 0.0, two)[0]))(two)
+    mapped = jax.jit(jax.vmap(jax.grad(loss), in_axes=(0, None)))(two, segments)
+    for one, other, third in zip(plain, stacked, mapped, strict=True):
+        assert_close(other[0], one, "block attention")
+        assert_close(third, other, "block attention")
+
+
+def test_bits_repeat(implementation):
+    arrays, segments, options = build("packed")
+    cotangent = jnp.ones((*arrays[0].shape[:3], arrays[2].shape[3]))
+    run = compiled(tuple(options.items()), implementation)
+    for one, other in zip(*(jax.tree.leaves(run(arrays, segments, cotangent)) for _ in range(2)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_memory_is_linear_in_the_tokens():
+    """At 32,768 tokens the compiled forward and backward pass takes 8 times the memory of 4,096, within a tenth."""
+
+    def temporaries(T):
+        arrays = [jax.ShapeDtypeStruct((1, T, *s), jnp.float32) for s in ((2, 16), (1, 16), (1, 16), (2, 3))]
+        run = functools.partial(block_attention, block_size=32, block_counts=4, window=64, implementation="xla")
+        step = jax.jit(jax.grad(lambda *a: jnp.sum(run(*a)), argnums=(0, 1, 2, 3)))
+        return step.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = temporaries(4096), temporaries(32768)
+    assert large < 8.8 * small, (small, large)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(k=lambda x: x[:, :, :, :3]), "k has shape"),
+        (dict(v=lambda x: x[:, 1:]), "v has shape"),
+        (dict(gates=lambda x: x[..., :2]), "with 3 = 3"),
+        (dict(v=lambda x: x.astype(jnp.bfloat16)), "v has dtype bfloat16; it must be float32"),
+        (dict(q=lambda x: x[:, :, :3], gates=lambda x: x[:, :, :3]), "must be a multiple"),
+        (dict(block_size=0), "block_size=0"),
+        (dict(block_counts=True), "block_counts=True"),
+        (dict(window=2.5), "window=2.5"),
+        (dict(scale=float("nan")), "scale=nan"),
+        (dict(segment_ids=jnp.ones((1, 5), jnp.int32)), "segment_ids has shape"),
+        (dict(implementation="cuda"), "'cuda' is not one of"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    named = dict(zip(NAMES, draw(0, 1, 9, 4, 2, 8, 8), strict=True))
+    options = dict(OPTIONS)
+    for name, value in change.items():
+        if name in named:
+            named[name] = value(named[name])
+        else:
+            options[name] = value
+    with pytest.raises(UnsupportedCase, match=message):
+        block_attention(**named, **options)
