@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import UnsupportedCase
 from pallas_kernels.triton_call import check_installed, jit, tl, triton_call
 from pallas_kernels.window_attention.api import Case, Operands
-from pallas_kernels.window_attention.columns import PADDING, Retained, document_bounds, retained, survey
+from pallas_kernels.window_attention.columns import Retained, document_bounds, retained, survey
 
 FOLD_VMAP = True
 LOG2_E = 1.4426950408889634
@@ -357,6 +357,10 @@ def check(case: Any) -> None:
                 f"window_attention: one row of the batch holds {rows} numbers; implementation='triton' counts them in "
                 "32 bits; shard the heads or take the sequence in chunks"
             )
+    else:
+        from pallas_kernels.window_attention.triton_step import check_step
+
+        check_step(case)
 
 
 def backward(*arguments: Any) -> Any:
@@ -366,4 +370,8 @@ def backward(*arguments: Any) -> Any:
     return run(*arguments)
 
 
-__all__ = ["FOLD_VMAP", "PADDING", "backward", "check", "forward"]
+def step(*arguments: Any) -> jax.Array:
+    """See ``triton_step.step``."""
+    from pallas_kernels.window_attention.triton_step import step as run
+
+    return run(*arguments)
