@@ -109,6 +109,10 @@ def check_installed(operation: str) -> None:
         ) from error
 
 
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and not isinstance(value, np.generic)
+
+
 def triton_call(
     kernel: Any,
     *arguments: Any,
@@ -138,8 +142,9 @@ def triton_call(
     """
     single = hasattr(out_shape, "shape")
     outputs = tuple(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in ([out_shape] if single else out_shape))
-    some_array = next((a for a in arguments if hasattr(a, "shape")), None)
-    arguments = tuple(some_array if a is None else a for a in arguments)
+    some_array = next((a for a in arguments if _is_array(a)), None)
+    # A Python float would arrive as float64 and make every result that it touches float64.
+    arguments = tuple(np.float32(a) if isinstance(a, float) else some_array if a is None else a for a in arguments)
     recorded = _recorded.get()
     if recorded is not None:
         recorded.append(Call(kernel, arguments, outputs, num_warps, num_stages, tuple(constexprs.items())))
@@ -231,7 +236,7 @@ def compile_call(call: Call, capability: int = 90) -> CompiledKernel:
     signature: dict[str, str] = {}
     attributes = {}
     for index, argument in enumerate((*call.arguments, *call.outputs)):
-        if hasattr(argument, "shape"):
+        if _is_array(argument):
             signature[names[index]] = "*" + _TYPES[str(np.dtype(argument.dtype))]
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif argument is True or argument is False:
@@ -283,14 +288,16 @@ def _interpret(
     constexprs: dict[str, Any],
 ) -> tuple[jax.Array, ...]:
     """Runs the kernel in Triton's interpreter (slow, exact in its masks and indices). Unwritten memory is NaN."""
-    where = [i for i, a in enumerate(arguments) if hasattr(a, "shape")]
+    where = [i for i, a in enumerate(arguments) if _is_array(a)]
+
+    plain = [float(a) if isinstance(a, np.float32) else a for a in arguments]
 
     def run(*arrays: Any) -> tuple[np.ndarray, ...]:
         copies = dict(zip(where, (np.array(a) for a in arrays), strict=True))
         results = [np.full(o.shape, np.nan if jnp.issubdtype(o.dtype, jnp.floating) else 0, o.dtype) for o in outputs]
         for source, target in aliases.items():
             results[target] = copies[source]
-        values = [_HostArray(copies[i]) if i in copies else a for i, a in enumerate(arguments)]
+        values = [_HostArray(copies[i]) if i in copies else a for i, a in enumerate(plain)]
         kernel[grid](*values, *map(_HostArray, results), **constexprs)
         return tuple(results)
 

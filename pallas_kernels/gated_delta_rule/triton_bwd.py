@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gated_delta_rule.triton import BLOCK_V, CHUNK, inverse_norm, load_gates, precision
+from pallas_kernels.gated_delta_rule.triton import BLOCK_V, CHUNK, load_gates, precision
 from pallas_kernels.tiles import ceil_div
 from pallas_kernels.triton_call import jit, tl, triton_call
 
@@ -120,26 +120,61 @@ def _reverse_scan(
 
 
 @jit
-def _undo_norm(x, dx, rstd, NORMALIZE: tl.constexpr):
-    """The gradient of raw x from that of x rstd."""
-    if NORMALIZE:
-        normal = x * rstd[:, None]
-        return (dx - normal * tl.sum(normal * dx, 1)[:, None]) * rstd[:, None]
-    else:
-        return dx
+def _pairs(left_ptr, other_ptr, right_ptr, at_v, inside, V: tl.constexpr, PRECISION: tl.constexpr):
+    """left right^T and other right^T over the value size, [64, 64] each; all three are [T, H, V] in memory."""
+    first = tl.zeros([64, 64], tl.float32)
+    second = tl.zeros([64, 64], tl.float32)
+    for block in range(V // 64):
+        left = tl.load(left_ptr + at_v + block * 64, mask=inside, other=0.0)
+        other = tl.load(other_ptr + at_v + block * 64, mask=inside, other=0.0)
+        right = tl.load(right_ptr + at_v + block * 64, mask=inside, other=0.0)
+        first = tl.dot(left, tl.trans(right), first, input_precision=PRECISION)
+        second = tl.dot(other, tl.trans(right), second, input_precision=PRECISION)
+    return first, second
+
+
+@jit
+def _pairs_transposed(left_ptr, right_ptr, other_ptr, at_v, inside, V: tl.constexpr, PRECISION: tl.constexpr):
+    """left right^T and left other^T over the value size."""
+    first = tl.zeros([64, 64], tl.float32)
+    second = tl.zeros([64, 64], tl.float32)
+    for block in range(V // 64):
+        left = tl.load(left_ptr + at_v + block * 64, mask=inside, other=0.0)
+        right = tl.load(right_ptr + at_v + block * 64, mask=inside, other=0.0)
+        other = tl.load(other_ptr + at_v + block * 64, mask=inside, other=0.0)
+        first = tl.dot(left, tl.trans(right), first, input_precision=PRECISION)
+        second = tl.dot(left, tl.trans(other), second, input_precision=PRECISION)
+    return first, second
+
+
+@jit
+def _times_state(x_ptr, states, at_v, inside, N: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """x [64, V] against a transposed state [V, BN]."""
+    result = tl.zeros([64, BN], tl.float32)
+    for block in range(V // 64):
+        x = tl.load(x_ptr + at_v + block * 64, mask=inside, other=0.0)
+        state = tl.load(states + block * 64 * N)
+        result = tl.dot(x, state, result, input_precision=PRECISION)
+    return result
+
+
+@jit
+def _undo_norm(x, dx, along, rstd):
+    """The gradient of raw x from dx, that of x rstd, and along = sum(x rstd dx) of each row."""
+    return (dx - x.to(tl.float32) * (rstd * along)[:, None]) * rstd[:, None]
 
 
 @jit
 def _gradients(
     q_ptr, k_ptr, g_ptr, beta_ptr, run_ptr, r_ptr, do_ptr, dv_ptr, states_ptr, dstates_ptr, T, scale,
     dq_ptr, dk_ptr, dg_ptr, dbeta_ptr,
-    H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BN: tl.constexpr,
     NORMALIZE: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     NT = tl.cdiv(T, 64)
-    rows, n, columns = tl.arange(0, 64), tl.arange(0, N), tl.arange(0, BV)
+    rows, n, columns = tl.arange(0, 64), tl.arange(0, BN), tl.arange(0, 64)
     i, j = rows[:, None], rows[None, :]
     inside = (chunk * 64 + i) < T
     dtype = k_ptr.dtype.element_ty
@@ -155,80 +190,98 @@ def _gradients(
         carry = tl.where(last_run == before, carry, 0.0)
         sees = sees & (run[:, None] == run[None, :])
         seen = seen & (run[:, None] == run[None, :])
-
-    # Against the state before the chunk, and token against token. g_ij = do_i.r_j, l_ij = dy_i.r_j, and their transposes.
-    dq = tl.zeros([64, N], tl.float32)
-    dk = tl.zeros([64, N], tl.float32)
-    dp = tl.zeros([64, 64], tl.float32)
-    dl = tl.zeros([64, 64], tl.float32)
-    dp_t = tl.zeros([64, 64], tl.float32)
-    dl_t = tl.zeros([64, 64], tl.float32)
-    at_v = ((b * T + chunk * 64 + i) * H + h) * V + columns[None, :]
-    at_state = (bh * NT + chunk) * V * N + columns[:, None] * N + n[None, :]
-    for block in range(V // BV):
-        do = tl.load(do_ptr + at_v + block * BV, mask=inside, other=0.0)
-        dy = tl.load(dv_ptr + at_v + block * BV, mask=inside, other=0.0)
-        r = tl.load(r_ptr + at_v + block * BV, mask=inside, other=0.0)
-        state = tl.load(states_ptr + at_state + block * BV * N)
-        dq = tl.dot(do, state, dq, input_precision=PRECISION)
-        dk = tl.dot(dy, state, dk, input_precision=PRECISION)
-        dp = tl.dot(do, tl.trans(r), dp, input_precision=PRECISION)
-        dl = tl.dot(dy, tl.trans(r), dl, input_precision=PRECISION)
-        dp_t = tl.dot(r, tl.trans(do), dp_t, input_precision=PRECISION)
-        dl_t = tl.dot(r, tl.trans(dy), dl_t, input_precision=PRECISION)
-
     at = ((b * T + chunk * 64 + i) * K + h // (H // K)) * N + n[None, :]
-    k = tl.load(k_ptr + at, mask=inside, other=0.0)
-    q = tl.load(q_ptr + at, mask=inside, other=0.0)
-    rq, rk = inverse_norm(q, NORMALIZE), inverse_norm(k, NORMALIZE)
-    dq *= (read * scale)[:, None]
-    dk *= -read[:, None]
-    dc = tl.sum(dq * q.to(tl.float32), 1) * rq + tl.sum(dk * k.to(tl.float32), 1) * rk
+    at_v = ((b * T + chunk * 64 + i) * H + h) * V + columns[None, :]
+    at_out = ((b * T + chunk * 64 + i) * H + h) * N + n[None, :]
+    at_state = (bh * NT + chunk) * V * N + columns[:, None] * N + n[None, :]
 
-    # Against the gradient of the state after the chunk.
-    dwrite = tl.zeros([64, N], tl.float32)
-    dcarry = tl.zeros([N], tl.float32)
-    for block in range(V // BV):
-        r = tl.load(r_ptr + at_v + block * BV, mask=inside, other=0.0)
-        state = tl.load(states_ptr + at_state + block * BV * N)
-        dstate = tl.load(dstates_ptr + at_state + block * BV * N)
-        dwrite = tl.dot(r, dstate, dwrite, input_precision=PRECISION)
-        dcarry += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 0)
-    dwrite *= write[:, None]
-    w = tl.sum(dwrite * k.to(tl.float32), 1) * rk
-    dk += dwrite * beta[:, None]
-
-    decay = tl.exp(tl.where(sees, c[:, None] - c[None, :], float("-inf")))
+    # Token against token: row i sees column j.
+    qk = tl.zeros([64, 64], tl.float32)
+    kk = tl.zeros([64, 64], tl.float32)
+    rq = tl.zeros([64], tl.float32)
+    rk = tl.zeros([64], tl.float32)
+    for part in tl.static_range(N // BN):
+        k = tl.load(k_ptr + at + part * BN, mask=inside, other=0.0)
+        q = tl.load(q_ptr + at + part * BN, mask=inside, other=0.0)
+        qk = tl.dot(q, tl.trans(k), qk, input_precision=PRECISION)
+        kk = tl.dot(k, tl.trans(k), kk, input_precision=PRECISION)
+        rq += tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
+        rk += tl.sum(k.to(tl.float32) * k.to(tl.float32), 1)
+    rq = tl.rsqrt(rq + 1e-6) if NORMALIZE else rq * 0.0 + 1.0
+    rk = tl.rsqrt(rk + 1e-6) if NORMALIZE else rk * 0.0 + 1.0
+    dp, dl = _pairs(do_ptr, dv_ptr, r_ptr, at_v, inside, V, PRECISION)
+    decay = tl.exp(tl.where(sees, c[:, None] - c[None, :], float("-inf"))) * rk[None, :]
     dp *= decay * scale
     dl *= tl.where(i > j, decay, 0.0)
-    pairs = tl.dot(q, tl.trans(k), input_precision=PRECISION) * dp * (rq[:, None] * rk[None, :])
-    pairs -= tl.dot(k, tl.trans(k), input_precision=PRECISION) * dl * (rk[:, None] * rk[None, :])
-    dbeta = tl.sum(pairs, 0) + w
-    dc += tl.sum(pairs * beta[None, :], 1) - beta * dbeta
+    pairs = qk * dp * rq[:, None] - kk * dl * rk[:, None]
+    dbeta = tl.sum(pairs, 0)
+    dc = tl.sum(pairs * beta[None, :], 1)
+    to_q = (dp * beta[None, :]).to(dtype)
+    to_k = dl * -beta[None, :]
+    # The same pairs transposed: row i is seen by column j.
+    dp, dl = _pairs_transposed(r_ptr, do_ptr, dv_ptr, at_v, inside, V, PRECISION)
+    decay = tl.exp(tl.where(seen, c[None, :] - c[:, None], float("-inf"))) * beta[:, None]
+    from_q = (dp * decay * (rq * scale)[None, :]).to(dtype)
+    to_k = (to_k - dl * tl.where(i < j, decay, 0.0) * rk[None, :]).to(dtype)
+
+    # Token against state, a part of the key head at a time.
+    w = tl.zeros([64], tl.float32)
+    along_q = tl.zeros([64], tl.float32)
+    along_k = tl.zeros([64], tl.float32)
+    dcarry = tl.zeros([BN], tl.float32)
+    for part in tl.static_range(N // BN):
+        states = states_ptr + at_state + part * BN
+        dstates = dstates_ptr + at_state + part * BN
+        q = tl.load(q_ptr + at + part * BN, mask=inside, other=0.0)
+        k = tl.load(k_ptr + at + part * BN, mask=inside, other=0.0)
+        dq = _times_state(do_ptr, states, at_v, inside, N, V, BN, PRECISION) * (read * scale)[:, None]
+        dc += tl.sum(dq * q.to(tl.float32), 1) * rq
+        dq = tl.dot(to_q, k, dq, input_precision=PRECISION)
+        if NORMALIZE:
+            along_q += tl.sum(dq * q.to(tl.float32), 1) * rq
+            if N == BN:
+                dq = _undo_norm(q, dq, along_q, rq)
+        tl.store(dq_ptr + at_out + part * BN, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+
+        dk = _times_state(dv_ptr, states, at_v, inside, N, V, BN, PRECISION) * -read[:, None]
+        dc += tl.sum(dk * k.to(tl.float32), 1) * rk
+        dk = tl.dot(from_q, q, dk, input_precision=PRECISION)
+        dk = tl.dot(to_k, k, dk, input_precision=PRECISION)
+        dwrite = _times_state(r_ptr, dstates, at_v, inside, N, V, BN, PRECISION) * write[:, None]
+        w += tl.sum(dwrite * k.to(tl.float32), 1) * rk
+        dk += dwrite * beta[:, None]
+        if NORMALIZE:
+            along_k += tl.sum(dk * k.to(tl.float32), 1) * rk
+            if N == BN:
+                dk = _undo_norm(k, dk, along_k, rk)
+        tl.store(dk_ptr + at_out + part * BN, dk.to(dk_ptr.dtype.element_ty), mask=inside)
+        for block in range(V // 64):
+            state = tl.load(states + block * 64 * N).to(tl.float32)
+            dcarry += tl.sum(state * tl.load(dstates + block * 64 * N).to(tl.float32), 0)
+
+    dbeta += w
+    dc -= beta * dbeta
     dlast = tl.sum(beta * w, 0) + tl.sum(dcarry, 0) * carry
     at_t = (b * T + chunk * 64 + rows) * H + h
     if RUNS:
-        # A sum over the same run alone: other documents' terms would cancel only up to rounding.
-        dc_last = tl.where(run == last_run, dlast, 0.0)
-        same = (i <= j) & (run[:, None] == run[None, :])
-        dg = tl.sum(tl.where(same, dc[None, :], 0.0), 1) + dc_last
-    else:
-        dg = tl.sum(tl.where(i <= j, dc[None, :], 0.0), 1) + dlast
+        # Each sum stays within its run: another document's terms would cancel only up to rounding.
+        dlast = tl.where(run == last_run, dlast, 0.0)
+    dg = tl.sum(tl.where(seen, dc[None, :], 0.0), 1) + dlast
     tl.store(dg_ptr + at_t, dg, mask=chunk * 64 + rows < T)
     tl.store(dbeta_ptr + at_t, dbeta, mask=chunk * 64 + rows < T)
 
-    at_out = ((b * T + chunk * 64 + i) * H + h) * N + n[None, :]
-    dq = tl.dot((dp * (beta * rk)[None, :]).to(dtype), k, dq, input_precision=PRECISION)
-    dq = _undo_norm(q.to(tl.float32), dq, rq, NORMALIZE)
-    tl.store(dq_ptr + at_out, dq.to(dq_ptr.dtype.element_ty), mask=inside)
-    # Transposed decays: row i is the token that is seen, column j the one that sees it.
-    decay = tl.exp(tl.where(seen, c[None, :] - c[:, None], float("-inf")))
-    dp_t *= decay * (beta[:, None] * rq[None, :] * scale)
-    dk = tl.dot(dp_t.to(dtype), q, dk, input_precision=PRECISION)
-    both = dl * beta[None, :] + dl_t * tl.where(i < j, decay, 0.0) * beta[:, None]
-    dk = tl.dot((both * -rk[None, :]).to(dtype), k, dk, input_precision=PRECISION)
-    dk = _undo_norm(k.to(tl.float32), dk, rk, NORMALIZE)
-    tl.store(dk_ptr + at_out, dk.to(dk_ptr.dtype.element_ty), mask=inside)
+    if NORMALIZE:
+        if N != BN:
+            tl.debug_barrier()  # the gradients stored above are read again by other threads
+            for part in tl.static_range(N // BN):
+                q = tl.load(q_ptr + at + part * BN, mask=inside, other=0.0)
+                k = tl.load(k_ptr + at + part * BN, mask=inside, other=0.0)
+                dq = tl.load(dq_ptr + at_out + part * BN, mask=inside, other=0.0).to(tl.float32)
+                dk = tl.load(dk_ptr + at_out + part * BN, mask=inside, other=0.0).to(tl.float32)
+                dq = _undo_norm(q, dq, along_q, rq)
+                dk = _undo_norm(k, dk, along_k, rk)
+                tl.store(dq_ptr + at_out + part * BN, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+                tl.store(dk_ptr + at_out + part * BN, dk.to(dk_ptr.dtype.element_ty), mask=inside)
 
 
 def _chunk_states(k, r, factors, initial_state) -> jax.Array:
@@ -269,8 +322,8 @@ def _gradients_within(q, k, g, beta, runs, r, do, dv, states, dstates, *, scale,
     return triton_call(
         _gradients, q, k, g, beta, runs, r, do, dv, states, dstates, T, scale,
         out_shape=(per_head, per_head, gates, gates),
-        grid=(ceil_div(T, CHUNK), B * H), num_warps=8, num_stages=2,
-        H=H, K=K, N=N, V=V, BV=64, NORMALIZE=normalize, RUNS=runs is not None, PRECISION=precision(k.dtype),
+        grid=(ceil_div(T, CHUNK), B * H), num_warps=4, num_stages=2,
+        H=H, K=K, N=N, V=V, BN=min(N, 128), NORMALIZE=normalize, RUNS=runs is not None, PRECISION=precision(k.dtype),
     )  # fmt: skip
 
 
