@@ -1,0 +1,108 @@
+"""Which blocks does a tile of queries read together, and which queries read a block: the selection turned into lists.
+
+Plain jax.numpy on small integer arrays, for the kernels. A block is named by the index of its first token, which is unique in
+its row, or by its ordinal: the number of blocks that begin before it in the row, incomplete ones included.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32, UInt32
+
+from pallas_kernels.block_attention.blocks import Layout
+
+NOTHING = 2**31 - 1
+
+
+class Union(NamedTuple):
+    """The distinct blocks that any token of a tile selected, ascending: first tokens, and a bit per token that did."""
+
+    first: Int32[Array, "B K I L"]
+    bits: Int32[Array, "B K I L"]
+    count: Int32[Array, "B K I"]
+
+
+class Readers(NamedTuple):
+    """For each block the tokens that selected it, ascending, cut into pieces of a limited number of tokens.
+
+    Piece j of a row and head is the tokens ``token[begin[j] : end[j]]`` and belongs to the block that begins at
+    ``first[j]``. The pieces of block i are ``pieces[i]`` up to ``pieces[i + 1]``.
+    """
+
+    token: Int32[Array, "B K E"]
+    first: Int32[Array, "B K P"]
+    begin: Int32[Array, "B K P"]
+    end: Int32[Array, "B K P"]
+    pieces: Int32[Array, "B K I"]
+
+
+def union(indices: Int32[Array, "B T K M"], layout: Layout, block_size: int, tile: int) -> Union:
+    """Tiles of ``tile`` <= 31 tokens from the start of each row."""
+    B, T, K, M = indices.shape
+    first = layout.start[:, :, None, None] + indices * block_size
+    first = jnp.where(indices >= 0, first, NOTHING)
+    tiles = -(-T // tile)
+    first = jnp.pad(first, ((0, 0), (0, tiles * tile - T), (0, 0), (0, 0)), constant_values=NOTHING)
+    first = first.reshape(B, tiles, tile, K, M).transpose(0, 3, 1, 2, 4)
+    ordered = jnp.sort(first.reshape(B, K, tiles, tile * M), axis=-1)
+    before = jnp.concatenate([jnp.full_like(ordered[..., :1], -1), ordered[..., :-1]], axis=-1)
+    distinct = jnp.sort(jnp.where(ordered == before, NOTHING, ordered), axis=-1)
+    member = jnp.any(first[:, :, :, None] == distinct[..., None, None], axis=-1)
+    bits = jnp.sum(member << jnp.arange(tile, dtype=jnp.int32), axis=-1, dtype=jnp.int32)
+    return Union(distinct, bits, jnp.sum(distinct != NOTHING, axis=-1, dtype=jnp.int32))
+
+
+def block_bound(T: int, block_size: int, packed: bool) -> int:
+    """The most blocks that can begin in a row: where documents are packed, each token may be one."""
+    return T if packed else -(-T // block_size)
+
+
+def ordinals(layout: Layout, block_size: int) -> Int32[Array, "B T"]:
+    """The ordinal of each token's block; -1 for padding."""
+    begins = (layout.position >= 0) & (layout.position % block_size == 0)
+    return jnp.where(layout.position >= 0, jnp.cumsum(begins, axis=1, dtype=jnp.int32) - 1, -1)
+
+
+def readers(
+    indices: Int32[Array, "B T K M"], layout: Layout, block_size: int, packed: bool, most_tokens: int
+) -> Readers:
+    """Lists in pieces of at most ``most_tokens`` tokens. Needs (blocks + 1) * T below 2**32."""
+    B, T, K, M = indices.shape
+    blocks = block_bound(T, block_size, packed)
+    ordinal = ordinals(layout, block_size)
+    own = ordinal - layout.position // block_size  # the ordinal of the document's block 0
+    token = jnp.arange(T, dtype=jnp.uint32)[:, None, None]
+    key = (own[:, :, None, None] + indices).astype(jnp.uint32) * jnp.uint32(T) + token
+    key = jnp.where(indices >= 0, key, jnp.uint32(2**32 - 1))
+    key = jnp.sort(key.transpose(0, 2, 1, 3).reshape(B, K, T * M), axis=-1)
+    edges = jnp.arange(blocks + 1, dtype=jnp.uint32) * jnp.uint32(T)
+    offset = _search(key, jnp.broadcast_to(edges, (B, K, blocks + 1)), "left")
+    count = offset[..., 1:] - offset[..., :-1]
+    ends = jnp.cumsum(-(-count // most_tokens), axis=-1, dtype=jnp.int32)
+    pieces = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends], axis=-1)
+    P = blocks + T * M // most_tokens
+    piece = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, K, P))
+    block = jnp.minimum(_search(ends, piece, "right"), blocks - 1)
+    number = piece - jnp.take_along_axis(pieces, block, axis=-1)
+    begin = jnp.take_along_axis(offset, block, axis=-1) + number * most_tokens
+    end = jnp.minimum(begin + most_tokens, jnp.take_along_axis(offset, block + 1, axis=-1))
+    end = jnp.where(piece < ends[..., -1:], end, begin)
+    if packed:
+        rows = jnp.arange(B, dtype=jnp.int32)[:, None]
+        at = jnp.where((layout.position >= 0) & (layout.position % block_size == 0), ordinal, blocks)
+        index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        firsts = jnp.zeros((B, blocks), jnp.int32).at[rows, at].set(index, mode="drop")
+        first = jnp.take_along_axis(jnp.broadcast_to(firsts[:, None], (B, K, blocks)), block, axis=-1)
+    else:
+        first = block * block_size
+    return Readers((key % jnp.uint32(T)).astype(jnp.int32), first, begin, end, pieces)
+
+
+def _search(
+    rows: UInt32[Array, "B K E"] | Int32[Array, "B K E"], values: Array, side: str
+) -> Int32[Array, "B K I"]:
+    search = jax.vmap(jax.vmap(lambda row, value: jnp.searchsorted(row, value, side=side).astype(jnp.int32)))
+    return search(rows, values)

@@ -1,0 +1,384 @@
+"""Block attention in triton.language, through jax-triton: the forward pass and the cached form.
+
+Two kernels. The first owns a tile of query tokens with all heads of one KV head: attention over block means, then the blocks
+again for their importance, of which a running list keeps the best; no importance is written out. The second reads, for the
+same tile, each block that any of its tokens selected once, and masks the tokens that did not.
+
+Rows of a tile are (token, query head of the group), so a tile fills the tensor cores for any group size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32
+
+from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool, table_size
+from pallas_kernels.block_attention.plan import Union, block_bound, union
+from pallas_kernels.dispatch import UnsupportedCase
+from pallas_kernels.tiles import ceil_div, check_choice
+from pallas_kernels.triton_call import check_installed, fold_batch, jit, tl, triton_call
+
+LOG2_E = 1.4426950408889634
+
+
+class Residuals(NamedTuple):
+    """lse: base 2, 0 where nothing is seen."""
+
+    indices: Int32[Array, "B T K M"]
+    lse_compressed: Float32[Array, "B T H"]
+    lse_selected: Float32[Array, "B T H"]
+
+
+@jit
+def tile_rows(first_token, T, head, TOKENS: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr):
+    """(token, query head, exists) of each row of a tile: HEADS rows per token, the group filled up to a power of 2."""
+    row = tl.arange(0, TOKENS * HEADS)
+    token = first_token + row // HEADS
+    return token, head * G + row % HEADS, (token < T) & (row % HEADS < G)
+
+
+@jit
+def load_heads(base, token, head, exists, H: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    n = tl.arange(0, BLOCK)
+    pointer = base + (token * H + head)[:, None] * SIZE + n[None, :]
+    return tl.load(pointer, mask=exists[:, None] & (n < SIZE)[None, :], other=0.0)
+
+
+@jit
+def load_keys(base, token, end, K: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows ``token`` of one KV head, to which base points; zero from ``end`` on."""
+    n = tl.arange(0, BLOCK)
+    pointer = base + token[:, None] * (K * SIZE) + n[None, :]
+    return tl.load(pointer, mask=(token < end)[:, None] & (n < SIZE)[None, :], other=0.0)
+
+
+@jit
+def online(q, keys, values, mask, acc, m, l, SCALE: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of a softmax in base 2. m starts finite, so a row that has seen nothing gives 0 and not NaN."""
+    logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * SCALE
+    logits = tl.where(mask, logits, float("-inf"))
+    m_new = tl.maximum(m, tl.max(logits, 1))
+    p = tl.exp2(logits - m_new[:, None])
+    fade = tl.exp2(m - m_new)
+    l = l * fade + tl.sum(p, 1)
+    acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
+    return acc, m_new, l
+
+
+@jit
+def finish(o, lse, acc, m, l, token, head, exists, H: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr):
+    """Writes the output and its logsumexp (0 where nothing was seen); returns the logsumexp."""
+    n = tl.arange(0, V_BLOCK)
+    seen = l > 0
+    whole = tl.where(seen, l, 1.0)
+    pointer = o + (token * H + head)[:, None] * V + n[None, :]
+    value = (acc / whole[:, None]).to(o.dtype.element_ty)
+    tl.store(pointer, value, mask=exists[:, None] & (n < V)[None, :])
+    result = tl.where(seen, m + tl.log2(whole), 0.0)
+    tl.store(lse + token * H + head, result, mask=exists)
+    return result
+
+
+@jit
+def _select_kernel(
+    q,
+    pooled_k,
+    pooled_v,
+    position,
+    base,
+    T,
+    o,
+    lse,
+    indices,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    N: tl.constexpr,
+    V: tl.constexpr,
+    S: tl.constexpr,
+    M: tl.constexpr,
+    SCALE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    N_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first_token = tl.program_id(0) * TOKENS
+    q += batch * T * (H * N)
+    o += batch * T * (H * V)
+    lse += batch * T * H
+    indices += batch * T * (K * M)
+    position += batch * T
+    base += batch * T
+    pooled_k += (batch * C * K + head) * N
+    pooled_v += (batch * C * K + head) * V
+
+    token, query_head, exists = tile_rows(first_token, T, head, TOKENS, HEADS, G)
+    row_base = tl.load(base + token, mask=token < T, other=0)
+    row_end = row_base + (tl.load(position + token, mask=token < T, other=-1) + 1) // S
+    queries = load_heads(q, token, query_head, exists, H, N, N_BLOCK)
+    lowest = tl.min(tl.where(row_end > row_base, row_base, C), 0) // BLOCKS * BLOCKS
+    highest = tl.max(tl.where(row_end > row_base, row_end, 0), 0)
+
+    acc = tl.zeros([TOKENS * HEADS, V_BLOCK], tl.float32)
+    m = tl.full([TOKENS * HEADS], -1e30, tl.float32)
+    l = tl.zeros([TOKENS * HEADS], tl.float32)
+    for start in range(lowest, highest, BLOCKS):
+        entry = start + tl.arange(0, BLOCKS)
+        keys = load_keys(pooled_k, entry, C, K, N, N_BLOCK)
+        values = load_keys(pooled_v, entry, C, K, V, V_BLOCK)
+        mask = (entry[None, :] >= row_base[:, None]) & (entry[None, :] < row_end[:, None])
+        acc, m, l = online(queries, keys, values, mask, acc, m, l, SCALE, PRECISION)
+    log_sum = finish(o, lse, acc, m, l, token, query_head, exists, H, V, V_BLOCK)
+
+    # Second look: importance of each block. A candidate is one integer: the importance's bits (it is not negative, so they
+    # order as integers do), then the block's number counted down, so that of equal ones the smaller number is the larger.
+    t = first_token + tl.arange(0, TOKENS)
+    t_base = tl.load(base + t, mask=t < T, other=0)
+    t_position = tl.load(position + t, mask=t < T, other=-1)
+    current = tl.where(t_position >= 0, t_position // S, -1)
+    group: tl.constexpr = G
+    most = tl.full([TOKENS, BLOCKS], group, tl.float32)
+    slot = tl.arange(0, SLOTS)
+    whole = tl.full([TOKENS, SLOTS], group, tl.float32).to(tl.int32, bitcast=True).to(tl.int64) << 32
+    own = whole | (0x7FFFFFFF - current)[:, None].to(tl.int64)
+    best = tl.where((slot == 0)[None, :] & (current >= 0)[:, None], own, -1)
+    for start in range(lowest, highest, BLOCKS):
+        entry = start + tl.arange(0, BLOCKS)
+        keys = load_keys(pooled_k, entry, C, K, N, N_BLOCK)
+        logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * SCALE
+        mask = (entry[None, :] >= row_base[:, None]) & (entry[None, :] < row_end[:, None]) & exists[:, None]
+        p = tl.exp2(tl.where(mask, logits - log_sum[:, None], float("-inf")))
+        importance = tl.minimum(tl.sum(tl.reshape(p, [TOKENS, HEADS, BLOCKS]), 1), most)
+        number = entry[None, :] - t_base[:, None]
+        forced = (number == 0) | (number == current[:, None] - 1)
+        importance = tl.where(forced, most, importance)
+        key = (importance.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - number).to(tl.int64)
+        key = tl.where((number >= 0) & (number < current[:, None]), key, -1)
+        better = tl.reshape(tl.join(best, tl.topk(key, SLOTS)), [TOKENS, 2 * SLOTS])
+        best = tl.topk(better, SLOTS)
+    number = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
+    pointer = indices + (t[:, None] * K + head) * M + slot[None, :]
+    tl.store(pointer, tl.where(best < 0, -1, number), mask=(t < T)[:, None] & (slot < M)[None, :])
+
+
+@jit
+def _selected_kernel(
+    q,
+    k,
+    v,
+    start,
+    position,
+    first,
+    bits,
+    count,
+    T,
+    U,
+    o,
+    lse,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    N: tl.constexpr,
+    V: tl.constexpr,
+    S: tl.constexpr,
+    L: tl.constexpr,
+    SCALE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    N_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    # The last tiles first: they have the most blocks to read.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    entry = (batch * K + head) * tl.num_programs(0) + tile
+    first += entry * L
+    bits += entry * L
+    q += batch * T * (H * N)
+    o += batch * T * (H * V)
+    lse += batch * T * H
+    k += (batch * U * K + head) * N
+    v += (batch * U * K + head) * V
+
+    token, query_head, exists = tile_rows(tile * TOKENS, T, head, TOKENS, HEADS, G)
+    index = tl.load(start + batch * T + token, mask=token < T, other=0)
+    index += tl.load(position + batch * T + token, mask=token < T, other=-1)
+    queries = load_heads(q, token, query_head, exists, H, N, N_BLOCK)
+    bit = token - tile * TOKENS
+
+    acc = tl.zeros([TOKENS * HEADS, V_BLOCK], tl.float32)
+    m = tl.full([TOKENS * HEADS], -1e30, tl.float32)
+    l = tl.zeros([TOKENS * HEADS], tl.float32)
+    for i in range(tl.load(count + entry)):
+        key = tl.load(first + i) + tl.arange(0, S)
+        member = (tl.load(bits + i) >> bit) & 1
+        keys = load_keys(k, key, U, K, N, N_BLOCK)
+        values = load_keys(v, key, U, K, V, V_BLOCK)
+        mask = (member != 0)[:, None] & (key[None, :] <= index[:, None])
+        acc, m, l = online(queries, keys, values, mask, acc, m, l, SCALE, PRECISION)
+    finish(o, lse, acc, m, l, token, query_head, exists, H, V, V_BLOCK)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Rows of a tile (tokens times the padded group), block means read at a time, warps and stages of both kernels."""
+
+    rows: int = 64
+    blocks: int = 64
+    select_warps: int = 4
+    select_stages: int = 2
+    warps: int = 4
+    stages: int = 3
+
+
+TILES = Tiles()
+
+
+def power_of_2(size: int, least: int = 1) -> int:
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def slots(case: Any) -> int:
+    """Blocks kept per token: block_counts, or as many as there can be (the complete ones and one under way)."""
+    return min(case.block_counts, table_size(case.U, case.block_size) + 1)
+
+
+def shared_constants(case: Any, rows: int) -> dict[str, Any]:
+    """What every kernel is compiled for."""
+    group = case.H // case.K
+    heads = power_of_2(group)
+    return dict(
+        H=case.H,
+        K=case.K,
+        G=group,
+        N=case.N,
+        V=case.V,
+        S=case.block_size,
+        SCALE=case.scale * LOG2_E,
+        TOKENS=max(1, min(16, rows // heads)),
+        HEADS=heads,
+        N_BLOCK=power_of_2(case.N, 16),
+        V_BLOCK=power_of_2(case.V, 16),
+        PRECISION="ieee" if case.dtype == "float32" else "tf32",
+    )
+
+
+def check(case: Any) -> None:
+    """Raises UnsupportedCase where these kernels do not run the case."""
+    check_installed("block_attention")
+    fix = "use implementation='xla'"
+    check_choice("block_attention", "block_size", case.block_size, (16, 32, 64), fix)
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise UnsupportedCase(f"block_attention: {message}; {fix}")
+
+    group = case.H // case.K
+    require(group <= 64, f"{group} query heads per KV head; implementation='triton' takes at most 64")
+    require(max(case.N, case.V) <= 128, f"head sizes N={case.N}, V={case.V}; implementation='triton' takes at most 128")
+    require(slots(case) <= 32, f"block_counts={case.block_counts}; implementation='triton' takes at most 32")
+    blocks = block_bound(case.U, case.block_size, case.segment_ids)
+    require((blocks + 1) * case.U < 2**32, f"{case.U} tokens are too many for one sorted list of their blocks")
+    numbers = max(case.T * case.H, case.U * case.K) * max(case.N, case.V)
+    require(numbers < 2**31, f"one row of the batch holds {numbers} numbers, which are counted in 32 bits")
+
+
+def forward(
+    case: Any, q: Array, k: Array, v: Array, layout: Layout | None
+) -> tuple[tuple[Array, Array], Residuals]:
+    """See ``api``."""
+    return fold_batch(_forward, ("case",))(q, k, v, layout, case=case)
+
+
+def attend(
+    case: Any, q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, position: Int32[Array, "B T"]
+) -> tuple[Array, Array]:
+    """See ``api``."""
+    return fold_batch(_attend, ("case",))(q, k, v, pooled_k, pooled_v, position, case=case)
+
+
+def backward(*arguments: Any) -> Any:
+    """See ``triton_bwd.backward``."""
+    from pallas_kernels.block_attention.triton_bwd import backward as run
+
+    return run(*arguments)
+
+
+def _forward(q: Array, k: Array, v: Array, layout: Layout | None, *, case: Any) -> Any:
+    case = dataclasses.replace(case, B=q.shape[0])
+    means = (pool(x, layout, case.block_size) for x in (k, v))
+    return _both(case, q, k, v, *means, layout or plain_layout(case.B, case.T, case.block_size))
+
+
+def _attend(
+    q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, position: Array, *, case: Any
+) -> tuple[Array, Array]:
+    case = dataclasses.replace(case, B=q.shape[0])
+    zero = jnp.zeros_like(position)
+    layout = Layout(zero, position, zero, jnp.zeros((case.B, 1), jnp.int32))
+    return _both(case, q, k, v, pooled_k, pooled_v, layout)[0]
+
+
+def _both(
+    case: Any, q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, layout: Layout
+) -> tuple[tuple[Array, Array], Residuals]:
+    o_c, lse_c, indices = select(case, q, pooled_k, pooled_v, layout)
+    constants = shared_constants(case, TILES.rows)
+    together = union(indices, layout, case.block_size, constants["TOKENS"])
+    o_s, lse_s = selected(case, q, k, v, layout, together)
+    return (o_c, o_s), Residuals(indices, lse_c, lse_s)
+
+
+def select(
+    case: Any, q: Array, pooled_k: Array, pooled_v: Array, layout: Layout
+) -> tuple[Array, Float32[Array, "B T H"], Int32[Array, "B T K M"]]:
+    """The compressed branch, its logsumexp, and the selected block numbers (best first, -1 fills up)."""
+    M = slots(case)
+    constants = shared_constants(case, TILES.rows)
+    return triton_call(
+        _select_kernel,
+        *(q, pooled_k, pooled_v, layout.position, layout.base, case.T),
+        out_shape=(
+            jax.ShapeDtypeStruct((case.B, case.T, case.H, case.V), q.dtype),
+            jax.ShapeDtypeStruct((case.B, case.T, case.H), jnp.float32),
+            jax.ShapeDtypeStruct((case.B, case.T, case.K, M), jnp.int32),
+        ),
+        grid=(ceil_div(case.T, constants["TOKENS"]), case.K, case.B),
+        num_warps=TILES.select_warps,
+        num_stages=TILES.select_stages,
+        C=pooled_k.shape[1],
+        M=M,
+        SLOTS=power_of_2(M, 2),
+        BLOCKS=TILES.blocks,
+        **constants,
+    )
+
+
+def selected(
+    case: Any, q: Array, k: Array, v: Array, layout: Layout, together: Union
+) -> tuple[Array, Float32[Array, "B T H"]]:
+    """The selected branch and its logsumexp."""
+    return triton_call(
+        _selected_kernel,
+        *(q, k, v, layout.start, layout.position, together.first, together.bits, together.count, case.T, case.U),
+        out_shape=(
+            jax.ShapeDtypeStruct((case.B, case.T, case.H, case.V), q.dtype),
+            jax.ShapeDtypeStruct((case.B, case.T, case.H), jnp.float32),
+        ),
+        grid=(together.count.shape[-1], case.K, case.B),
+        num_warps=TILES.warps,
+        num_stages=TILES.stages,
+        L=together.first.shape[-1],
+        **shared_constants(case, TILES.rows),
+    )
