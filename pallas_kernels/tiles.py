@@ -1,4 +1,4 @@
-"""Which tiles fit a GPU: head sizes, padding to a chunk, the shared-memory budget, and the words for breaking a rule."""
+"""Which tiles fit a GPU: allowed sizes, the shared-memory budget, and the words for breaking a rule."""
 
 from __future__ import annotations
 

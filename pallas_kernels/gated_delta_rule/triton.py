@@ -179,7 +179,8 @@ def check(case: Any) -> None:
     """Raises UnsupportedCase unless these kernels do ``case``."""
     check_installed("gated_delta_rule")
     check_choice("gated_delta_rule", "key head size", case.head_size, (64, 128, 256), "use implementation='xla'")
-    check_choice("gated_delta_rule", "value head size", case.value_size, (case.head_size, 2 * case.head_size), "use implementation='xla'")
+    sizes = (case.head_size, 2 * case.head_size)
+    check_choice("gated_delta_rule", "value head size", case.value_size, sizes, "use implementation='xla'")
 
 
 def precision(dtype: Any) -> str:
@@ -247,6 +248,17 @@ def _backward(*arrays: Any, scale: float, normalize: bool):
 def backward(q, k, v, g, beta, runs, initial_state, residuals, do, dfinal_state, *, scale, normalize):
     """dq, dk, dv, dg, dbeta, dinitial_state; the protocol is in ``api``. v itself is not needed: r stands for it."""
     del v
-    return _backward(
-        q, k, g, beta, runs, initial_state, residuals, do, dfinal_state, scale=scale, normalize=normalize
-    )
+    return _backward(q, k, g, beta, runs, initial_state, residuals, do, dfinal_state, scale=scale, normalize=normalize)
+
+
+@functools.partial(fold_batch, static=("scale", "normalize"))
+def _step(*arrays: Any, scale: float, normalize: bool):
+    from pallas_kernels.gated_delta_rule import triton_step
+
+    return triton_step.one_token(*arrays, scale=scale, normalize=normalize)
+
+
+def step(q, k, v, g, beta, state, *, scale, normalize, return_update):
+    """o, state, update; the protocol is in ``api``. Not differentiable."""
+    o, state, update = _step(q, k, v, g, beta, state, scale=scale, normalize=normalize)
+    return o, state, update if return_update else None

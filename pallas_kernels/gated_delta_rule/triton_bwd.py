@@ -1,4 +1,4 @@
-"""The gated delta rule's backward pass in Triton: two scans over the chunks, then every gradient within chunks in parallel.
+"""The gated delta rule's backward pass in Triton: two scans over the chunks, then all gradients within chunks in parallel.
 
 With the forward pass's A, P, r and state S before the chunk, D the gradient of the state after it, and dy that of
 y = v - exp(c) k S (which is dv):
@@ -7,10 +7,10 @@ y = v - exp(c) k S (which is dv):
     dy = A^T w
     D <- exp(c_last) D + scale (exp(c) q)^T do - (exp(c) k)^T dy
 
-The scans write S and D of every chunk, transposed. In the last kernel p_ij = do_i.r_j P_ij / beta_j, l_ij = dy_i.r_j L_ij /
-beta_j and w_j = exp(c_last - c_j) r_j.(k_j D) give dbeta_j = sum_i (p_ij - l_ij) + w_j without a division, and the gradient
-of c beside it. No dot takes the transpose of another dot's result (Triton 3.4 to 3.7 gets that wrong on Hopper): where
-both a product and its transpose are needed, both are computed from memory.
+The scans write S and D of every chunk, transposed. In the last kernel p_ij = do_i.r_j P_ij / beta_j, l_ij = dy_i.r_j L_ij
+/ beta_j and w_j = exp(c_last - c_j) r_j.(k_j D) give dbeta_j = sum_i (p_ij - l_ij) + w_j without a division, and the
+gradient of c beside it. No dot takes the transpose of another dot's result (Triton 3.4 to 3.7 gets that wrong on Hopper):
+where both a product and its transpose are needed, both are computed from memory.
 """
 
 from __future__ import annotations
@@ -148,7 +148,10 @@ def _pairs_transposed(left_ptr, right_ptr, other_ptr, at_v, inside, V: tl.conste
 
 
 @jit
-def _times_state(x_ptr, states, at_v, inside, N: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+def _times_state(
+    x_ptr, states, at_v, inside,
+    N: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """x [64, V] against a transposed state [V, BN]."""
     result = tl.zeros([64, BN], tl.float32)
     for block in range(V // 64):
@@ -270,18 +273,17 @@ def _gradients(
     tl.store(dg_ptr + at_t, dg, mask=chunk * 64 + rows < T)
     tl.store(dbeta_ptr + at_t, dbeta, mask=chunk * 64 + rows < T)
 
-    if NORMALIZE:
-        if N != BN:
-            tl.debug_barrier()  # the gradients stored above are read again by other threads
-            for part in tl.static_range(N // BN):
-                q = tl.load(q_ptr + at + part * BN, mask=inside, other=0.0)
-                k = tl.load(k_ptr + at + part * BN, mask=inside, other=0.0)
-                dq = tl.load(dq_ptr + at_out + part * BN, mask=inside, other=0.0).to(tl.float32)
-                dk = tl.load(dk_ptr + at_out + part * BN, mask=inside, other=0.0).to(tl.float32)
-                dq = _undo_norm(q, dq, along_q, rq)
-                dk = _undo_norm(k, dk, along_k, rk)
-                tl.store(dq_ptr + at_out + part * BN, dq.to(dq_ptr.dtype.element_ty), mask=inside)
-                tl.store(dk_ptr + at_out + part * BN, dk.to(dk_ptr.dtype.element_ty), mask=inside)
+    if NORMALIZE and N != BN:
+        tl.debug_barrier()  # the gradients stored above are read again by other threads
+        for part in tl.static_range(N // BN):
+            q = tl.load(q_ptr + at + part * BN, mask=inside, other=0.0)
+            k = tl.load(k_ptr + at + part * BN, mask=inside, other=0.0)
+            dq = tl.load(dq_ptr + at_out + part * BN, mask=inside, other=0.0).to(tl.float32)
+            dk = tl.load(dk_ptr + at_out + part * BN, mask=inside, other=0.0).to(tl.float32)
+            dq = _undo_norm(q, dq, along_q, rq)
+            dk = _undo_norm(k, dk, along_k, rk)
+            tl.store(dq_ptr + at_out + part * BN, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+            tl.store(dk_ptr + at_out + part * BN, dk.to(dk_ptr.dtype.element_ty), mask=inside)
 
 
 def _chunk_states(k, r, factors, initial_state) -> jax.Array:
