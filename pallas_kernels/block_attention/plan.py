@@ -101,8 +101,6 @@ def readers(
     return Readers((key % jnp.uint32(T)).astype(jnp.int32), first, begin, end, pieces)
 
 
-def _search(
-    rows: UInt32[Array, "B K E"] | Int32[Array, "B K E"], values: Array, side: str
-) -> Int32[Array, "B K I"]:
+def _search(rows: UInt32[Array, "B K E"] | Int32[Array, "B K E"], values: Array, side: str) -> Int32[Array, "B K I"]:
     search = jax.vmap(jax.vmap(lambda row, value: jnp.searchsorted(row, value, side=side).astype(jnp.int32)))
     return search(rows, values)

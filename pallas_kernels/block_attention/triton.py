@@ -294,9 +294,7 @@ def check(case: Any) -> None:
     require(numbers < 2**31, f"one row of the batch holds {numbers} numbers, which are counted in 32 bits")
 
 
-def forward(
-    case: Any, q: Array, k: Array, v: Array, layout: Layout | None
-) -> tuple[tuple[Array, Array], Residuals]:
+def forward(case: Any, q: Array, k: Array, v: Array, layout: Layout | None) -> tuple[tuple[Array, Array], Residuals]:
     """See ``api``."""
     return fold_batch(_forward, ("case",))(q, k, v, layout, case=case)
 

@@ -1,0 +1,473 @@
+"""Block attention in triton.language: the backward pass, without atomics, so that bits repeat.
+
+Queries: one kernel walks over block means and selected blocks as the forward pass does, for dq of both branches, and leaves
+delta = sum_n do o of each. Keys: a block's gradient needs the tokens that selected it, wherever they are; their lists
+(``plan.readers``) are cut into pieces, a program gathers one piece's queries and writes a partial sum, and a last kernel adds
+a block's pieces in order. Block means: ranges of tokens in turn, partial sums added in order.
+
+Gradients of keys are formed transposed from the start, [keys, queries]: no result of a matrix product is transposed, which
+Triton 3.4 to 3.7 gets wrong on Hopper.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32
+
+from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool, unpool
+from pallas_kernels.block_attention.plan import Readers, Union, block_bound, ordinals, readers, union
+from pallas_kernels.block_attention.triton import (
+    Residuals,
+    load_heads,
+    load_keys,
+    power_of_2,
+    shared_constants,
+    tile_rows,
+)
+from pallas_kernels.tiles import ceil_div
+from pallas_kernels.triton_call import fold_batch, jit, tl, triton_call
+
+
+@jit
+def _add_dq(q, do, lse, delta, keys, values, mask, dq, SCALE: tl.constexpr, PRECISION: tl.constexpr):
+    logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * SCALE
+    p = tl.exp2(tl.where(mask, logits - lse[:, None], float("-inf")))
+    dp = tl.dot(do, tl.trans(values), input_precision=PRECISION)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
+
+
+@jit
+def _load_delta(o, do, delta, token, head, exists, H: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr):
+    """(do, delta) of a tile's rows; writes delta."""
+    cotangent = load_heads(do, token, head, exists, H, V, V_BLOCK)
+    output = load_heads(o, token, head, exists, H, V, V_BLOCK)
+    value = tl.sum(cotangent.to(tl.float32) * output.to(tl.float32), 1)
+    tl.store(delta + token * H + head, value, mask=exists)
+    return cotangent, value
+
+
+@jit
+def _dq_kernel(
+    q,
+    k,
+    v,
+    pooled_k,
+    pooled_v,
+    o_c,
+    o_s,
+    do_c,
+    do_s,
+    lse_c,
+    lse_s,
+    start,
+    position,
+    base,
+    first,
+    bits,
+    count,
+    T,
+    dq,
+    delta_c,
+    delta_s,
+    C: tl.constexpr,
+    L: tl.constexpr,
+    GRADIENT_SCALE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    N: tl.constexpr,
+    V: tl.constexpr,
+    S: tl.constexpr,
+    SCALE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    N_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    entry = (batch * K + head) * tl.num_programs(0) + tile
+    first += entry * L
+    bits += entry * L
+    queries_at, outputs_at, rows_at = batch * T * (H * N), batch * T * (H * V), batch * T * H
+    pooled_k += (batch * C * K + head) * N
+    pooled_v += (batch * C * K + head) * V
+    k += (batch * T * K + head) * N
+    v += (batch * T * K + head) * V
+
+    token, query_head, exists = tile_rows(tile * TOKENS, T, head, TOKENS, HEADS, G)
+    row_position = tl.load(position + batch * T + token, mask=token < T, other=-1)
+    row_base = tl.load(base + batch * T + token, mask=token < T, other=0)
+    row_end = row_base + (row_position + 1) // S
+    lowest = tl.min(tl.where(row_end > row_base, row_base, C), 0) // BLOCKS * BLOCKS
+    highest = tl.max(tl.where(row_end > row_base, row_end, 0), 0)
+    queries = load_heads(q + queries_at, token, query_head, exists, H, N, N_BLOCK)
+    gradient = tl.zeros([TOKENS * HEADS, N_BLOCK], tl.float32)
+
+    cotangent, delta = _load_delta(
+        o_c + outputs_at, do_c + outputs_at, delta_c + rows_at, token, query_head, exists, H, V, V_BLOCK
+    )
+    log_sum = tl.load(lse_c + rows_at + token * H + query_head, mask=exists, other=0.0)
+    for at in range(lowest, highest, BLOCKS):
+        block = at + tl.arange(0, BLOCKS)
+        keys = load_keys(pooled_k, block, C, K, N, N_BLOCK)
+        values = load_keys(pooled_v, block, C, K, V, V_BLOCK)
+        mask = (block[None, :] >= row_base[:, None]) & (block[None, :] < row_end[:, None])
+        gradient = _add_dq(queries, cotangent, log_sum, delta, keys, values, mask, gradient, SCALE, PRECISION)
+
+    cotangent, delta = _load_delta(
+        o_s + outputs_at, do_s + outputs_at, delta_s + rows_at, token, query_head, exists, H, V, V_BLOCK
+    )
+    log_sum = tl.load(lse_s + rows_at + token * H + query_head, mask=exists, other=0.0)
+    index = tl.load(start + batch * T + token, mask=token < T, other=0) + row_position
+    bit = token - tile * TOKENS
+    for i in range(tl.load(count + entry)):
+        key = tl.load(first + i) + tl.arange(0, S)
+        member = (tl.load(bits + i) >> bit) & 1
+        keys = load_keys(k, key, T, K, N, N_BLOCK)
+        values = load_keys(v, key, T, K, V, V_BLOCK)
+        mask = (member != 0)[:, None] & (key[None, :] <= index[:, None])
+        gradient = _add_dq(queries, cotangent, log_sum, delta, keys, values, mask, gradient, SCALE, PRECISION)
+
+    n = tl.arange(0, N_BLOCK)
+    pointer = dq + queries_at + (token * H + query_head)[:, None] * N + n[None, :]
+    value = (gradient * GRADIENT_SCALE).to(dq.dtype.element_ty)
+    tl.store(pointer, value, mask=exists[:, None] & (n < N)[None, :])
+
+
+@jit
+def _add_dkv(q, do, lse, delta, keys, values, mask, dk, dv, SCALE: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds some queries' part to a block's gradients; the mask is [keys, queries]."""
+    logits = tl.dot(keys, tl.trans(q), input_precision=PRECISION) * SCALE
+    p = tl.exp2(tl.where(mask, logits - lse[None, :], float("-inf")))
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    dp = tl.dot(values, tl.trans(do), input_precision=PRECISION)
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@jit
+def _store_partial(dk, dv, row, gk, gv, N: tl.constexpr, V: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr):
+    n, w = tl.arange(0, N_BLOCK), tl.arange(0, V_BLOCK)
+    tl.store(dk + row[:, None] * N + n[None, :], gk, mask=(n < N)[None, :])
+    tl.store(dv + row[:, None] * V + w[None, :], gv, mask=(w < V)[None, :])
+
+
+@jit
+def _pieces_kernel(
+    q,
+    k,
+    v,
+    do,
+    lse,
+    delta,
+    reader,
+    first,
+    begin,
+    end,
+    T,
+    dk,
+    dv,
+    E: tl.constexpr,
+    GRADIENT_SCALE: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    N: tl.constexpr,
+    V: tl.constexpr,
+    S: tl.constexpr,
+    SCALE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    N_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    piece = (batch * K + head) * tl.num_programs(0) + tl.program_id(0)
+    at, stop = tl.load(begin + piece), tl.load(end + piece)
+    if at < stop:
+        reader += (batch * K + head) * E
+        q += batch * T * (H * N)
+        do += batch * T * (H * V)
+        lse += batch * T * H
+        delta += batch * T * H
+        key = tl.load(first + piece) + tl.arange(0, S)
+        keys = load_keys(k + (batch * T * K + head) * N, key, T, K, N, N_BLOCK)
+        values = load_keys(v + (batch * T * K + head) * V, key, T, K, V, V_BLOCK)
+        gk = tl.zeros([S, N_BLOCK], tl.float32)
+        gv = tl.zeros([S, V_BLOCK], tl.float32)
+        row = tl.arange(0, TOKENS * HEADS)
+        query_head = head * G + row % HEADS
+        for i in range(at, stop, TOKENS):
+            place = i + row // HEADS
+            exists = (place < stop) & (row % HEADS < G)
+            token = tl.load(reader + place, mask=exists, other=0)
+            queries = load_heads(q, token, query_head, exists, H, N, N_BLOCK)
+            cotangent = load_heads(do, token, query_head, exists, H, V, V_BLOCK)
+            log_sum = tl.load(lse + token * H + query_head, mask=exists, other=0.0)
+            row_delta = tl.load(delta + token * H + query_head, mask=exists, other=0.0)
+            mask = exists[None, :] & (key[:, None] <= token[None, :])
+            gk, gv = _add_dkv(queries, cotangent, log_sum, row_delta, keys, values, mask, gk, gv, SCALE, PRECISION)
+        _store_partial(dk, dv, piece * S + tl.arange(0, S), gk * GRADIENT_SCALE, gv, N, V, N_BLOCK, V_BLOCK)
+
+
+@jit
+def _sum_kernel(
+    partial,
+    pieces,
+    first,
+    ordinal,
+    T,
+    total,
+    BLOCKS: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds the pieces of a block in order; writes the tokens of the block alone."""
+    block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    edge = pieces + (batch * K + head) * (BLOCKS + 1) + block
+    at, stop = tl.load(edge), tl.load(edge + 1)
+    if at < stop:
+        row, n = tl.arange(0, S), tl.arange(0, BLOCK)
+        token = tl.load(first + (batch * K + head) * P + at) + row
+        inside = (token < T) & (tl.load(ordinal + batch * T + token, mask=token < T, other=-1) == block)
+        mask = (n < SIZE)[None, :]
+        value = tl.zeros([S, BLOCK], tl.float32)
+        for piece in range(at, stop):
+            source = ((batch * K + head) * P + piece) * S + row
+            value += tl.load(partial + source[:, None] * SIZE + n[None, :], mask=mask, other=0.0)
+        target = total + ((batch * T + token) * K + head)[:, None] * SIZE + n[None, :]
+        tl.store(target, value, mask=inside[:, None] & mask)
+
+
+@jit
+def _means_kernel(
+    q,
+    pooled_k,
+    pooled_v,
+    do,
+    lse,
+    delta,
+    position,
+    base,
+    first,
+    T,
+    tokens_each,
+    dk,
+    dv,
+    C: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    GRADIENT_SCALE: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    N: tl.constexpr,
+    V: tl.constexpr,
+    S: tl.constexpr,
+    SCALE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    N_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of BLOCKS block means from one range of tokens."""
+    part, head, batch = tl.program_id(1), tl.program_id(2) % K, (tl.program_id(2) // K).to(tl.int64)
+    entry = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    keys = load_keys(pooled_k + (batch * C * K + head) * N, entry, C, K, N, N_BLOCK)
+    values = load_keys(pooled_v + (batch * C * K + head) * V, entry, C, K, V, V_BLOCK)
+    gk = tl.zeros([BLOCKS, N_BLOCK], tl.float32)
+    gv = tl.zeros([BLOCKS, V_BLOCK], tl.float32)
+    q += batch * T * (H * N)
+    do += batch * T * (H * V)
+    lse += batch * T * H
+    delta += batch * T * H
+    # No token before the end of the first of these blocks sees any of them.
+    earliest = tl.load(first + batch * C + tl.program_id(0) * BLOCKS) + S - 1
+    at = tl.maximum(part * tokens_each, earliest // TOKENS * TOKENS)
+    for i in range(at, tl.minimum(part * tokens_each + tokens_each, T), TOKENS):
+        token, query_head, exists = tile_rows(i, T, head, TOKENS, HEADS, G)
+        row_base = tl.load(base + batch * T + token, mask=exists, other=0)
+        row_end = row_base + (tl.load(position + batch * T + token, mask=exists, other=-1) + 1) // S
+        queries = load_heads(q, token, query_head, exists, H, N, N_BLOCK)
+        cotangent = load_heads(do, token, query_head, exists, H, V, V_BLOCK)
+        log_sum = tl.load(lse + token * H + query_head, mask=exists, other=0.0)
+        row_delta = tl.load(delta + token * H + query_head, mask=exists, other=0.0)
+        mask = exists[None, :] & (entry[:, None] >= row_base[None, :]) & (entry[:, None] < row_end[None, :])
+        gk, gv = _add_dkv(queries, cotangent, log_sum, row_delta, keys, values, mask, gk, gv, SCALE, PRECISION)
+    row = ((batch * K + head) * tl.num_programs(1) + part) * (tl.num_programs(0) * BLOCKS) + entry
+    _store_partial(dk, dv, row, gk * GRADIENT_SCALE, gv, N, V, N_BLOCK, V_BLOCK)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Rows of a tile of queries, tokens per piece of a block's readers, ranges of tokens for the means, warps, stages."""
+
+    rows: int = 64
+    piece: int = 512
+    ranges: int = 32
+    blocks: int = 64
+    dq_warps: int = 4
+    dq_stages: int = 2
+    key_warps: int = 4
+    key_stages: int = 2
+
+
+TILES = Tiles()
+
+
+def backward(
+    case: Any,
+    q: Array,
+    k: Array,
+    v: Array,
+    layout: Layout | None,
+    outputs: tuple[Array, Array],
+    residuals: Residuals,
+    cotangents: tuple[Array, Array],
+) -> tuple[Array, Array, Array]:
+    """See ``api``."""
+    return fold_batch(_backward, ("case",))(q, k, v, layout, outputs, residuals, cotangents, case=case)
+
+
+def _backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    layout: Layout | None,
+    outputs: Any,
+    residuals: Residuals,
+    cotangents: Any,
+    *,
+    case: Any,
+) -> tuple[Array, Array, Array]:
+    case = dataclasses.replace(case, B=q.shape[0])
+    S = case.block_size
+    pooled = tuple(pool(x, layout, S) for x in (k, v))
+    place = layout or plain_layout(case.B, case.T, S)
+    constants = shared_constants(case, TILES.rows)
+    together = union(residuals.indices, place, S, constants["TOKENS"])
+    dq, *delta = _dq(case, q, k, v, pooled, place, together, outputs, residuals, cotangents)
+    lists = readers(residuals.indices, place, S, case.segment_ids, TILES.piece)
+    dk, dv = _selected_keys(case, q, k, v, place, lists, residuals.lse_selected, delta[1], cotangents[1])
+    dmeans = _means(case, q, pooled, place, residuals.lse_compressed, delta[0], cotangents[0])
+    # A token that nothing selected, or padding, is written by no program.
+    read = _was_read(case, lists, place)
+    dk, dv = (
+        (jnp.where(read[..., None], x, 0.0) + unpool(means, layout, case.T, S)).astype(like.dtype)
+        for x, means, like in ((dk, dmeans[0], k), (dv, dmeans[1], v))
+    )
+    return dq, dk, dv
+
+
+def _was_read(case: Any, lists: Readers, place: Layout) -> Array:
+    """[B,T,K]: whether any token selected the block that this token is in."""
+    count = lists.pieces[..., 1:] - lists.pieces[..., :-1]
+    ordinal = ordinals(place, case.block_size)
+    read = jnp.take_along_axis(count.transpose(0, 2, 1), jnp.maximum(ordinal, 0)[..., None], axis=1) > 0
+    return read & (ordinal >= 0)[..., None]
+
+
+def _dq(
+    case: Any,
+    q: Array,
+    k: Array,
+    v: Array,
+    pooled: tuple[Array, Array],
+    place: Layout,
+    together: Union,
+    outputs: tuple[Array, Array],
+    residuals: Residuals,
+    cotangents: tuple[Array, Array],
+) -> tuple[Array, Float32[Array, "B T H"], Float32[Array, "B T H"]]:
+    rows = jax.ShapeDtypeStruct((case.B, case.T, case.H), jnp.float32)
+    return triton_call(
+        _dq_kernel,
+        *(q, k, v, *pooled, *outputs, *cotangents, residuals.lse_compressed, residuals.lse_selected),
+        *(place.start, place.position, place.base, together.first, together.bits, together.count, case.T),
+        out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), rows, rows),
+        grid=(together.count.shape[-1], case.K, case.B),
+        num_warps=TILES.dq_warps,
+        num_stages=TILES.dq_stages,
+        C=pooled[0].shape[1],
+        L=together.first.shape[-1],
+        GRADIENT_SCALE=case.scale,
+        BLOCKS=TILES.blocks,
+        **shared_constants(case, TILES.rows),
+    )
+
+
+def _selected_keys(
+    case: Any, q: Array, k: Array, v: Array, place: Layout, lists: Readers, lse: Array, delta: Array, do: Array
+) -> tuple[Float32[Array, "B T K N"], Float32[Array, "B T K V"]]:
+    """dk and dv of the selected branch; undefined where ``_was_read`` is not."""
+    B, T, K, S = case.B, case.T, case.K, case.block_size
+    P = lists.begin.shape[-1]
+    constants = shared_constants(case, TILES.rows)
+    partial = triton_call(
+        _pieces_kernel,
+        *(q, k, v, do, lse, delta, lists.token, lists.first, lists.begin, lists.end, T),
+        out_shape=[jax.ShapeDtypeStruct((B, K, P, S, size), jnp.float32) for size in (case.N, case.V)],
+        grid=(P, K, B),
+        num_warps=TILES.key_warps,
+        num_stages=TILES.key_stages,
+        E=lists.token.shape[-1],
+        GRADIENT_SCALE=case.scale,
+        **constants,
+    )
+    blocks = block_bound(T, S, case.segment_ids)
+    ordinal = ordinals(place, S)
+    dk, dv = (
+        triton_call(
+            _sum_kernel,
+            *(part, lists.pieces, lists.first, ordinal, T),
+            out_shape=jax.ShapeDtypeStruct((B, T, K, size), jnp.float32),
+            grid=(blocks, K, B),
+            BLOCKS=blocks,
+            P=P,
+            K=K,
+            S=S,
+            SIZE=size,
+            BLOCK=power_of_2(size, 16),
+        )
+        for part, size in zip(partial, (case.N, case.V), strict=True)
+    )
+    return dk, dv
+
+
+def _means(
+    case: Any, q: Array, pooled: tuple[Array, Array], place: Layout, lse: Array, delta: Array, do: Array
+) -> tuple[Float32[Array, "B C K N"], Float32[Array, "B C K V"]]:
+    """The gradients of the block means."""
+    C = pooled[0].shape[1]
+    constants = shared_constants(case, TILES.rows)
+    TOKENS = constants["TOKENS"]
+    tokens_each = ceil_div(ceil_div(case.T, TILES.ranges), TOKENS) * TOKENS
+    parts, chunks = ceil_div(case.T, tokens_each), ceil_div(C, TILES.blocks)
+    shape = (case.B, case.K, parts, chunks * TILES.blocks)
+    partial = triton_call(
+        _means_kernel,
+        *(q, *pooled, do, lse, delta, place.position, place.base, place.first_token, case.T, tokens_each),
+        out_shape=[jax.ShapeDtypeStruct((*shape, size), jnp.float32) for size in (case.N, case.V)],
+        grid=(chunks, parts, case.B * case.K),
+        num_warps=TILES.key_warps,
+        num_stages=TILES.key_stages,
+        C=C,
+        BLOCKS=TILES.blocks,
+        GRADIENT_SCALE=case.scale,
+        **constants,
+    )
+    dk, dv = (jnp.sum(x, axis=2)[:, :, :C].transpose(0, 2, 1, 3) for x in partial)
+    return dk, dv
