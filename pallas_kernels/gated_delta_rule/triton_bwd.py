@@ -1,4 +1,4 @@
-"""The gated delta rule's backward pass in Triton: two scans over the chunks, then all gradients within chunks in parallel.
+"""The gated delta rule's backward pass in Triton: two scans over the chunks, then every chunk's gradients at once.
 
 With the forward pass's A, P, r and state S before the chunk, D the gradient of the state after it, and dy that of
 y = v - exp(c) k S (which is dv):
@@ -7,10 +7,10 @@ y = v - exp(c) k S (which is dv):
     dy = A^T w
     D <- exp(c_last) D + scale (exp(c) q)^T do - (exp(c) k)^T dy
 
-The scans write S and D of every chunk, transposed. In the last kernel p_ij = do_i.r_j P_ij / beta_j, l_ij = dy_i.r_j L_ij
-/ beta_j and w_j = exp(c_last - c_j) r_j.(k_j D) give dbeta_j = sum_i (p_ij - l_ij) + w_j without a division, and the
-gradient of c beside it. No dot takes the transpose of another dot's result (Triton 3.4 to 3.7 gets that wrong on Hopper):
-where both a product and its transpose are needed, both are computed from memory.
+The scans write S and D of every chunk, transposed. In the last kernel p_ij = do_i.r_j P_ij / beta_j, l_ij = dy_i.r_j
+L_ij / beta_j and w_j = exp(c_last - c_j) r_j.(k_j D) give dbeta_j = sum_i (p_ij - l_ij) + w_j without a division, and
+the gradient of c beside it. No dot takes the transpose of another dot's result (Triton 3.4 to 3.7 gets that wrong on
+Hopper): where both a product and its transpose are needed, both are computed from memory.
 """
 
 from __future__ import annotations
@@ -324,7 +324,7 @@ def _gradients_within(q, k, g, beta, runs, r, do, dv, states, dstates, *, scale,
     return triton_call(
         _gradients, q, k, g, beta, runs, r, do, dv, states, dstates, T, scale,
         out_shape=(per_head, per_head, gates, gates),
-        grid=(ceil_div(T, CHUNK), B * H), num_warps=4, num_stages=2,
+        grid=(ceil_div(T, CHUNK), B * H), num_warps=8, num_stages=1,
         H=H, K=K, N=N, V=V, BN=min(N, 128), NORMALIZE=normalize, RUNS=runs is not None, PRECISION=precision(k.dtype),
     )  # fmt: skip
 
