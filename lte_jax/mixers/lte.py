@@ -29,26 +29,11 @@ from lte_jax.layers import InitRule, Linear, rotary
 from lte_jax.mixers import lte_cache, lte_store
 from lte_jax.mixers.base import Aux, Mixer, Reading
 from lte_jax.mixers.lte_cache import LTECache
-from lte_jax.mixers.lte_config import Config, needs_shared_router
+from lte_jax.mixers.lte_config import Config, make_router, needs_shared_router
 from lte_jax.mixers.lte_router import Router
 from pallas_kernels.window_attention.api import NEVER, Columns, window_attention, window_attention_step
 
 READINGS = ("train", "prompt", "streaming")
-
-
-def make_router(config: Config, width: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> Router:
-    """A layer's router, or, for ``routing_shared="all"``, that of all layers, which the model owns and passes."""
-    return Router(
-        config.kv_heads if config.routing_shared == "head" else 1,
-        2 * (width // config.num_heads),
-        sizes=config.conv_sizes,
-        dilations=config.conv_dilations,
-        dropout=config.dropout,
-        method=config.routing_method,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        rngs=rngs,
-    )
 
 
 class LTE(Mixer):

@@ -1,13 +1,16 @@
-"""LTE's settings, and the rules that they must keep."""
+"""LTE's settings, the rules that they must keep, and the router that they ask for."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+from flax import nnx
+from jax.typing import DTypeLike
+
 from lte_jax.mixers import lte_store
 from lte_jax.mixers.base import MixerConfig
-from lte_jax.mixers.lte_router import METHODS, reach
+from lte_jax.mixers.lte_router import METHODS, Router, reach
 
 SHARING = ("head", "layer", "all")
 
@@ -107,6 +110,21 @@ class Config(MixerConfig):
             f"window={self.window} is shorter than the router's reach on both sides, {2 * self.reach}; a score must be "
             "final before its token can leave the window: lengthen the window or shorten the convolutions",
         )
+
+
+def make_router(config: Config, width: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> Router:
+    """A layer's router, or, for ``routing_shared="all"``, that of all layers, which the model owns and passes."""
+    return Router(
+        config.kv_heads if config.routing_shared == "head" else 1,
+        2 * (width // config.num_heads),
+        sizes=config.conv_sizes,
+        dilations=config.conv_dilations,
+        dropout=config.dropout,
+        method=config.routing_method,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
 
 
 def needs_shared_router(config: MixerConfig) -> bool:

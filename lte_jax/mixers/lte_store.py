@@ -146,13 +146,14 @@ def successors(
     worst = _order_statistics(rank, start, index + 1, budget - 1)
 
     # The first p in [own index, end) with worst[p] < rank: worst only falls along a document.
-    low, high = index, end
-    for _ in range(max(count, 1).bit_length()):
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
         middle = (low + high) // 2
-        inside = low < high
         gone = jnp.take_along_axis(worst, jnp.minimum(middle, count - 1), axis=-1) < rank
-        high = jnp.where(inside & gone, middle, high)
-        low = jnp.where(inside & ~gone, middle + 1, low)
+        inside = low < high
+        return jnp.where(inside & ~gone, middle + 1, low), jnp.where(inside & gone, middle, high)
+
+    low, _ = jax.lax.fori_loop(0, count.bit_length(), halve, (index, end))
     taken = jnp.where(low < end, low, count)
     return jnp.where(scores > -jnp.inf, taken, index).swapaxes(1, 2)
 
@@ -168,10 +169,12 @@ def _order_statistics(
     batch, heads, count = values.shape
     rows, columns = _grid(batch, heads)
     enough = end - begin > nth
-    remaining = jnp.full_like(values, nth)
-    found = jnp.zeros_like(values)
     index = jnp.arange(count, dtype=jnp.int32)
-    for bit in reversed(range(max(count - 1, 1).bit_length())):
+    bits = max(count - 1, 1).bit_length()
+
+    def descend(level: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        values, begin, end, remaining, found = state
+        bit = bits - 1 - level
         zero = (values >> bit) & 1 == 0
         inclusive = jnp.cumsum(zero, axis=-1, dtype=jnp.int32)
         zeros_before = jnp.pad(inclusive, ((0, 0), (0, 0), (1, 0)))
@@ -186,6 +189,10 @@ def _order_statistics(
         found = jnp.where(left, found, found | (1 << bit))
         place = jnp.where(zero, inclusive - 1, total + index - inclusive)
         values = jnp.zeros_like(values).at[rows, columns, place].set(values, unique_indices=True)
+        return values, begin, end, remaining, found
+
+    start = (values, begin, end, jnp.full_like(values, nth), jnp.zeros_like(values))
+    found = jax.lax.fori_loop(0, bits, descend, start)[-1]
     return jnp.where(enough, found, count)
 
 
@@ -217,8 +224,7 @@ def slots_after(
 
     replaced = (successor > index) & (successor < count)
     first = index.at[rows, columns, jnp.where(replaced, successor, count)].set(index, mode="drop")
-    for _ in range(max(count - 1, 1).bit_length()):
-        first = jnp.take_along_axis(first, first, axis=-1)
+    first = jax.lax.fori_loop(0, count.bit_length(), lambda _, first: jnp.take_along_axis(first, first, axis=-1), first)
     # Where a chain of replacements began: in a slot of the store, or as the n-th candidate, appended to slot n.
     before = jnp.cumsum(candidate, axis=-1, dtype=jnp.int32) - candidate.astype(jnp.int32)
     slot = jnp.where(first < budget, first, jnp.take_along_axis(before, first, axis=-1))
