@@ -1,0 +1,73 @@
+"""Turns a Hugging Face folder of the authors' format into a checkpoint, and a checkpoint into such a folder.
+
+python -m experiments.convert --source=lalte-1.4b --check
+python -m experiments.convert --source=lalte-1.4b --target=runs/lalte
+python -m experiments.convert --source=runs/lalte --target=exported
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+
+from absl import app, flags
+
+from lte_jax import restore
+from lte_jax.convert import save_pretrained
+from lte_jax.data.tokenizer import load_tokenizer
+from lte_jax.evaluate.inventory import describe, inventory
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("source", None, "A Hugging Face folder, or a training run's folder, to read.")
+    flags.DEFINE_string("target", None, "The folder to write: of the other format than the source; new or empty.")
+    flags.DEFINE_integer("step", None, "Which checkpoint of a run; default the newest.")
+    flags.DEFINE_string("tokenizer", None, "'bytes', a tokenizer.json or its folder, in place of the source's own.")
+    flags.DEFINE_bool("check", False, "Only print which weights match and what memory is needed; reads no weights.")
+    flags.mark_flag_as_required("source")
+    FLAGS.set_default("verbosity", -2)  # errors alone: orbax tells its whole life at lower levels
+
+
+def check(source: str, step: int | None = None) -> bool:
+    """Prints how the source's weights meet its settings; whether all match."""
+    found = inventory(source, step)
+    print(describe(found))
+    return found.matches
+
+
+def convert(source: str, target: str, step: int | None = None, tokenizer: str | None = None) -> None:
+    """Reads one format and writes the other."""
+    model, found = restore.load_model(source, step=step)
+    if tokenizer is not None:
+        found = load_tokenizer(tokenizer)
+    if restore.find(source).checkpoints is None:
+        restore.save_model(model, target, tokenizer=found)
+        print(f"{target}: a checkpoint, for --init_from, experiments.generate and experiments.evaluate")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if found is not None:
+            found.save(folder)
+        save_pretrained(model, target, tokenizer_folder=folder)
+    print(f"{target}: a Hugging Face folder of the authors' format")
+
+
+def main(argv: list[str]) -> None:
+    logging.getLogger("lte_jax").setLevel(logging.WARNING)
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"{argv[1]!r}: no such argument; settings are given as flags")
+        if FLAGS.check:
+            sys.exit(0 if check(FLAGS.source, FLAGS.step) else 1)
+        if not FLAGS.target:
+            raise ValueError("--target is missing: name the folder to write, or say --check")
+        convert(FLAGS.source, FLAGS.target, FLAGS.step, FLAGS.tokenizer)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,254 @@
+"""How does a folder become a model: one of the authors' format, or a training run's checkpoints?
+
+A run's folder holds ``config.json``, ``checkpoints/<step>/{params, meta, ...}`` and ``tokenizer/``; ``params`` is one
+dictionary of arrays by path, and ``meta`` carries the settings, the model's under ``config.model``. Only these two are
+read here, onto one device, whatever mesh wrote them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lte_jax.checkpoint import CheckpointError, Checkpoints
+from lte_jax.convert import WeightReport, abstract_model, from_pretrained
+from lte_jax.data.tokenizer import ByteTokenizer, Tokenizer, check_fits, load_tokenizer
+from lte_jax.model import LanguageModel
+from lte_jax.model_config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+CONFIG, CHECKPOINTS, TOKENIZER = "config.json", "checkpoints", "tokenizer"
+PARAMS = "params"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a model lies.
+
+    Attributes:
+      folder: of the authors' format, or the run's.
+      checkpoints: the folder of steps; None for the authors' format.
+      step: the step that the caller's path named; None where it named none.
+    """
+
+    folder: Path
+    checkpoints: Path | None = None
+    step: int | None = None
+
+
+def load_model(
+    folder: str | os.PathLike[str],
+    *,
+    implementation: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    step: int | None = None,
+) -> tuple[LanguageModel, Tokenizer | None]:
+    """The model in a folder, and the tokenizer that travels with it.
+
+    Args:
+      folder: a Hugging Face folder of the authors' format, a run's folder, its ``checkpoints``, or one step of these.
+      implementation: of every operation; None picks the fastest measured.
+      dtype: of the computation; the weights keep theirs.
+      step: which checkpoint; None takes the newest that is whole.
+
+    Raises:
+      FileNotFoundError: there is no such folder, or no model in it.
+      ValueError: weights that are not those of the settings (named), a tokenizer with more ids than the model, a
+        ``step`` for a folder without steps.
+      CheckpointError: no step can be used.
+    """
+    place = find(folder)
+    tokenizer = find_tokenizer(place)
+    if place.checkpoints is None:
+        if step is not None:
+            raise ValueError(f"step={step}: {place.folder} is a Hugging Face folder, which has no steps; leave it out")
+        model = from_pretrained(place.folder, implementation, dtype=dtype)
+    else:
+        if place.step is not None and step not in (None, place.step):
+            raise ValueError(f"step={step}: the path names step {place.step}; give one of the two")
+        meta, params = _restore(place.checkpoints, place.step if step is None else step)
+        config = _model_config(meta.get("config", {}), place)
+        model = _fill(config, params, place.checkpoints, implementation=implementation, dtype=dtype)
+    if tokenizer is not None:
+        check_fits(tokenizer, model.config.vocab_size)
+    return model, tokenizer
+
+
+def save_model(
+    model: LanguageModel,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Tokenizer | None = None,
+    name: str = "converted",
+) -> None:
+    """Writes step 0 of a new run's folder, which ``load_model`` and training's ``--init_from`` read.
+
+    Raises:
+      FileExistsError: the folder exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not empty; name a new folder")
+    if tokenizer is not None:
+        check_fits(tokenizer, model.config.vocab_size)
+        tokenizer.save(folder / TOKENIZER)
+    settings = {"name": name, "model": model.config.to_dict(), "compute": {"dtype": model.dtype.name}}
+    params = {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.split(model)[1])}
+    checkpoints = Checkpoints(folder / CHECKPOINTS, asynchronous=False)
+    checkpoints.save(0, {PARAMS: params}, {"config": settings})
+    checkpoints.close()
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def find(folder: str | os.PathLike[str]) -> Place:
+    """What a folder is.
+
+    Raises:
+      FileNotFoundError: it is not there, or holds no model.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; name a Hugging Face folder or a training run's")
+    if (folder / CHECKPOINTS).is_dir():
+        return Place(folder, folder / CHECKPOINTS)
+    if folder.name.isdigit() and (folder / PARAMS).is_dir():
+        return Place(_run_folder(folder.parent), folder.parent, int(folder.name))
+    if any(path.name.isdigit() and path.is_dir() for path in folder.iterdir()):
+        return Place(_run_folder(folder), folder)
+    if (folder / CONFIG).is_file():
+        return Place(folder)
+    raise FileNotFoundError(
+        f"{folder} holds neither config.json (a Hugging Face folder) nor {CHECKPOINTS}/ (a training run); name one of "
+        "these"
+    )
+
+
+def find_tokenizer(place: Place) -> Tokenizer | None:
+    """The tokenizer that lies with a model, if one does."""
+    if place.checkpoints is not None:
+        folder = place.folder / TOKENIZER
+        return load_tokenizer(folder) if folder.is_dir() else None
+    if (place.folder / "tokenizer.json").is_file() or _is_byte_level(place.folder / "tokenizer_config.json"):
+        return load_tokenizer(place.folder)
+    return None
+
+
+def _is_byte_level(path: Path) -> bool:
+    return path.is_file() and json.loads(path.read_text()).get("tokenizer_class") == ByteTokenizer.__name__
+
+
+def read_settings(place: Place, step: int | None = None) -> dict[str, Any]:
+    """The settings of the run that wrote a checkpoint; {} for the authors' format."""
+    return {} if place.checkpoints is None else _read_settings(place, step)[0]
+
+
+def check_checkpoint(place: Place, step: int | None = None) -> tuple[ModelConfig, WeightReport]:
+    """The model of a step (default the newest) and how its parameters meet it, reading metadata only."""
+    settings, chosen = _read_settings(place, step)
+    config = _model_config(settings, place)
+    assert place.checkpoints is not None
+    return config, _compare(config, _by_path(_saved_shapes(place.checkpoints / str(chosen))))
+
+
+def _run_folder(checkpoints: Path) -> Path:
+    return checkpoints.parent if checkpoints.name == CHECKPOINTS else checkpoints
+
+
+def _read_settings(place: Place, step: int | None) -> tuple[dict[str, Any], int]:
+    """The settings saved with a step, and its number; without a step, the newest's."""
+    assert place.checkpoints is not None
+    checkpoints = Checkpoints(place.checkpoints, read_only=True)
+    try:
+        chosen = place.step if step is None else step
+        known = checkpoints.steps()
+        if not known or (chosen is not None and chosen not in known):
+            raise CheckpointError(_no_step(place.checkpoints, chosen, known))
+        chosen = known[-1] if chosen is None else chosen
+        return checkpoints.read_meta(chosen).get("config", {}), chosen
+    finally:
+        checkpoints.close()
+
+
+def _model_config(settings: Mapping[str, Any], where: Place) -> ModelConfig:
+    if "model" not in settings:
+        raise CheckpointError(f"{where.checkpoints}: its settings name no model (config.model); it is no run of ours")
+    return ModelConfig.from_dict(settings["model"])
+
+
+def _no_step(folder: Path, step: int | None, known: list[int]) -> str:
+    if step is None:
+        return f"{folder}: no checkpoint there"
+    return f"{folder}: no step {step}; there are {', '.join(map(str, known)) or 'none'}"
+
+
+def _restore(folder: Path, step: int | None) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """Meta and parameters by path of ``step``, or of the newest step that is whole."""
+    checkpoints = Checkpoints(folder, read_only=True)
+    try:
+        known = checkpoints.steps()
+        if step is not None and step not in known:
+            raise CheckpointError(_no_step(folder, step, known))
+        reasons = []
+        for candidate in [step] if step is not None else known[::-1]:
+            try:
+                found = checkpoints.restore({PARAMS: _saved_shapes(folder / str(candidate))}, candidate)
+            except CheckpointError as error:
+                reasons.append(str(error))
+                logger.warning("checkpoint skipped: %s", error)
+                continue
+            assert found is not None  # a named step is restored, or the call raises
+            return found.meta, _by_path(found.items[PARAMS])
+        raise CheckpointError("; ".join(reasons) or _no_step(folder, None, known))
+    finally:
+        checkpoints.close()
+
+
+def _saved_shapes(step: Path) -> Any:
+    """The tree of parameters as it was saved, to be restored onto this process's first device."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            saved = checkpointer.metadata(step.absolute() / PARAMS).item_metadata.tree
+    except Exception as error:  # whatever orbax makes of damaged files
+        raise CheckpointError(f"{step}: {PARAMS} cannot be read ({type(error).__name__})") from error
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), saved)
+
+
+def _by_path(tree: Any) -> dict[str, jax.Array]:
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def _fill(config: ModelConfig, params: dict[str, jax.Array], where: Path, **types: Any) -> LanguageModel:
+    """The model of ``config`` with these parameters."""
+    _compare(config, params).raise_if_any(where)
+    graph, state = nnx.split(abstract_model(config, **types))
+    filled = {path: variable.replace(params["/".join(map(str, path))]) for path, variable in nnx.to_flat_state(state)}
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _compare(config: ModelConfig, params: Mapping[str, Any]) -> WeightReport:
+    """How parameters by path (arrays, or their shapes) meet a model."""
+    state = nnx.split(abstract_model(config))[1]
+    expected = {"/".join(map(str, path)): variable.get_value().shape for path, variable in nnx.to_flat_state(state)}
+    return WeightReport(
+        missing=tuple(sorted(set(expected) - set(params))),
+        extra=tuple(sorted(set(params) - set(expected))),
+        mismatched=tuple(
+            f"{name} {list(params[name].shape)} instead of {list(shape)}"
+            for name, shape in sorted(expected.items())
+            if name in params and tuple(params[name].shape) != shape
+        ),
+    )

@@ -1,0 +1,165 @@
+"""From the authors' folder to a checkpoint and back: the same weights, settings and tokenizer, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lte_jax
+from experiments import convert
+from lte_jax import restore, runs
+from lte_jax.checkpoint import CheckpointError, Checkpoints
+from lte_jax.data.packing import DataError
+from lte_jax.evaluate.inventory import inventory
+
+REFERENCE = Path(__file__).parent.parent / "data" / "reference"
+FOLDERS = ["gdn", "gdn_attn", "gdn_lte", "gdn_nsa", "gdn_swa", "transformer", "nsa", "decode_lte"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A checkpoint with a tokenizer, converted from the reference."""
+    folder = tmp_path_factory.mktemp("converted") / "run"
+    model = lte_jax.LanguageModel(
+        lte_jax.ModelConfig(vocab_size=259, width=8, num_layers=1, pattern=(lte_jax.FullAttention(num_heads=2),)),
+        rngs=nnx.Rngs(0),
+    )
+    restore.save_model(model, folder, tokenizer=restore.load_tokenizer("bytes"))
+    return folder
+
+
+def parameters(model) -> dict[str, jax.Array]:
+    return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.split(model)[1])}
+
+
+@pytest.mark.parametrize("name", ["gdn_lte", "nsa"])
+def test_there_and_back_is_the_same_file(name, tmp_path, capsys):
+    convert.convert(str(REFERENCE / name), str(tmp_path / "run"))
+    convert.convert(str(tmp_path / "run"), str(tmp_path / "back"))
+    original = lte_jax.from_pretrained(REFERENCE / name)
+    between, tokenizer = restore.load_model(tmp_path / "run")
+    assert tokenizer is None and between.config == original.config
+    back = lte_jax.from_pretrained(tmp_path / "back")
+    assert back.config == original.config
+    for ours in (between, back):
+        jax.tree.map(np.testing.assert_array_equal, nnx.split(ours)[1], nnx.split(original)[1])
+    assert "a checkpoint" in capsys.readouterr().out
+
+
+def test_the_program_runs_from_the_shell(run, tmp_path):
+    def program(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "experiments.convert", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=REFERENCE.parents[2], timeout=120)
+
+    done = program(f"--source={run}", f"--target={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = restore.load_model(tmp_path / "out")
+    assert tokenizer.name == "bytes" and model.config == restore.load_model(run)[0].config
+    refused = program(f"--source={tmp_path / 'nowhere'}", "--check")
+    assert refused.returncode == 1
+    assert refused.stderr.strip() == (
+        f"error: {tmp_path / 'nowhere'}: no such folder; name a Hugging Face folder or a training run's"
+    )
+
+
+def test_every_path_to_a_run_works(run):
+    expected = nnx.split(restore.load_model(run)[0])[1]
+    for path, step in ((run / "checkpoints", None), (run / "checkpoints" / "0", None), (run, 0)):
+        model, tokenizer = restore.load_model(path, step=step, dtype=jnp.bfloat16)
+        assert tokenizer.name == "bytes" and model.dtype == jnp.bfloat16
+        jax.tree.map(np.testing.assert_array_equal, nnx.split(model)[1], expected)
+
+
+def test_the_newest_whole_step_is_read(run, tmp_path, caplog):
+    shutil.copytree(run, tmp_path / "run")
+    model, _ = restore.load_model(run)
+    doubled = {name: 2 * leaf for name, leaf in parameters(model).items()}
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", asynchronous=False)
+    for step in (1, 2):
+        checkpoints.save(step, {"params": doubled}, {"config": {"model": model.config.to_dict()}})
+    checkpoints.close()
+    for file in (tmp_path / "run" / "checkpoints" / "2" / "params" / "d").iterdir():
+        file.write_bytes(b"")
+    found, _ = restore.load_model(tmp_path / "run")
+    np.testing.assert_array_equal(found.embeddings.weight[...], 2 * model.embeddings.weight[...])
+    assert "checkpoint skipped" in caplog.text
+    with pytest.raises(CheckpointError, match="2: params cannot be read"):
+        restore.load_model(tmp_path / "run", step=2)
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir(), "reading must not rename anything"
+
+
+def test_training_can_start_from_it(run):
+    model, _ = restore.load_model(run)
+    found = runs.initial_params(run, runs.single_device_builder(model.config))
+    jax.tree.map(np.testing.assert_array_equal, found, parameters(model))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_inventory_needs_no_weights(name):
+    found = inventory(REFERENCE / name)
+    assert found.matches
+    model = lte_jax.from_pretrained(REFERENCE / name)
+    assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(nnx.split(model)[1]))
+    for length, size in found.cache_bytes.items():
+        cache = jax.eval_shape(lambda length=length: model.init_cache(1, length, jnp.bfloat16))
+        assert size == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+
+def test_the_check_names_every_fault(run, tmp_path, capsys):
+    shutil.copytree(REFERENCE / "gdn", tmp_path / "deep")
+    values = json.loads((tmp_path / "deep" / "config.json").read_text())
+    values["num_hidden_layers"] += 1
+    (tmp_path / "deep" / "config.json").write_text(json.dumps(values))
+    assert not convert.check(str(tmp_path / "deep"))
+    printed = capsys.readouterr().out
+    assert f"missing: model.layers.{values['num_hidden_layers'] - 1}.attn.q_proj.weight" in printed
+    assert convert.check(str(run))
+    printed = capsys.readouterr().out
+    assert "weights: all match" in printed and "memory of the weights:" in printed and "KiB in bfloat16" in printed
+
+
+def test_bad_input_is_refused(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "stepless" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("precious")
+    reference = str(REFERENCE / "gdn")
+    cases = [
+        (FileNotFoundError, "no such folder", lambda: restore.load_model(tmp_path / "nowhere")),
+        (FileNotFoundError, "neither config.json", lambda: restore.load_model(tmp_path / "empty")),
+        (CheckpointError, "no checkpoint there", lambda: restore.load_model(tmp_path / "stepless")),
+        (CheckpointError, "no step 7; there are 0", lambda: restore.load_model(run, step=7)),
+        (ValueError, "step=7: the path names step 0", lambda: restore.load_model(run / "checkpoints" / "0", step=7)),
+        (ValueError, "has no steps", lambda: restore.load_model(reference, step=1)),
+        (FileExistsError, "is not empty", lambda: convert.convert(reference, str(tmp_path / "full"))),
+        (FileExistsError, "is not empty", lambda: convert.convert(str(run), str(tmp_path / "full"))),
+        (DataError, "259 ids", lambda: convert.convert(reference, str(tmp_path / "new"), tokenizer="bytes")),
+    ]
+    for kind, message, call in cases:
+        with pytest.raises(kind, match=message):
+            call()
+    assert not (tmp_path / "new").exists() and [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
+
+
+def test_a_run_of_another_shape_is_refused(run, tmp_path):
+    model, _ = restore.load_model(run)
+    for name, change, message in (
+        ("wide", {"vocab_size": 260}, "wrong shape: embeddings/weight"),
+        ("deep", {"tie_embeddings": False}, "missing: lm_head/weight"),
+    ):
+        settings = {"model": {**model.config.to_dict(), **change}}
+        checkpoints = Checkpoints(tmp_path / name / "checkpoints", asynchronous=False)
+        checkpoints.save(0, {"params": parameters(model)}, {"config": settings})
+        checkpoints.close()
+        with pytest.raises(ValueError, match=message):
+            restore.load_model(tmp_path / name)
+        assert not inventory(tmp_path / name).matches
