@@ -85,21 +85,19 @@ def check(case) -> None:
 
 
 def _inverse(a: jax.Array) -> jax.Array:
-    """(I + A)^-1 for strictly lower triangular A [..., C, C], C a power of two, from blocks of half the size."""
+    """(I + A)^-1 for strictly lower triangular A [..., C, C], C a power of two, by doubling the diagonal blocks.
+
+    With X the inverse of the diagonal blocks of one size, X - X A' X is that of the blocks of twice the size, A' being
+    A inside the larger blocks and below the smaller.
+    """
     size = a.shape[-1]
-    if size == 1:
-        return jnp.ones_like(a)
-    half = size // 2
-    diagonal = _inverse(jnp.stack([a[..., :half, :half], a[..., half:, half:]], axis=-3))
-    first, second = diagonal[..., 0, :, :], diagonal[..., 1, :, :]
-    below = -_einsum("...ij,...jk,...kl->...il", second, a[..., half:, :half], first)
-    return jnp.concatenate(
-        [
-            jnp.concatenate([first, jnp.zeros_like(first)], axis=-1),
-            jnp.concatenate([below, second], axis=-1),
-        ],
-        axis=-2,
-    )
+    index = jnp.arange(size)
+    inverse = jnp.broadcast_to(jnp.eye(size, dtype=a.dtype), a.shape)
+    for level in range(size.bit_length() - 1):
+        block = index >> level
+        joined = jnp.where((block[:, None] ^ block) == 1, a, 0.0)
+        inverse = inverse - _einsum("...ij,...jk,...kl->...il", inverse, joined, inverse)
+    return inverse
 
 
 @jax.custom_vjp

@@ -40,9 +40,10 @@ def forward(x, weight, segment_ids, initial_state, *, activation):
     else:
         live = segment_ids != 0
         index = jnp.arange(tokens, dtype=jnp.int32)
-        # A row of padding keeps its state as if the state stood right before its end.
         first = jnp.min(jnp.where(live, index, tokens), axis=1)
-        last = jnp.max(jnp.where(live, index, tokens - 1), axis=1, where=live | ~live.any(1, keepdims=True), initial=0)
+        # A row of padding keeps its state: it was laid right after the row's last token.
+        last = jnp.max(jnp.where(live, index, -1), axis=1)
+        last = jnp.where(last < 0, tokens - 1, last)
         first_id = jnp.max(jnp.where(index == first[:, None], segment_ids, -1), axis=1)
         extended = _insert(jnp.pad(x, ((0, 0), (history, 0), (0, 0))), initial_state, first)
         first_ids = jnp.broadcast_to(first_id[:, None], (batch, history))
@@ -50,9 +51,11 @@ def forward(x, weight, segment_ids, initial_state, *, activation):
         final_state = _take(extended, last + 1, history)
         final_ids = _take(ids, last + 1, history)
         final_state = jnp.where((final_ids == final_ids[:, -1:])[..., None], final_state, jnp.zeros((), x.dtype))
+    # Cast before the taps are taken, so that the backward pass sums them in float32.
+    extended = extended.astype(jnp.float32)
     y = jnp.zeros(x.shape, jnp.float32)
     for tap in range(taps):
-        term = weight[tap].astype(jnp.float32) * extended[:, tap : tap + tokens].astype(jnp.float32)
+        term = weight[tap].astype(jnp.float32) * extended[:, tap : tap + tokens]
         if ids is not None:
             same = (ids[:, tap : tap + tokens] == segment_ids) & (segment_ids != 0)
             term = jnp.where(same[..., None], term, 0.0)
