@@ -7,11 +7,10 @@ python -m experiments.convert --source=runs/lalte --target=exported
 
 from __future__ import annotations
 
-import logging
 import sys
 import tempfile
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from lte_jax import restore
 from lte_jax.convert import save_pretrained
@@ -28,7 +27,6 @@ def define_flags() -> None:
     flags.DEFINE_string("tokenizer", None, "'bytes', a tokenizer.json or its folder, in place of the source's own.")
     flags.DEFINE_bool("check", False, "Only print which weights match and what memory is needed; reads no weights.")
     flags.mark_flag_as_required("source")
-    FLAGS.set_default("verbosity", -2)  # errors alone: orbax tells its whole life at lower levels
 
 
 def check(source: str, step: int | None = None) -> bool:
@@ -55,7 +53,7 @@ def convert(source: str, target: str, step: int | None = None, tokenizer: str | 
 
 
 def main(argv: list[str]) -> None:
-    logging.getLogger("lte_jax").setLevel(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)  # at lower levels orbax tells its whole life
     try:
         if len(argv) > 1:
             raise ValueError(f"{argv[1]!r}: no such argument; settings are given as flags")

@@ -70,23 +70,23 @@ def generate(
       decode: tokens to text.
       reading: how LTE reads the prompt; "prompt" is the authors', "streaming" the causal one.
       chunk: reads prompts in pieces of this many tokens, in bounded memory; needs reading="streaming".
-      steps_per_call: tokens drawn between two looks of the host.
+      steps_per_call: tokens drawn between two looks of the host; it changes no token.
       on_tokens: called with (row, new tokens) as they come.
 
     Raises:
       ValueError: no prompts, an empty prompt, ids outside the vocabulary, settings that exclude each other.
     """
-    _check_request(model, prompts, max_new_tokens, stop, decode, reading, chunk)
-    seeds = [seeds] * len(prompts) if isinstance(seeds, int) else list(seeds)
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for each, or one for all")
+    _check_request(model, prompts, max_new_tokens, stop, decode, reading, chunk, steps_per_call)
+    seeds = _seed_per_row(seeds, len(prompts))
     rows = _Rows(len(prompts), eos_id, tuple(stop), decode, on_tokens)
     if max_new_tokens == 0:
         return rows.results()
 
     graph, state = nnx.split(model)
     ids, mask = pad_left(prompts)
-    cache = model.init_cache(len(prompts), int(mask.sum(axis=1).max()) + max_new_tokens)
+    steps = min(steps_per_call, max_new_tokens)
+    calls = -(-max_new_tokens // steps)  # the last call may draw more tokens than are wanted: one program for all
+    cache = model.init_cache(len(prompts), ids.shape[1] + _round_up(calls * steps))
     logits, cache = read_prompt(graph, state, ids, mask, cache, reading=reading, chunk=chunk)
     loop = _Loop(
         cache=cache,
@@ -94,10 +94,10 @@ def generate(
         seen=_seen(ids, mask, model.config.vocab_size) if sampling.repetition_penalty != 1.0 else None,
         keys=jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)),
     )
-    for start in range(0, max_new_tokens, steps_per_call):
-        steps = min(steps_per_call, max_new_tokens - start)
+    for call in range(calls):
         loop, tokens, log_probs = _run(graph, state, loop, sampling=sampling, steps=steps)
-        rows.add(np.asarray(tokens), np.asarray(log_probs))
+        wanted = max_new_tokens - call * steps
+        rows.add(np.asarray(tokens)[:, :wanted], np.asarray(log_probs)[:, :wanted])
         if rows.done():
             break
     return rows.results()
@@ -105,14 +105,17 @@ def generate(
 
 def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [B, T] int32 with zeros at the left, and the mask of the tokens; T is a multiple of LENGTH_STEP."""
-    longest = max(len(prompt) for prompt in prompts)
-    length = -(-longest // LENGTH_STEP) * LENGTH_STEP
+    length = _round_up(max(len(prompt) for prompt in prompts))
     ids = np.zeros((len(prompts), length), np.int32)
     mask = np.zeros((len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = prompt
         mask[row, length - len(prompt) :] = 1
     return ids, mask
+
+
+def _round_up(length: int) -> int:
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
 def read_prompt(
@@ -170,6 +173,34 @@ def _run(graph: Any, state: Any, loop: _Loop, *, sampling: Sampling, steps: int)
 
     loop, (tokens, log_probs) = jax.lax.scan(step, loop, None, length=steps)
     return loop, tokens.T, log_probs.T
+
+
+class StopFilter:
+    """Lets text pass up to the first stop string, and holds back an end that may be the start of one."""
+
+    def __init__(self, stop: Sequence[str]):
+        self._stop = tuple(stop)
+        self._held = ""
+        self._ended = False
+
+    def push(self, text: str) -> str:
+        """What of the text so far may be shown and has not been."""
+        if self._ended:
+            return ""
+        text = self._held + text
+        found = [text.index(string) for string in self._stop if string in text]
+        if found:
+            self._ended, self._held = True, ""
+            return text[: min(found)]
+        starts = [size for string in self._stop for size in range(1, len(string)) if text.endswith(string[:size])]
+        shown = len(text) - max(starts, default=0)
+        self._held = text[shown:]
+        return text[:shown]
+
+    def finish(self) -> str:
+        """What was held back, when no more text comes."""
+        text, self._held = self._held, ""
+        return text
 
 
 class _Rows:
@@ -240,6 +271,16 @@ def _seen(ids: np.ndarray, mask: np.ndarray, vocab_size: int) -> jax.Array:
     return jnp.asarray(seen)
 
 
+def _seed_per_row(seeds: Sequence[int] | int, rows: int) -> list[int]:
+    seeds = [seeds] * rows if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    if len(seeds) != rows:
+        raise ValueError(f"{len(seeds)} seeds for {rows} prompts; give one for each, or one for all")
+    wrong = [seed for seed in seeds if not 0 <= seed < 2**32]
+    if wrong:
+        raise ValueError(f"seed {wrong[0]} must lie in [0, 2**32)")
+    return seeds
+
+
 def _check_request(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
@@ -248,6 +289,7 @@ def _check_request(
     decode: Callable | None,
     reading: Reading,
     chunk: int | None,
+    steps_per_call: int,
 ) -> None:
     if not prompts:
         raise ValueError("no prompts were given")
@@ -257,6 +299,10 @@ def _check_request(
         check_tokens(np.asarray(prompt)[None], model.config.vocab_size)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
+    if steps_per_call < 1:
+        raise ValueError(f"steps_per_call={steps_per_call} must be at least 1")
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop={stop!r} must be a sequence of strings that are not empty")
     if stop and decode is None:
         raise ValueError("stop strings need decode=, the tokenizer's tokens-to-text function")
     if chunk is not None and (chunk < 1 or reading != "streaming"):

@@ -1,0 +1,264 @@
+"""Continues text with a trained model: a prompt, a file of prompts, or a conversation on the terminal.
+
+python -m experiments.generate --checkpoint=runs/text --prompt="def main(" --temperature=0.8 --top_p=0.95
+python -m experiments.generate --checkpoint=runs/text --prompts_file=prompts.txt --output=answers.jsonl
+python -m experiments.generate --checkpoint=runs/text --interactive
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from tqdm import tqdm
+
+from lte_jax import restore
+from lte_jax.data.tokenizer import Tokenizer, check_fits, load_tokenizer
+from lte_jax.generate import Generation, StopFilter, generate
+from lte_jax.mixers.base import Reading
+from lte_jax.model import LanguageModel
+from lte_jax.sampling import Sampling
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "A training run's folder, or a Hugging Face folder of the authors' format.")
+    flags.DEFINE_integer("step", None, "Which checkpoint of a run; default the newest.")
+    flags.DEFINE_string("tokenizer", None, "'bytes', a tokenizer.json or its folder, in place of the checkpoint's own.")
+    flags.DEFINE_string("prompt", None, "The text to continue.")
+    flags.DEFINE_string("prompts_file", None, 'Prompts: one a line, or JSON lines with "prompt" (*.jsonl).')
+    flags.DEFINE_bool("interactive", False, "A conversation: each line typed is continued; /new begins anew.")
+    flags.DEFINE_string("output", None, "Where the answers to a file of prompts go, as JSON lines; default the screen.")
+    flags.DEFINE_integer("max_new_tokens", 128, "At most so many tokens a prompt.")
+    flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token.")
+    flags.DEFINE_integer("top_k", 0, "Draw among the k most likely tokens; 0 is no limit.")
+    flags.DEFINE_float("top_p", 1.0, "Draw among the fewest tokens whose probabilities reach p; 1 is no limit.")
+    flags.DEFINE_float("repetition_penalty", 1.0, "Above 1: tokens that have occurred become less likely.")
+    flags.DEFINE_integer("seed", 0, "Of the draws; the prompts of a file count up from it.")
+    flags.DEFINE_multi_string("stop", [], "Text that ends the answer; it is not shown.")
+    flags.DEFINE_bool("add_bos", None, "Whether the begin token goes first; default where the tokenizer has one.")
+    flags.DEFINE_enum("reading", "prompt", ["prompt", "streaming"], "How LTE reads the prompt.")
+    flags.DEFINE_integer("chunk", None, "Read prompts in pieces of so many tokens; needs --reading=streaming.")
+    flags.DEFINE_integer("batch_size", 8, "Prompts of a file at a time.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
+    flags.DEFINE_string("implementation", None, "Of every operation: xla, triton or pallas; default the fastest.")
+    flags.mark_flag_as_required("checkpoint")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How answers are drawn."""
+
+    max_new_tokens: int = 128
+    sampling: Sampling = Sampling()  # noqa: RUF009 - frozen
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    add_bos: bool | None = None
+    reading: Reading = "prompt"
+    chunk: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+    """A model with its tokenizer and settings."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    settings: Settings
+
+    def encode(self, text: str) -> list[int]:
+        add_bos = self.settings.add_bos
+        ids = self.tokenizer.encode(text, add_bos=self.tokenizer.bos_id is not None if add_bos is None else add_bos)
+        if not ids:
+            raise ValueError("the prompt is empty, and the tokenizer adds no begin token: give some text")
+        return ids
+
+    def answer(
+        self, prompts: Sequence[Sequence[int]], first: int = 0, on_tokens: Callable[[int, list[int]], Any] | None = None
+    ) -> list[Generation]:
+        """Continues token ids; prompt i draws from seed + first + i."""
+        settings = self.settings
+        return generate(
+            self.model,
+            prompts,
+            max_new_tokens=settings.max_new_tokens,
+            sampling=settings.sampling,
+            seeds=[settings.seed + first + row for row in range(len(prompts))],
+            eos_id=self.tokenizer.eos_id,
+            stop=settings.stop,
+            decode=self.tokenizer.decode,
+            reading=settings.reading,
+            chunk=settings.chunk,
+            steps_per_call=8,
+            on_tokens=on_tokens,
+        )
+
+    def say(self, prompt: Sequence[int], write: Callable[[str], Any]) -> tuple[Generation, str]:
+        """Continues one prompt, writing text as it comes; also returns a line about its speed."""
+        stream, shown, clock = self.tokenizer.stream(), StopFilter(self.settings.stop), Clock()
+
+        def on_tokens(row: int, tokens: list[int]) -> None:
+            clock.count(len(tokens))
+            for token in tokens:
+                write(shown.push(stream.push(token)))
+
+        (generation,) = self.answer([prompt], on_tokens=on_tokens)
+        write(shown.push(stream.finish()) + shown.finish())
+        return generation, f"{len(prompt)} tokens in, {clock}; ended by {generation.finish_reason}"
+
+
+class Clock:
+    """Counts tokens; the first batch of them, which waits for compilation and the prompt, is told apart."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._times: list[float] = []
+        self._counts: list[int] = []
+
+    def count(self, tokens: int) -> None:
+        self._times.append(time.perf_counter())
+        self._counts.append(tokens)
+
+    def __str__(self) -> str:
+        if not self._counts:
+            return "0 out"
+        text = f"{sum(self._counts)} out, the first after {self._times[0] - self._start:.2f} s"
+        if len(self._counts) > 1:
+            rate = sum(self._counts[1:]) / max(self._times[-1] - self._times[0], 1e-9)
+            text += f", then {rate:.1f} tokens/s"
+        return text
+
+
+def read_prompts(path: str) -> list[str]:
+    """The prompts of a file: its lines, or the field "prompt" of JSON lines.
+
+    Raises:
+      ValueError: an empty file or prompt, or a line that is not what is wanted (named).
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--prompts_file={path}: no such file")
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        prompt: Any = line
+        if path.endswith(".jsonl"):
+            try:
+                prompt = json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f'{path}, line {number}: not a JSON object with "prompt"') from None
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError(f"{path}, line {number}: the prompt is empty or no text")
+        prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"--prompts_file={path}: it holds no prompts")
+    return prompts
+
+
+def answer_file(speaker: Speaker, path: str, output: str | None, batch_size: int) -> str:
+    """Answers every prompt of a file; returns a line about the speed."""
+    if batch_size < 1:
+        raise ValueError(f"--batch_size={batch_size}: it must be at least 1")
+    prompts = read_prompts(path)
+    encoded = [speaker.encode(prompt) for prompt in prompts]
+    clock, partial = Clock(), Path(f"{output}.partial")
+    records = []
+    with tqdm(total=len(prompts), unit="prompt", disable=None) as bar:
+        for start in range(0, len(prompts), batch_size):
+            batch = encoded[start : start + batch_size]
+            for row, found in enumerate(speaker.answer(batch, start, lambda _, tokens: clock.count(len(tokens)))):
+                text, ended = found.text, found.finish_reason
+                records.append({"prompt": prompts[start + row], "text": text, "finish_reason": ended})
+                if output is None:
+                    tqdm.write(f"{prompts[start + row]}{text}\n")
+            bar.update(len(batch))
+    if output is not None:
+        partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
+        partial.replace(output)
+    return f"{len(prompts)} prompts, {clock}"
+
+
+def converse(speaker: Speaker, lines: Iterable[str], write: Callable[[str], Any]) -> None:
+    """Each line, with its line break, is added to the text so far, and so is the model's answer."""
+    history: list[int] = []
+    for line in lines:
+        if line.strip() == "/new":
+            history = []
+            write("(a new conversation)\n> ")
+            continue
+        text = line.rstrip("\n") + "\n"
+        history += speaker.tokenizer.encode(text) if history else speaker.encode(text)
+        generation, speed = speaker.say(history, write)
+        history += generation.tokens
+        write(f"\n[{speed}]\n> ")
+
+
+def load_speaker(
+    checkpoint: str, settings: Settings, *, tokenizer: str | None = None, step: int | None = None, **types: Any
+) -> Speaker:
+    """A model and its tokenizer; raises ValueError where there is none."""
+    model, found = restore.load_model(checkpoint, step=step, **types)
+    if tokenizer is not None:
+        found = load_tokenizer(tokenizer)
+        check_fits(found, model.config.vocab_size)
+    if found is None:
+        raise ValueError(f"{checkpoint} holds no tokenizer: name one with --tokenizer ('bytes', a file or a folder)")
+    return Speaker(model, found, settings)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _run() -> None:
+    if sum((FLAGS.prompt is not None, FLAGS.prompts_file is not None, FLAGS.interactive)) != 1:
+        raise ValueError("give one of --prompt, --prompts_file and --interactive")
+    if FLAGS.output is not None and FLAGS.prompts_file is None:
+        raise ValueError("--output is for --prompts_file; redirect the screen otherwise")
+    sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.repetition_penalty)
+    settings = Settings(
+        FLAGS.max_new_tokens, sampling, FLAGS.seed, tuple(FLAGS.stop), FLAGS.add_bos, FLAGS.reading, FLAGS.chunk
+    )
+    speaker = load_speaker(
+        FLAGS.checkpoint,
+        settings,
+        tokenizer=FLAGS.tokenizer,
+        step=FLAGS.step,
+        dtype=FLAGS.dtype,
+        implementation=FLAGS.implementation,
+    )
+    if FLAGS.interactive:
+        _write("each line is continued; /new begins anew, Ctrl-D ends\n> ")
+        converse(speaker, sys.stdin, _write)
+    elif FLAGS.prompts_file is not None:
+        print(answer_file(speaker, FLAGS.prompts_file, FLAGS.output, FLAGS.batch_size), file=sys.stderr)
+    else:
+        _write(FLAGS.prompt)
+        _, speed = speaker.say(speaker.encode(FLAGS.prompt), _write)
+        print(f"\n[{speed}]", file=sys.stderr)
+
+
+def main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.ERROR)  # at lower levels orbax tells its whole life
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"{argv[1]!r}: no such argument; settings are given as flags")
+        _run()
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
