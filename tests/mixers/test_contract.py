@@ -118,7 +118,7 @@ def test_packed_documents_equal_the_documents_alone(name, reading):
         ids[start : start + length] = number
     x = inputs(batch=1)
     run = whole(name, reading)
-    cotangent = jax.random.normal(jax.random.key(2), x.shape) * (ids != 0)[None, :, None]
+    cotangent = jax.random.normal(jax.random.key(2), x.shape) * jnp.asarray(ids != 0, jnp.float32)[None, :, None]
     y, pullback = jax.vjp(lambda x: run(x, jnp.asarray(ids)[None]), x)
     gradient = pullback(cotangent)[0]
     np.testing.assert_array_equal(gradient[:, ids == 0], 0)

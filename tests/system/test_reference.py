@@ -44,7 +44,8 @@ def test_scores_and_selections(reading, prefix):
         selected = golden[f"{prefix}selected.{layer}"]
         assert 0 < selected.mean() < 1, "the reference selects everything or nothing: it pins nothing down"
         np.testing.assert_array_equal(output.selected[layer][:, :-6], selected)
-        np.testing.assert_allclose(output.scores[layer][:, :-6], golden[f"score.{layer}"], atol=1e-5, rtol=0)
+        if reading == "prompt":  # the arrays hold the scores of the evaluation path alone
+            np.testing.assert_allclose(output.scores[layer][:, :-6], golden[f"score.{layer}"], atol=1e-5, rtol=0)
 
 
 def test_training_loss_and_every_gradient():
