@@ -120,41 +120,38 @@ def _reverse_scan(
 
 
 @jit
-def _pairs(left_ptr, other_ptr, right_ptr, at_v, inside, V: tl.constexpr, PRECISION: tl.constexpr):
-    """left right^T and other right^T over the value size, [64, 64] each; all three are [T, H, V] in memory."""
-    first = tl.zeros([64, 64], tl.float32)
-    second = tl.zeros([64, 64], tl.float32)
-    for block in range(V // 64):
-        left = tl.load(left_ptr + at_v + block * 64, mask=inside, other=0.0)
-        other = tl.load(other_ptr + at_v + block * 64, mask=inside, other=0.0)
-        right = tl.load(right_ptr + at_v + block * 64, mask=inside, other=0.0)
-        first = tl.dot(left, tl.trans(right), first, input_precision=PRECISION)
-        second = tl.dot(other, tl.trans(right), second, input_precision=PRECISION)
-    return first, second
+def _product(left_ptr, right_ptr, at, inside, size, PRECISION: tl.constexpr):
+    """left right^T of two [64, size] in memory, at the offsets ``at`` of their first 64 columns."""
+    result = tl.zeros([64, 64], tl.float32)
+    for part in range(size // 64):
+        left = tl.load(left_ptr + at + part * 64, mask=inside, other=0.0)
+        right = tl.load(right_ptr + at + part * 64, mask=inside, other=0.0)
+        result = tl.dot(left, tl.trans(right), result, input_precision=PRECISION)
+    return result
 
 
 @jit
-def _pairs_transposed(left_ptr, right_ptr, other_ptr, at_v, inside, V: tl.constexpr, PRECISION: tl.constexpr):
-    """left right^T and left other^T over the value size."""
-    first = tl.zeros([64, 64], tl.float32)
-    second = tl.zeros([64, 64], tl.float32)
-    for block in range(V // 64):
-        left = tl.load(left_ptr + at_v + block * 64, mask=inside, other=0.0)
-        right = tl.load(right_ptr + at_v + block * 64, mask=inside, other=0.0)
-        other = tl.load(other_ptr + at_v + block * 64, mask=inside, other=0.0)
-        first = tl.dot(left, tl.trans(right), first, input_precision=PRECISION)
-        second = tl.dot(left, tl.trans(other), second, input_precision=PRECISION)
-    return first, second
+def _inverse_norm(x_ptr, at, inside, size, NORMALIZE: tl.constexpr):
+    """1 / sqrt(sum x^2 + 1e-6) of each row of a [64, size] in memory, or ones."""
+    total = tl.zeros([64], tl.float32)
+    if NORMALIZE:
+        for part in range(size // 64):
+            x = tl.load(x_ptr + at + part * 64, mask=inside, other=0.0).to(tl.float32)
+            total += tl.sum(x * x, 1)
+        total = tl.rsqrt(total + 1e-6)
+    else:
+        total += 1.0
+    return total
 
 
 @jit
 def _times_state(
-    x_ptr, states, at_v, inside,
-    N: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, states, at_v, inside, size,
+    N: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x [64, V] against a transposed state [V, BN]."""
+    """x [64, size] against a transposed state [size, BN]."""
     result = tl.zeros([64, BN], tl.float32)
-    for block in range(V // 64):
+    for block in range(size // 64):
         x = tl.load(x_ptr + at_v + block * 64, mask=inside, other=0.0)
         state = tl.load(states + block * 64 * N)
         result = tl.dot(x, state, result, input_precision=PRECISION)
@@ -169,7 +166,8 @@ def _undo_norm(x, dx, along, rstd):
 
 @jit
 def _gradients(
-    q_ptr, k_ptr, g_ptr, beta_ptr, run_ptr, r_ptr, do_ptr, dv_ptr, states_ptr, dstates_ptr, T, scale,
+    q_ptr, k_ptr, g_ptr, beta_ptr, run_ptr, r_ptr, do_ptr, dv_ptr, states_ptr, dstates_ptr,
+    T, scale, key_size, value_size,
     dq_ptr, dk_ptr, dg_ptr, dbeta_ptr,
     H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BN: tl.constexpr,
     NORMALIZE: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
@@ -198,46 +196,41 @@ def _gradients(
     at_out = ((b * T + chunk * 64 + i) * H + h) * N + n[None, :]
     at_state = (bh * NT + chunk) * V * N + columns[:, None] * N + n[None, :]
 
-    # Token against token: row i sees column j.
-    qk = tl.zeros([64, 64], tl.float32)
-    kk = tl.zeros([64, 64], tl.float32)
-    rq = tl.zeros([64], tl.float32)
-    rk = tl.zeros([64], tl.float32)
-    for part in tl.static_range(N // BN):
-        k = tl.load(k_ptr + at + part * BN, mask=inside, other=0.0)
-        q = tl.load(q_ptr + at + part * BN, mask=inside, other=0.0)
-        qk = tl.dot(q, tl.trans(k), qk, input_precision=PRECISION)
-        kk = tl.dot(k, tl.trans(k), kk, input_precision=PRECISION)
-        rq += tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
-        rk += tl.sum(k.to(tl.float32) * k.to(tl.float32), 1)
-    rq = tl.rsqrt(rq + 1e-6) if NORMALIZE else rq * 0.0 + 1.0
-    rk = tl.rsqrt(rk + 1e-6) if NORMALIZE else rk * 0.0 + 1.0
-    dp, dl = _pairs(do_ptr, dv_ptr, r_ptr, at_v, inside, V, PRECISION)
+    # key_size and value_size are N and V again as run-time values: loops of known length would be unrolled and all
+    # their loads moved to the front, far beyond the registers.
+    # Token against token: row i sees column j. One product after another keeps the registers few.
+    rq = _inverse_norm(q_ptr, at, inside, key_size, NORMALIZE)
+    rk = _inverse_norm(k_ptr, at, inside, key_size, NORMALIZE)
     decay = tl.exp(tl.where(sees, c[:, None] - c[None, :], float("-inf"))) * rk[None, :]
-    dp *= decay * scale
-    dl *= tl.where(i > j, decay, 0.0)
-    pairs = qk * dp * rq[:, None] - kk * dl * rk[:, None]
+    grad = _product(do_ptr, r_ptr, at_v, inside, value_size, PRECISION) * decay * scale
+    to_q = (grad * beta[None, :]).to(dtype)
+    pairs = _product(q_ptr, k_ptr, at, inside, key_size, PRECISION) * grad * rq[:, None]
     dbeta = tl.sum(pairs, 0)
     dc = tl.sum(pairs * beta[None, :], 1)
-    to_q = (dp * beta[None, :]).to(dtype)
-    to_k = dl * -beta[None, :]
+    decay = tl.where(i > j, decay, 0.0)
+    grad = _product(dv_ptr, r_ptr, at_v, inside, value_size, PRECISION) * decay
+    to_k = grad * -beta[None, :]
+    pairs = _product(k_ptr, k_ptr, at, inside, key_size, PRECISION) * grad * -rk[:, None]
+    dbeta += tl.sum(pairs, 0)
+    dc += tl.sum(pairs * beta[None, :], 1)
     # The same pairs transposed: row i is seen by column j.
-    dp, dl = _pairs_transposed(r_ptr, do_ptr, dv_ptr, at_v, inside, V, PRECISION)
     decay = tl.exp(tl.where(seen, c[None, :] - c[:, None], float("-inf"))) * beta[:, None]
-    from_q = (dp * decay * (rq * scale)[None, :]).to(dtype)
-    to_k = (to_k - dl * tl.where(i < j, decay, 0.0) * rk[None, :]).to(dtype)
+    grad = _product(r_ptr, dv_ptr, at_v, inside, value_size, PRECISION)
+    to_k = (to_k - grad * tl.where(i < j, decay, 0.0) * rk[None, :]).to(dtype)
+    grad = _product(r_ptr, do_ptr, at_v, inside, value_size, PRECISION)
+    from_q = (grad * decay * (rq * scale)[None, :]).to(dtype)
 
     # Token against state, a part of the key head at a time.
     w = tl.zeros([64], tl.float32)
     along_q = tl.zeros([64], tl.float32)
     along_k = tl.zeros([64], tl.float32)
     dcarry = tl.zeros([BN], tl.float32)
-    for part in tl.static_range(N // BN):
+    for part in range(key_size // BN):
         states = states_ptr + at_state + part * BN
         dstates = dstates_ptr + at_state + part * BN
         q = tl.load(q_ptr + at + part * BN, mask=inside, other=0.0)
         k = tl.load(k_ptr + at + part * BN, mask=inside, other=0.0)
-        dq = _times_state(do_ptr, states, at_v, inside, N, V, BN, PRECISION) * (read * scale)[:, None]
+        dq = _times_state(do_ptr, states, at_v, inside, value_size, N, BN, PRECISION) * (read * scale)[:, None]
         dc += tl.sum(dq * q.to(tl.float32), 1) * rq
         dq = tl.dot(to_q, k, dq, input_precision=PRECISION)
         if NORMALIZE:
@@ -246,11 +239,11 @@ def _gradients(
                 dq = _undo_norm(q, dq, along_q, rq)
         tl.store(dq_ptr + at_out + part * BN, dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
-        dk = _times_state(dv_ptr, states, at_v, inside, N, V, BN, PRECISION) * -read[:, None]
+        dk = _times_state(dv_ptr, states, at_v, inside, value_size, N, BN, PRECISION) * -read[:, None]
         dc += tl.sum(dk * k.to(tl.float32), 1) * rk
         dk = tl.dot(from_q, q, dk, input_precision=PRECISION)
         dk = tl.dot(to_k, k, dk, input_precision=PRECISION)
-        dwrite = _times_state(r_ptr, dstates, at_v, inside, N, V, BN, PRECISION) * write[:, None]
+        dwrite = _times_state(r_ptr, dstates, at_v, inside, value_size, N, BN, PRECISION) * write[:, None]
         w += tl.sum(dwrite * k.to(tl.float32), 1) * rk
         dk += dwrite * beta[:, None]
         if NORMALIZE:
@@ -258,7 +251,7 @@ def _gradients(
             if N == BN:
                 dk = _undo_norm(k, dk, along_k, rk)
         tl.store(dk_ptr + at_out + part * BN, dk.to(dk_ptr.dtype.element_ty), mask=inside)
-        for block in range(V // 64):
+        for block in range(value_size // 64):
             state = tl.load(states + block * 64 * N).to(tl.float32)
             dcarry += tl.sum(state * tl.load(dstates + block * 64 * N).to(tl.float32), 0)
 
@@ -275,7 +268,7 @@ def _gradients(
 
     if NORMALIZE and N != BN:
         tl.debug_barrier()  # the gradients stored above are read again by other threads
-        for part in tl.static_range(N // BN):
+        for part in range(key_size // BN):
             q = tl.load(q_ptr + at + part * BN, mask=inside, other=0.0)
             k = tl.load(k_ptr + at + part * BN, mask=inside, other=0.0)
             dq = tl.load(dq_ptr + at_out + part * BN, mask=inside, other=0.0).to(tl.float32)
@@ -322,10 +315,10 @@ def _gradients_within(q, k, g, beta, runs, r, do, dv, states, dstates, *, scale,
     per_head = jax.ShapeDtypeStruct((B, T, H, N), k.dtype if H == K else jnp.float32)
     gates = jax.ShapeDtypeStruct((B, T, H), jnp.float32)
     return triton_call(
-        _gradients, q, k, g, beta, runs, r, do, dv, states, dstates, T, scale,
+        _gradients, q, k, g, beta, runs, r, do, dv, states, dstates, T, scale, N, V,
         out_shape=(per_head, per_head, gates, gates),
-        grid=(ceil_div(T, CHUNK), B * H), num_warps=8, num_stages=1,
-        H=H, K=K, N=N, V=V, BN=min(N, 128), NORMALIZE=normalize, RUNS=runs is not None, PRECISION=precision(k.dtype),
+        grid=(ceil_div(T, CHUNK), B * H), num_warps=4, num_stages=1,
+        H=H, K=K, N=N, V=V, BN=64, NORMALIZE=normalize, RUNS=runs is not None, PRECISION=precision(k.dtype),
     )  # fmt: skip
 
 

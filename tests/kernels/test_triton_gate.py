@@ -1,0 +1,81 @@
+"""Do the Triton kernels still compile for Hopper, within their registers, on a machine without a GPU?
+
+Triton compiles to PTX and its assembler reports registers and spilled bytes. A kernel that spills more than the number
+stated here has become slower, even where it is still right.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import triton_call
+from pallas_kernels.dispatch import UnsupportedCase, lowering_for_gpu
+from pallas_kernels.gated_delta_rule import triton as gated_delta_rule
+
+needs_triton = pytest.mark.skipif(
+    triton_call.triton is None, reason="triton is not installed; pip install '.[cuda]' restores this test"
+)
+
+# Spilled bytes per thread allowed to each kernel, by head size: what was measured when its speed was, rounded up.
+SPILLS = {
+    ("_within_chunks", 64): 16,
+    ("_within_chunks", 128): 72,
+    ("_within_chunks", 256): 160,
+    ("_scan_chunks", 64): 0,
+    ("_scan_chunks", 128): 0,
+    ("_scan_chunks", 256): 400,
+    ("_states", 64): 0,
+    ("_states", 128): 0,
+    ("_states", 256): 0,
+    ("_reverse_scan", 64): 0,
+    ("_reverse_scan", 128): 0,
+    ("_reverse_scan", 256): 656,
+    ("_gradients", 64): 720,
+    ("_gradients", 128): 0,
+    ("_gradients", 256): 128,
+    ("_one_token", 64): 0,
+    ("_one_token", 128): 0,
+    ("_one_token", 256): 0,
+}
+
+
+def _arguments(size: int, packed: bool = False):
+    def spec(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    q = spec(jnp.bfloat16, 2, 256, 2, size)
+    v = spec(jnp.bfloat16, 2, 256, 4, size)
+    gates = spec(jnp.float32, 2, 256, 4)
+    return q, q, v, gates, gates, spec(jnp.int32, 2, 256) if packed else None, spec(jnp.float32, 2, 4, size, size)
+
+
+def _forward_and_backward(*inputs):
+    options = {"scale": 0.1, "normalize": True}
+    o, state, _, residuals = gated_delta_rule.forward(*inputs, **options, return_updates=False)
+    gradients = gated_delta_rule.backward(*inputs, residuals, o, state, **options)
+    q, k, v, g, beta = (x[:, 0] for x in inputs[:5])
+    return gradients, gated_delta_rule.step(q, k, v, g, beta, inputs[6], **options, return_update=False)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "size",
+    [128, pytest.param(64, marks=pytest.mark.exhaustive), pytest.param(256, marks=pytest.mark.exhaustive)],
+)
+def test_gated_delta_rule_compiles_without_further_spills(size):
+    calls = triton_call.record_calls(_forward_and_backward, *_arguments(size))
+    compiled = [triton_call.compile_call(call) for call in calls]
+    assert {kernel.name for kernel in compiled} == {name for name, _ in SPILLS}
+    for kernel in compiled:
+        assert "wgmma" in kernel.ptx or kernel.name == "_one_token", f"{kernel.name} does not use the tensor cores"
+        assert kernel.shared_bytes <= 227 * 1024
+        assert kernel.spill_bytes <= SPILLS[kernel.name, size], (
+            f"{kernel.name} at head size {size} spills {kernel.spill_bytes} bytes per thread "
+            f"({kernel.registers} registers); {SPILLS[kernel.name, size]} are allowed"
+        )
+
+
+def test_without_triton_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(triton_call, "triton", None)
+    with lowering_for_gpu(), pytest.raises(UnsupportedCase, match=r"pip install '\.\[cuda\]'"):
+        triton_call.check_installed("gated_delta_rule")
