@@ -78,9 +78,10 @@ def apply(
     *,
     step: jax.Array,
     total_steps: int,
+    loss: jax.Array | float = 0.0,
     freeze_router: jax.Array | None = None,
 ) -> tuple[Any, optax.OptState, dict[str, jax.Array]]:
-    """One step of the optimiser; a gradient that is not finite changes nothing.
+    """One step of the optimiser; a loss or gradient that is not finite changes nothing.
 
     Args:
       step: number of this step, 1 for the first. It sets the learning rate, so that skipped steps do not shift the
@@ -93,7 +94,7 @@ def apply(
     if freeze_router is not None:
         gradients = _zero_router(gradients, freeze_router)
     norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(norm)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     rate = learning_rate(config, step, total_steps)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts with floats
         directions, new_state = adamw(config).update(gradients, state, params)
@@ -106,8 +107,8 @@ def apply(
 
 
 def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """The keys of a tree path as text."""
-    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    """The keys of a tree path as text, names like "units/blocks/0" cut into their parts."""
+    return tuple(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
 
 
 def decay_mask(params: Any) -> Any:

@@ -1,0 +1,8 @@
+"""The paper's nsa at 0.4B, trained on packed shards: ``--set data.path=...``."""
+
+from experiments.configs._paper import experiment
+from lte_jax.experiment import ExperimentConfig
+
+
+def get_config() -> ExperimentConfig:
+    return experiment("nsa", "0.4B")

@@ -1,0 +1,102 @@
+"""Trains a model: ``python -m experiments.train --config=quickstart --workdir=runs/quickstart``.
+
+Settings are changed with ``--set steps=500 --set optimizer.learning_rate=1e-3``; the resolved ones are printed and
+saved in the workdir. The same command continues a run that was stopped. Exit codes: 0 finished, 1 an error (one line),
+75 stopped by SIGTERM or SIGUSR1 with everything saved.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("config", None, "A file in experiments/configs, without .py.")
+    flags.DEFINE_string("workdir", None, "The folder of the run: made, or continued.")
+    flags.DEFINE_multi_string("set", [], "A setting: a.b=value. May be repeated.")
+    flags.DEFINE_string("init_from", None, "Start from the weights of a run's folder or of a Hugging Face folder.")
+    flags.DEFINE_string("profile", None, "START:STEPS writes a trace of these steps into workdir/profile.")
+    flags.DEFINE_bool("deterministic", False, "On a GPU: the same bits at every run, somewhat slower.")
+    flags.DEFINE_bool("distributed", False, "Join the other processes of this launch (SLURM and Open MPI are found).")
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, where the launcher is neither of these.")
+    flags.DEFINE_integer("num_processes", None, "How many processes, with --coordinator.")
+    flags.DEFINE_integer("process_id", None, "Which one this is, with --coordinator.")
+    flags.DEFINE_string(
+        "compilation_cache", "~/.cache/lte_jax/xla", "Folder of compiled programs, kept between runs; empty for none."
+    )
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"{argv[1]!r}: no such argument; settings are given as --set name=value")
+        _prepare()
+        finished = _train()
+    except (ValueError, RuntimeError, OSError) as error:
+        from lte_jax.checkpoint import CheckpointError
+        from lte_jax.train import TrainingError
+
+        if isinstance(error, RuntimeError) and not isinstance(error, (CheckpointError, TrainingError)):
+            raise
+        sys.exit(f"error: {error}")
+    if not finished:
+        from lte_jax.train import INTERRUPTED
+
+        sys.exit(INTERRUPTED)
+
+
+def _prepare() -> None:
+    """What must be set before jax sees a device."""
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    if FLAGS.deterministic:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+    import jax
+
+    if FLAGS.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(FLAGS.compilation_cache))
+    if FLAGS.distributed or FLAGS.coordinator:
+        jax.distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+
+
+def _train() -> bool:
+    import jax
+
+    from experiments.suite import Suite, compare
+    from lte_jax import configs
+    from lte_jax.train import train
+
+    config = configs.load_named("experiments.configs", FLAGS.config)
+    config = config.override(FLAGS.set) if isinstance(config, Suite) else configs.override(config, FLAGS.set)
+    if jax.process_index() == 0:
+        print(configs.to_json(config))
+    profile = _profile(FLAGS.profile)
+    workdir = Path(FLAGS.workdir)
+    if not isinstance(config, Suite):
+        return train(config, workdir, init_from=FLAGS.init_from, profile=profile).finished
+    for run in config.runs:
+        if not train(run, workdir / run.name, init_from=FLAGS.init_from, profile=profile).finished:
+            return False
+    print(compare(config, workdir))
+    return True
+
+
+def _profile(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    start, colon, count = text.partition(":")
+    if not (colon and start.isdigit() and count.isdigit() and int(start) >= 1 and int(count) >= 1):
+        raise ValueError(f"--profile={text}: write START:STEPS, such as 20:5")
+    return int(start), int(count)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

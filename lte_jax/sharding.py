@@ -1,0 +1,133 @@
+"""Where does each dimension of each array live? One table maps logical axes to mesh axes; nothing else decides.
+
+A dimension is split over its mesh axes if their size divides it, and is whole on every device otherwise (2 KV heads on
+``tensor=4`` are replicated). A mesh axis is used once per array, by the first dimension that wants it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": ("sequence",),
+    "embed": ("fsdp",),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each axis has; their product is the number of devices.
+
+    ``data`` splits the batch and copies the weights; ``fsdp`` splits both; ``tensor`` splits heads, inner widths and
+    the vocabulary; ``sequence`` splits the tokens of a row.
+    """
+
+    data: int | None = None
+    """None takes what the other axes leave."""
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+    devices: int | None = None
+    """How many devices the launch must have; None accepts what is there."""
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over ``devices`` (default: all).
+
+    Raises:
+      ValueError: the devices are not those that the config asks for.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    count = len(found)
+    if config.devices is not None and config.devices != count:
+        raise ValueError(
+            f"mesh.devices={config.devices}, and this launch has {count} {found[0].platform} devices in "
+            f"{jax.process_count()} processes: check the launcher (one process per GPU or per node, all started)"
+        )
+    others = config.fsdp * config.tensor * config.sequence
+    if min(config.fsdp, config.tensor, config.sequence, config.data or 1) < 1:
+        raise ValueError(f"{config}: every axis needs at least 1 device")
+    if config.data is None and count % others:
+        raise ValueError(f"fsdp x tensor x sequence = {others} does not divide the {count} devices: change an axis")
+    data = count // others if config.data is None else config.data
+    if data * others != count:
+        raise ValueError(
+            f"the mesh data={data} x fsdp={config.fsdp} x tensor={config.tensor} x sequence={config.sequence} has "
+            f"{data * others} places for {count} devices: change an axis or the launch"
+        )
+    if jax.process_count() > 1 and jax.local_device_count() % (config.tensor * config.sequence):
+        raise ValueError(
+            f"tensor x sequence = {config.tensor * config.sequence} must divide the {jax.local_device_count()} devices "
+            "of a process, so that each process loads its own rows: lower them"
+        )
+    shape = (data, config.fsdp, config.tensor, config.sequence)
+    if devices is None:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4)
+    return Mesh(np.array(found).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def device_table(mesh: Mesh) -> str:
+    """One line per process: its devices, and the mesh."""
+    rows: dict[int, list[int]] = {}
+    for device in mesh.devices.flat:
+        rows.setdefault(device.process_index, []).append(device.id)
+    kind = mesh.devices.flat[0].device_kind
+    lines = [f"process {process}: {len(ids)} x {kind}, ids {ids}" for process, ids in sorted(rows.items())]
+    return "\n".join([*lines, "mesh " + " x ".join(f"{name}={size}" for name, size in mesh.shape.items())])
+
+
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """The partition of an array with the logical ``axes``; extra leading dimensions (stacked layers) are whole.
+
+    Raises:
+      ValueError: a logical axis that the table does not know.
+    """
+    names = (None,) * (len(shape) - len(axes)) + tuple(axes)
+    used: set[str] = set()
+    entries: list[Any] = []
+    for name, size in zip(names, shape, strict=True):
+        if name is not None and name not in RULES:
+            raise ValueError(f"logical axis {name!r} is not in the table; it knows {', '.join(RULES)}")
+        wanted = tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape[axis] > 1 and axis not in used)
+        if not wanted or size % math.prod(mesh.shape[axis] for axis in wanted):
+            entries.append(None)
+            continue
+        used.update(wanted)
+        entries.append(wanted if len(wanted) > 1 else wanted[0])
+    return PartitionSpec(*entries)
+
+
+def named(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """``spec`` on its mesh."""
+    return NamedSharding(mesh, spec(axes, shape, mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Of a [B, T] array.
+
+    Raises:
+      ValueError: the mesh does not divide the batch or the length.
+    """
+    for name, size in zip(("batch", "length"), shape, strict=True):
+        ways = math.prod(mesh.shape[axis] for axis in RULES[name])
+        if size % ways:
+            raise ValueError(f"{name} {size} is not a multiple of {' x '.join(RULES[name])} = {ways}: change one")
+    return named(("batch", "length"), shape, mesh)

@@ -1,0 +1,337 @@
+"""How is a model trained? The loop: data, steps, evaluation, checkpoints, signals.
+
+A run lives in one folder (``runs.py``). Starting the same command again continues it from its newest whole checkpoint,
+bit for bit on the same devices. SIGTERM and SIGUSR1 save at the current step; the program then exits with
+``INTERRUPTED``. Numbers are read from the devices one step late, so that they never wait for the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+
+from lte_jax import configs, memory, metrics, plots, runs, sharding
+from lte_jax.checkpoint import Checkpoints
+from lte_jax.data import Batches
+from lte_jax.experiment import ExperimentConfig, step_config
+from lte_jax.step import Builder, Params, TrainState
+
+INTERRUPTED = 75
+"""Exit code after a signal: everything is saved, run the same command again (EX_TEMPFAIL)."""
+
+Batch = dict[str, np.ndarray]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last good checkpoint is intact."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    folder: Path
+    step: int
+    finished: bool
+    """False after a signal."""
+    heldout: dict[str, float] | None
+    """Of the last evaluation."""
+
+
+def train(
+    config: ExperimentConfig,
+    workdir: str | Path,
+    *,
+    init_from: str | Path | None = None,
+    profile: tuple[int, int] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Result:
+    """Trains from the newest checkpoint in ``workdir`` to the last step.
+
+    Args:
+      init_from: folder of a run or of the authors' weights to start from, for a run that has no checkpoint yet.
+      profile: (first step, how many) to trace into ``workdir/profile``.
+      devices: default all.
+
+    Raises:
+      ValueError: settings, data or a folder that cannot be used, before any step.
+      CheckpointError: a save failed. TrainingError: only steps that are not finite.
+    """
+    config.check()
+    run = _Run(config, workdir, devices)
+    try:
+        state = run.start(init_from)
+        with _Signals() as signals:
+            state = run.loop(state, signals, profile)
+        run.finish(state)
+        return Result(run.folder, run.step, run.step >= config.steps, run.heldout)
+    finally:
+        run.close()
+
+
+class _Run:
+    """One call of ``train``: its data, its compiled steps, its files."""
+
+    def __init__(self, config: ExperimentConfig, workdir: str | Path, devices: Sequence[jax.Device] | None):
+        self.config = config
+        self.mesh = sharding.make_mesh(config.mesh, devices)
+        self.say(sharding.device_table(self.mesh))
+        rows = config.data.rows("train", batch_size=config.batch_size)
+        first = {name: (config.batch_size, *array.shape) for name, array in rows[0].items()}
+        self.place = sharding.batch_sharding(first["input_ids"], self.mesh)
+        micro = config.batch_size // config.accumulation
+        sharding.batch_sharding((micro, first["input_ids"][1]), self.mesh)
+        self.shard = _local_shard(self.place, first["input_ids"])
+        self.batches = Batches(
+            rows, config.batch_size, shard_index=self.shard[0], shard_count=self.shard[1], reading=config.reading
+        )
+        self.builder = Builder(step_config(config, first["input_ids"][1]), self.mesh)
+        self.abstract = self.builder.abstract_state()
+        self.folder = runs.claim(workdir, configs.to_dict(config))
+        runs.save_tokenizer(self.folder, config.data)
+        self.checkpoints = Checkpoints(
+            self.folder / runs.CHECKPOINTS, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
+        )
+        self.train_step = self.builder.train_step()
+        self.evaluate_step = self.builder.evaluate_step(config.evaluation.reading)
+        self.compiled: dict[Any, Any] = {}
+        names = [name for name in ("input_ids", "labels", "segment_ids") if name in first]
+        self.compile({**{name: first[name] for name in names}, "interrupted": first["input_ids"][:1]})
+        self.step = 0
+        self.heldout: dict[str, float] | None = None
+        self.reporter: metrics.Reporter | None = None
+        self.bad_batches = 0
+
+    def say(self, text: str) -> None:
+        if jax.process_index() == 0:
+            print(text, flush=True)
+
+    def compile(self, shapes: dict[str, tuple[int, ...]]) -> Any:
+        """The step for batches of these shapes; the first one's memory is reported before it is launched."""
+        key = tuple(sorted(shapes.items()))
+        if key not in self.compiled:
+            abstract = {
+                name: jax.ShapeDtypeStruct(shape, np.int32, sharding=self._batch_place(shape))
+                for name, shape in shapes.items()
+            }
+            compiled = self.train_step.lower(self.abstract, abstract).compile()  # type: ignore[attr-defined]
+            if not self.compiled:
+                parameters = sum(int(np.prod(leaf.shape)) for leaf in self.builder.param_shapes.values())
+                self.say(f"{self.config.name}: {parameters:,} parameters; {memory.report(self.abstract, compiled)}")
+            self.compiled[key] = compiled
+        return self.compiled[key]
+
+    def _batch_place(self, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
+        return sharding.named(("batch", "length")[: len(shape)], shape, self.mesh)
+
+    def start(self, init_from: str | Path | None) -> TrainState:
+        """The newest checkpoint that is whole, or the first state."""
+        state = self.abstract
+        wanted = {"params": state.params, "training": _beside_params(state)}
+        settings = configs.to_dict(self.config)
+        restored = self.checkpoints.restore(
+            wanted, check=lambda meta: runs.check_same(meta["config"], settings, f"checkpoint {meta['step']}")
+        )
+        if restored is not None:
+            self.step = restored.step
+            self.batches.set_state(restored.meta["data"])
+            state = _join_state(state, restored.items)
+            self.say(f"continuing {self.folder} from step {self.step}")
+        elif init_from is not None:
+            state = self.builder.init_state(runs.initial_params(init_from, self.builder))
+            self.say(f"starting from the weights of {init_from}")
+        else:
+            state = self.builder.init_state()
+        self.reporter = self._new_reporter()
+        return state
+
+    def _new_reporter(self) -> metrics.Reporter:
+        config, length = self.config, self.builder.config.length
+        parameters = sum(int(np.prod(leaf.shape)) for leaf in self.builder.param_shapes.values())
+        return metrics.Reporter(
+            self.folder,
+            start=self.step,
+            total=config.steps,
+            tokens_per_step=config.batch_size * length,
+            flops=metrics.flops_per_token(config.model, parameters, length),
+            every=config.log_every,
+        )
+
+    def loop(self, state: TrainState, signals: _Signals, profile: tuple[int, int] | None) -> TrainState:
+        config = self.config
+        late: tuple[int, dict[str, Any], Batch] | None = None
+        while self.step < config.steps:
+            batch = next(self.batches)
+            if profile is not None and self.step + 1 == profile[0]:
+                jax.profiler.start_trace(str(self.folder / "profile"))
+            state, numbers = self._run_step(state, batch, signals.received)
+            self.step += 1
+            interrupted = self._look(late)
+            late = (self.step, numbers, batch)
+            if profile is not None and self.step == sum(profile) - 1:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+            if interrupted or (signals.received and jax.process_count() == 1):
+                break
+            self.checkpoints.poll()
+            last = self.step == config.steps
+            if last or self.step % config.evaluation.every == 0:
+                self._look(late)
+                late = None
+                self._evaluate(state.params)
+            if not last and self.step % config.checkpoint.every == 0:
+                self._look(late)
+                late = None
+                self._save(state)
+        self._look(late)
+        return state
+
+    def _run_step(self, state: TrainState, batch: Batch, interrupted: bool) -> tuple[TrainState, dict[str, Any]]:
+        local = {name: batch[name] for name in ("input_ids", "labels", "segment_ids") if name in batch}
+        # Every process tells all others of its signal through the step itself, so that all stop at the same step.
+        local["interrupted"] = np.full(len(batch["input_ids"]), int(interrupted), np.int32)
+        arrays = {name: self._spread(array) for name, array in local.items()}
+        step = self.compile({name: array.shape for name, array in arrays.items()})
+        return step(state, arrays)
+
+    def _spread(self, local: np.ndarray) -> jax.Array:
+        shape = (len(local) * self.shard[1], *local.shape[1:])
+        return jax.make_array_from_process_local_data(self._batch_place(shape), local, shape)
+
+    def _look(self, late: tuple[int, dict[str, Any], Batch] | None) -> bool:
+        """Reads the numbers of a step that has been launched before; True if a process was told to stop."""
+        if late is None:
+            return False
+        assert self.reporter is not None
+        step, numbers, batch = late
+        self.reporter.step(step, numbers)
+        in_row, interrupted = jax.device_get((numbers["skipped_in_row"], numbers["interrupted"]))
+        if in_row:
+            self._keep_bad_batch(step, batch, numbers)
+        if in_row >= self.config.optimizer.max_skipped:
+            raise TrainingError(
+                f"the loss or gradient was not finite in {in_row} steps in a row, up to step {step}: training stops; "
+                "lower optimizer.learning_rate, or look at the batches in nonfinite-*.npz"
+            )
+        return bool(interrupted)
+
+    def _keep_bad_batch(self, step: int, batch: Batch, numbers: dict[str, Any]) -> None:
+        assert self.reporter is not None
+        self.reporter.say(
+            f"WARNING: step {step} is skipped: loss {float(numbers['loss'])}, "
+            f"gradient norm {float(numbers['grad_norm'])}"
+        )
+        if self.bad_batches < 3:
+            np.savez(self.folder / f"nonfinite-{step}-process{jax.process_index()}.npz", **batch)  # type: ignore[arg-type]
+        self.bad_batches += 1
+
+    def _evaluate(self, params: Params) -> None:
+        config = self.config
+        size = config.batch_size // config.accumulation
+        rows = config.data.rows("heldout", batch_size=size)
+        if not len(rows):
+            return
+        batches = Batches(rows, size, shard_index=self.shard[0], shard_count=self.shard[1], pad_last=True)
+        sums = np.zeros(3)
+        for number, batch in enumerate(batches):
+            if number == config.evaluation.batches:
+                break
+            arrays = {
+                name: self._spread(batch[name]) for name in ("input_ids", "labels", "segment_ids") if name in batch
+            }
+            found = jax.device_get(self.evaluate_step(params, arrays))
+            sums += [found["loss"], found["correct"], found["targets"]]
+        batches.close()
+        assert self.reporter is not None
+        loss, accuracy = float(sums[0] / sums[2]), float(sums[1] / sums[2])
+        self.heldout = {"heldout_loss": loss, "heldout_accuracy": accuracy}
+        self.reporter.write({"step": self.step, **self.heldout, "heldout_targets": int(sums[2])})
+        self.reporter.say(f"step {self.step}: held-out loss {loss:.4f}, accuracy {accuracy:.3f}")
+        self.reporter.pause()
+
+    def _save(self, state: TrainState) -> None:
+        items = {"params": state.params, "training": _beside_params(state)}
+        meta = {"config": configs.to_dict(self.config), "data": self.batches.get_state()}
+        evaluated = self.heldout is not None and (
+            self.step % self.config.evaluation.every == 0 or self.step == self.config.steps
+        )
+        self.checkpoints.save(self.step, items, meta, self.heldout["heldout_loss"] if evaluated else None)  # type: ignore[index]
+        assert self.reporter is not None
+        self.reporter.pause()
+
+    def finish(self, state: TrainState) -> None:
+        """The last save, and pictures if the run is complete."""
+        if self.step not in self.checkpoints.steps():
+            self._save(state)
+        self.checkpoints.wait()
+        if self.step < self.config.steps:
+            self.say(f"stopped by a signal: step {self.step} is saved; run the same command to continue")
+        elif jax.process_count() == 1:
+            self._draw(state.params)
+
+    def _draw(self, params: Params) -> None:
+        rows = self.config.data.rows("heldout", batch_size=1)
+        row = rows[0] if len(rows) else self.config.data.rows("train", batch_size=1)[0]
+        builder = runs.single_device_builder(self.config.model)
+        model = builder.model({name: np.asarray(leaf) for name, leaf in params.items()})
+        segments = row.get("segment_ids")
+        pictures = [
+            plots.loss_curve(self.folder),
+            plots.kept_tokens(self.folder, model, row["input_ids"][None], None if segments is None else segments[None]),
+        ]
+        self.say("pictures: " + ", ".join(str(path) for path in pictures if path is not None))
+
+    def close(self) -> None:
+        self.batches.close()
+        if self.reporter is not None:
+            self.reporter.close()
+        self.checkpoints.close()
+
+
+class _Signals:
+    """Notes SIGTERM and SIGUSR1 while a run is active; a second one has its usual effect."""
+
+    NUMBERS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        for number in self.NUMBERS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        signal.signal(number, self._before[number])
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _beside_params(state: TrainState) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(state) if field.name != "params"]
+    return {name: getattr(state, name) for name in names}
+
+
+def _join_state(abstract: TrainState, items: dict[str, Any]) -> TrainState:
+    """A state from a checkpoint's items, in the structure of ``abstract``."""
+    leaves = jax.tree.leaves(items["training"])
+    rest = jax.tree.unflatten(jax.tree.structure(_beside_params(abstract)), leaves)
+    return TrainState(**{**rest, "params": items["params"]})
+
+
+def _local_shard(place: jax.sharding.Sharding, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(index, count): which piece of the global batch this process loads, the rows that its devices hold."""
+    count = jax.process_count()
+    rows = [index[0].start or 0 for index in place.addressable_devices_indices_map(shape).values() if index]
+    return min(rows) // (shape[0] // count), count
