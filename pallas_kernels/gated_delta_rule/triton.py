@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tiles import ceil_div, check_choice
-from pallas_kernels.triton_call import check_installed, fold_batch, jit, tl, triton_call
+from pallas_kernels.triton_call import check_installed, fold_batch, interpreting, jit, tl, triton_call
 
 CHUNK = 64
 BLOCK_V = 64
@@ -178,6 +178,9 @@ def _scan_chunks(
 def check(case: Any) -> None:
     """Raises UnsupportedCase unless these kernels do ``case``."""
     check_installed("gated_delta_rule")
+    if not interpreting():  # dots of float32 operands in full precision do not use the tensor cores
+        low = ("bfloat16", "float16")
+        check_choice("gated_delta_rule", "dtype", case.dtype, low, "cast q, k and v or use implementation='xla'")
     check_choice("gated_delta_rule", "key head size", case.head_size, (64, 128, 256), "use implementation='xla'")
     sizes = (case.head_size, 2 * case.head_size)
     check_choice("gated_delta_rule", "value head size", case.value_size, sizes, "use implementation='xla'")
