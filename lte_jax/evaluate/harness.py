@@ -1,14 +1,15 @@
 """The adapter for lm-evaluation-harness: its requests answered by our model and tokenizer.
 
-Equal to the harness's Hugging Face adapter where that decides a number: requests sorted by length, contexts truncated at
-the left to ``max_length`` less the tokens to generate, the end-of-sequence text among the stop strings, an empty
+Equal to the harness's Hugging Face adapter where that decides a number: requests sorted by length, contexts truncated
+at the left to ``max_length`` less the tokens to generate, the end-of-sequence text among the stop strings, an empty
 context replaced by the prefix token, spaces at a context's end moved to the continuation. Truncation is counted and
-said. Runs without torch.
+said. Runs without torch. Imported only where the ``eval`` extra is installed.
 """
 
 from __future__ import annotations
 
 import collections
+import difflib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -20,7 +21,9 @@ import numpy as np
 from flax import nnx
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
@@ -40,8 +43,9 @@ class HarnessModel(TemplateLM):
     Args:
       model: weights and settings.
       tokenizer: must fit the model's vocabulary.
-      generator: draws continuations (``lte_jax.generate.generate``, passed in because evaluation and generation do not
-        import one another).
+      generator: ``generator(model, prompts, *, max_new_tokens, temperature, top_k, top_p, eos_id, stop, decode,
+        reading)`` gives each prompt's text up to a stop string (passed in: evaluation and generation do not import one
+        another).
       max_length: the longest sequence; default the model's.
       max_gen_toks: tokens to generate where a task names no number.
       batch_size: sequences at a time.
@@ -205,6 +209,52 @@ class HarnessModel(TemplateLM):
     def _say_truncated(self, count: int, total: int) -> None:
         if count:
             logger.warning("%d of %d requests are cut at the left to max_length=%d", count, total, self.max_length)
+
+
+def run_tasks(
+    adapter: HarnessModel,
+    tasks: Sequence[str],
+    *,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    cache: str | None = None,
+    metadata: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Runs tasks of the harness and returns its results as JSON values.
+
+    Args:
+      include_path: a folder with further task files (YAML).
+      limit: only the first so many documents of each task.
+      cache: answers are kept in this file (sqlite), so that a killed evaluation goes on where it stopped.
+      metadata: for tasks that take some, such as RULER's ``{"max_seq_lengths": [4096], "tokenizer": ...}``.
+
+    Raises:
+      ValueError: an unknown task; the message names near ones.
+    """
+    manager = TaskManager(include_path=include_path, metadata=metadata)
+    for name in tasks:
+        if not manager.match_tasks([name]):
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            raise ValueError(f"--tasks: the harness has no task {name!r}{'; near: ' + ', '.join(near) if near else ''}")
+    found = simple_evaluate(
+        adapter,
+        tasks=list(tasks),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        use_cache=cache,
+        task_manager=manager,
+        metadata=metadata,
+        log_samples=False,
+        bootstrap_iters=1000,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
+    assert found is not None  # None is for the other ranks of a distributed run
+    return {name: found[name] for name in ("results", "versions", "n-shot", "n-samples", "higher_is_better")}
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="reading")

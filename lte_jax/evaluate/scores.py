@@ -40,7 +40,7 @@ class Scores:
     Attributes:
       targets: positions with a label. loss: mean cross-entropy there, in nats. accuracy: share predicted by argmax.
       by_distance: for tasks that say how far back each answer lies.
-      loss_by_position: mean loss at each position [T], NaN where nothing was asked.
+      loss_by_position: mean loss at each position up to the longest row's end [T], NaN where nothing was asked.
     """
 
     targets: int
@@ -83,7 +83,8 @@ def score_batches(
       ValueError: the batches ask nothing.
     """
     graph, state = nnx.split(model)
-    losses, corrects, distances, total, count = [], [], [], None, None
+    losses, corrects, distances = [], [], []
+    total, count = np.zeros(0), np.zeros(0, np.int64)
     for batch in batches:
         ids = jnp.asarray(batch["input_ids"], jnp.int32)
         segments = batch.get("segment_ids")
@@ -96,13 +97,13 @@ def score_batches(
         corrects.append(correct[asked])
         if "distance" in batch:
             distances.append(np.asarray(batch["distance"])[asked])
-        total = loss.sum(0, dtype=np.float64) + (0 if total is None else total)
-        count = asked.sum(0) + (0 if count is None else count)
+        total = _add(total, loss.sum(0, dtype=np.float64))
+        count = _add(count, asked.sum(0))
     if not losses or not sum(map(len, losses)):
         raise ValueError("the batches hold no position with a label: there is nothing to score")
     loss, correct = np.concatenate(losses), np.concatenate(corrects)
     with np.errstate(invalid="ignore"):
-        by_position = np.asarray(total) / np.asarray(count)
+        by_position = total / count
     return Scores(
         targets=len(loss),
         loss=float(loss.mean(dtype=np.float64)),
@@ -110,6 +111,12 @@ def score_batches(
         by_distance=_by_distance(np.concatenate(distances), correct, buckets) if distances else (),
         loss_by_position=by_position,
     )
+
+
+def _add(sums: np.ndarray, more: np.ndarray) -> np.ndarray:
+    """Sums by position; batches of tasks of several lengths end at different positions."""
+    length = max(len(sums), len(more))
+    return np.pad(sums, (0, length - len(sums))) + np.pad(more, (0, length - len(more)))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="reading")

@@ -19,7 +19,7 @@ from lte_jax.generate import Generation, StopFilter, generate
 from lte_jax.sampling import Sampling, draw
 
 GDN = GatedDeltaNet(num_heads=2, head_dim=8, expand_v=1)
-RETAINING = LTE(num_heads=2, num_kv_heads=1, window=11, budget=6, sinks=2)
+RETAINING = LTE(num_heads=2, num_kv_heads=1, window=13, budget=6, sinks=2)
 PATTERNS = {
     "lalte": (GDN, RETAINING),
     "hola": (GDN, dataclasses.replace(RETAINING, retention="write_strength")),
@@ -76,7 +76,7 @@ def test_greedy_is_the_argmax_of_a_full_pass_over_the_grown_sequence(name):
         asked = log_probs[row, len(prompt) - 1 : len(prompt) - 1 + NEW]
         np.testing.assert_array_equal(asked.argmax(-1), found.tokens)
         np.testing.assert_allclose(asked.max(-1), found.log_probs, atol=1e-4, rtol=0)
-    assert len({token for found in greedy(name) for token in found.tokens}) > 10, "the model says one thing only"
+    assert len({token for found in greedy(name) for token in found.tokens}) > 5, "the model says one thing only"
 
 
 @pytest.mark.parametrize("name", ["lalte", "lansa"])

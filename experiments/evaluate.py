@@ -1,0 +1,206 @@
+"""Scores a checkpoint: on the held-out part of its data, on any data set, or on tasks of lm-evaluation-harness.
+
+python -m experiments.evaluate --checkpoint=runs/quickstart
+python -m experiments.evaluate --checkpoint=runs/quickstart --data=SymbolNeedles --set length=384
+python -m experiments.evaluate --checkpoint=lalte-1.4b --tasks=lambada_openai,piqa --output=results.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+
+from lte_jax import configs, restore
+from lte_jax.data.tokenizer import check_fits, load_tokenizer
+from lte_jax.evaluate import heldout
+from lte_jax.evaluate.pictures import scores_picture
+from lte_jax.generate import generate
+from lte_jax.model import LanguageModel
+from lte_jax.sampling import Sampling
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "A training run's folder, or a Hugging Face folder of the authors' format.")
+    flags.DEFINE_integer("step", None, "Which checkpoint of a run; default the newest.")
+    flags.DEFINE_string("output", None, "The JSON file to write, and a picture beside it; default in the run's folder.")
+    flags.DEFINE_string("data", None, "Kind of data set (SymbolNeedles, Text, MQAR, ...); default the run's own.")
+    flags.DEFINE_multi_string("set", [], "A setting of the data set, such as length=512 or path=corpus/.")
+    flags.DEFINE_enum("split", "heldout", ["heldout", "train"], "Which rows.")
+    flags.DEFINE_integer("batch_size", 8, "Rows, or requests of a task, at a time.")
+    flags.DEFINE_integer("batches", None, "At most so many batches; default all that are held out.")
+    flags.DEFINE_integer("buckets", 4, "In how many ranges of distance the accuracy is given.")
+    flags.DEFINE_enum(
+        "reading", None, ["train", "prompt", "streaming"], "How LTE reads; default streaming, for tasks prompt."
+    )
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
+    flags.DEFINE_string("implementation", None, "Of every operation: xla, triton or pallas; default the fastest.")
+    flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness in place of a data set; needs the eval extra.")
+    flags.DEFINE_string("tokenizer", None, "For tasks: 'bytes', a tokenizer.json or its folder; default its own.")
+    flags.DEFINE_string("include_path", None, "For tasks: a folder with further task files.")
+    flags.DEFINE_integer("num_fewshot", None, "For tasks: examples before each question; default the task's.")
+    flags.DEFINE_integer("limit", None, "For tasks: only the first so many questions.")
+    flags.DEFINE_integer("max_length", None, "For tasks: the longest sequence; default the model's.")
+    flags.DEFINE_bool("add_bos", True, "For tasks: whether each context begins with the begin token.")
+    flags.DEFINE_string("cache", None, "For tasks: keep answers in this file, so that a killed run goes on.")
+    flags.DEFINE_string("metadata", "{}", 'For tasks: JSON that some take, such as {"max_seq_lengths": [4096]}.')
+    flags.mark_flag_as_required("checkpoint")
+
+
+def evaluate_data(
+    checkpoint: str,
+    output: str | None = None,
+    *,
+    step: int | None = None,
+    kind: str | None = None,
+    assignments: Sequence[str] = (),
+    types: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Scores a data set, writes JSON and a picture, and returns what was written."""
+    place = restore.find(checkpoint)
+    data = heldout.data_set(restore.read_settings(place, step), kind, assignments)
+    model, _ = restore.load_model(checkpoint, step=step, **(types or {}))
+    scores = heldout.score(model, data, **options)
+    target = Path(output) if output else place.folder / "evaluation.json"
+    chance = getattr(data, "chance", None)
+    record = {
+        "checkpoint": str(checkpoint),
+        "step": step,
+        "data": {"kind": type(data).__name__, **configs.to_dict(data)},
+        **options,
+        **scores.to_dict(),
+        **({} if chance is None else {"chance": chance}),
+    }
+    _write_json(target, record)
+    scores_picture(scores, target.with_suffix(".png"), type(data).__name__)
+    print(f"loss {scores.loss:.4f}, perplexity {scores.perplexity:.4g}, accuracy {scores.accuracy:.4f}", end="")
+    print(f" ({scores.targets:,} targets{'' if chance is None else f', chance {chance:.4f}'})")
+    for bucket in scores.by_distance:
+        print(f"  answers {bucket.low}-{bucket.high} tokens back: {bucket.accuracy:.4f} of {bucket.queries:,}")
+    print(f"{target}, {target.with_suffix('.png')}")
+    return record
+
+
+def texts(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    **options: Any,
+) -> list[str]:
+    """What the harness adapter calls to continue prompts."""
+    found = generate(model, prompts, sampling=Sampling(temperature, top_k, top_p), **options)
+    return [generation.text or "" for generation in found]
+
+
+def evaluate_tasks(
+    checkpoint: str,
+    tasks: Sequence[str],
+    output: str | None = None,
+    *,
+    step: int | None = None,
+    tokenizer: str | None = None,
+    types: dict[str, Any] | None = None,
+    adapter: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Runs tasks of the harness, writes JSON, and returns what was written.
+
+    Raises:
+      RuntimeError: the harness is not installed.
+      ValueError: no tokenizer, one that does not fit, or an unknown task.
+    """
+    try:
+        from lte_jax.evaluate.harness import HarnessModel, run_tasks
+    except ImportError as error:
+        raise RuntimeError(f"--tasks needs lm-evaluation-harness ({error}): pip install -e '.[eval]'") from None
+    model, found = restore.load_model(checkpoint, step=step, **(types or {}))
+    if tokenizer is not None:
+        found = load_tokenizer(tokenizer)
+        check_fits(found, model.config.vocab_size)
+    if found is None:
+        raise ValueError(f"{checkpoint} holds no tokenizer: name one with --tokenizer ('bytes', a file or a folder)")
+    results = run_tasks(HarnessModel(model, found, texts, **(adapter or {})), tasks, **options)
+    target = Path(output) if output else restore.find(checkpoint).folder / "tasks.json"
+    _write_json(target, {"checkpoint": str(checkpoint), "step": step, **(adapter or {}), **options, **results})
+    for task, numbers in results["results"].items():
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items() if isinstance(value, float))
+        print(f"{task}: {shown}")
+    print(target)
+    return results
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    """The file appears whole or not at all."""
+    text = json.dumps(values, indent=2, default=str) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _run() -> None:
+    types = {"dtype": FLAGS.dtype, "implementation": FLAGS.implementation}
+    if FLAGS.tasks:
+        try:
+            metadata = json.loads(FLAGS.metadata)
+        except ValueError as error:
+            raise ValueError(f"--metadata={FLAGS.metadata}: not JSON ({error})") from None
+        adapter = {
+            "max_length": FLAGS.max_length,
+            "batch_size": FLAGS.batch_size,
+            "reading": FLAGS.reading or "prompt",
+            "add_bos_token": FLAGS.add_bos,
+        }
+        evaluate_tasks(
+            FLAGS.checkpoint,
+            FLAGS.tasks,
+            FLAGS.output,
+            step=FLAGS.step,
+            tokenizer=FLAGS.tokenizer,
+            types=types,
+            adapter=adapter,
+            include_path=FLAGS.include_path,
+            num_fewshot=FLAGS.num_fewshot,
+            limit=FLAGS.limit,
+            cache=FLAGS.cache,
+            metadata=metadata,
+        )
+        return
+    evaluate_data(
+        FLAGS.checkpoint,
+        FLAGS.output,
+        step=FLAGS.step,
+        kind=FLAGS.data,
+        assignments=FLAGS.set,
+        types=types,
+        split=FLAGS.split,
+        batch_size=FLAGS.batch_size,
+        batches=FLAGS.batches,
+        buckets=FLAGS.buckets,
+        reading=FLAGS.reading or "streaming",
+    )
+
+
+def main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.ERROR)  # at lower levels orbax tells its whole life
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"{argv[1]!r}: no such argument; settings are given as flags")
+        _run()
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
