@@ -23,10 +23,10 @@ class DocumentBounds(NamedTuple):
 
 
 class Retained(NamedTuple):
-    """The keys that some query sees beyond the window, per KV head, by position; slots from the count on are undefined."""
+    """The keys that some query sees beyond the window, per KV head, by position; beyond their number undefined."""
 
     counts: Int32[Array, "B K U"]  # retained keys among 0..j
-    index: Int32[Array, "B K U"]
+    position: Int32[Array, "B K U"]
     expiry: Int32[Array, "B K U"]
     never: Int32[Array, "B K"]  # 1 if none of them expires before U
 

@@ -1,8 +1,8 @@
 """Window attention in triton.language: one query per sequence over the slots of a cache, split over the keys.
 
-A program takes a stretch of the slots of one KV head, with all the query heads that read it, and leaves its unnormalised
-sum, maximum and denominator; a second kernel joins the stretches. So a single sequence fills the GPU too. Rows of slots
-that hold nothing are not read.
+A program takes a stretch of the slots of one KV head, with all the query heads that read it, and leaves its sum,
+maximum and denominator; a second kernel joins the stretches. So a single sequence fills the GPU too. Rows of slots that
+hold nothing are not read.
 """
 
 from __future__ import annotations
@@ -13,35 +13,15 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import UnsupportedCase
 from pallas_kernels.triton_call import jit, tl, triton_call
 from pallas_kernels.window_attention.api import StepCase
-from pallas_kernels.window_attention.triton import LOG2_E, block, load_rows
+from pallas_kernels.window_attention.triton_tiles import LOG2_E, block, load_rows
 
 
 @jit
 def _part_kernel(
-    q,
-    k_0,
-    v_0,
-    valid_0,
-    k_1,
-    v_1,
-    valid_1,
-    sums,
-    maxima,
-    denominators,
-    S_0: tl.constexpr,
-    S_1: tl.constexpr,
-    STRETCH: tl.constexpr,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    V: tl.constexpr,
-    SCALE: tl.constexpr,
-    KEYS: tl.constexpr,
-    G_BLOCK: tl.constexpr,
-    N_BLOCK: tl.constexpr,
-    V_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k_0, v_0, valid_0, k_1, v_1, valid_1, sums, maxima, denominators, S_0: tl.constexpr, S_1: tl.constexpr,
+    STRETCH: tl.constexpr, H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr,
+    KEYS: tl.constexpr, G_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     part = tl.program_id(0)
     row = tl.program_id(1)
     b = (row // K).to(tl.int64)
@@ -83,16 +63,9 @@ def _part_kernel(
 
 @jit
 def _join_kernel(
-    sums,
-    maxima,
-    denominators,
-    o,
-    PARTS: tl.constexpr,
-    G: tl.constexpr,
-    V: tl.constexpr,
-    PARTS_BLOCK: tl.constexpr,
+    sums, maxima, denominators, o, PARTS: tl.constexpr, G: tl.constexpr, V: tl.constexpr, PARTS_BLOCK: tl.constexpr,
     V_BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0)
     part = tl.arange(0, PARTS_BLOCK)
     place = ((row // G) * PARTS + part) * G + row % G
@@ -107,7 +80,11 @@ def _join_kernel(
 
 
 def step(
-    case: StepCase, q: jax.Array, keys: tuple[jax.Array, ...], values: tuple[jax.Array, ...], valid: tuple[jax.Array, ...]
+    case: StepCase,
+    q: jax.Array,
+    keys: tuple[jax.Array, ...],
+    values: tuple[jax.Array, ...],
+    valid: tuple[jax.Array, ...],
 ) -> jax.Array:
     """o [B,H,V]: see ``api.window_attention_step``."""
     slots = (*case.slots, 0)[:2]
@@ -161,7 +138,7 @@ def step(
 
 
 def stretch_of(case: StepCase, tile: int) -> int:
-    """Slots per program: few enough that some two thousand programs share the work, at least one tile, at most 64 parts."""
+    """Slots per program: whole tiles, in at most 64 parts, such that some two thousand programs share the work."""
     total = sum(case.slots)
     parts = max(1, min(64, 2048 // (case.B * case.K)))
     tiles = -(-total // (parts * tile))
@@ -172,7 +149,8 @@ def check_step(case: StepCase) -> None:
     """Raises UnsupportedCase where these kernels do not run the step."""
     if len(case.slots) > 2:
         raise UnsupportedCase(
-            f"window_attention_step: {len(case.slots)} groups of slots; implementation='triton' takes at most 2; use 'xla'"
+            f"window_attention_step: {len(case.slots)} groups of slots; implementation='triton' takes at most 2; "
+            "use 'xla'"
         )
     if case.H // case.K > 128:
         raise UnsupportedCase(

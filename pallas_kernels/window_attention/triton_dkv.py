@@ -1,0 +1,248 @@
+"""Window attention in triton.language: dk and dv, over tiles of keys, of retained keys, or of a cache's columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.triton_call import jit, tl, triton_call
+from pallas_kernels.window_attention.api import Case, Operands
+from pallas_kernels.window_attention.triton_tiles import load_rows, options, plan_arguments, tiles_for, window_of
+
+
+@jit
+def _add_queries(
+    keys, values, position, low, high, q_head, do_head, delta_row, lse2_row, begin, t_first, T, U, dk, dv,
+    H: tl.constexpr, N: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr, SEGMENTS: tl.constexpr,
+    QUERIES: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """dk and dv with one more tile of queries of one head, from t_first on."""
+    t = t_first + tl.arange(0, QUERIES)
+    q_tile = load_rows(q_head, t, H * N, t < T, N, N_BLOCK, MASKED)
+    do_tile = load_rows(do_head, t, H * V, t < T, V, V_BLOCK, MASKED)
+    if MASKED:
+        lse2 = tl.load(lse2_row + t, mask=t < T, other=1e30)
+        delta = tl.load(delta_row + t, mask=t < T, other=0.0)
+    else:
+        lse2 = tl.load(lse2_row + t)
+        delta = tl.load(delta_row + t)
+    logits = tl.dot(keys, tl.trans(q_tile), input_precision=PRECISION)
+    p = tl.exp2(logits * SCALE - lse2[None, :])
+    if MASKED:
+        i = U - T + t
+        mask = (i[None, :] >= low[:, None]) & (i[None, :] < high[:, None]) & (t < T)[None, :]
+        if SEGMENTS:
+            begins = tl.load(begin + i, mask=t < T, other=2**30)
+            mask = mask & (begins[None, :] <= position[:, None])
+        p = tl.where(mask, p, 0.0)
+    dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
+    dp = tl.dot(values, tl.trans(do_tile), input_precision=PRECISION)
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@jit
+def _intervals(
+    c, c_first, group, b, h, counts, index, expiry, never, cache_position, cache_expiry, cache_survey, ends, U, window,
+    K: tl.constexpr, C: tl.constexpr, SEGMENTS: tl.constexpr, KEYS: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """Of the keys c: (count, row, position, low, high), and of their tile: (first, end, whole, whole_end).
+
+    ``row``: where the key lies; ``position``: an index in its document; [low, high): the query indices that see it.
+    Queries in [first, end) see some key of the tile, those in [whole, whole_end) every one that exists.
+    """
+    if KIND == "window":
+        count = U
+        row = c
+        position = c
+        low = c
+        high = c + window
+        i_first = c_first
+        last = tl.minimum(c_first + KEYS, U) - 1
+        i_end = tl.minimum(U, last + window)
+        whole = last
+        whole_end = tl.minimum(U, c_first + window)
+        if SEGMENTS:
+            end = tl.load(ends + b * U + c, mask=c < U, other=0)
+            i_end = tl.minimum(i_end, tl.max(end, 0))
+            whole_end = tl.minimum(whole_end, tl.load(ends + b * U + c_first))
+    elif KIND == "retained":
+        count = tl.load(counts + group * U + U - 1)
+        row = tl.load(index + group * U + c, mask=c < count, other=0)
+        position = row
+        low = row + window
+        high = tl.load(expiry + group * U + c, mask=c < count, other=0)
+        i_first = tl.min(tl.where(c < count, low, 2**30), 0)
+        i_end = tl.minimum(U, tl.max(high, 0))
+        whole = tl.max(tl.where(c < count, low, 0), 0)
+        whole_end = tl.where(tl.load(never + group) != 0, U, 0)
+        if SEGMENTS:
+            end = tl.load(ends + b * U + row, mask=c < count, other=0)
+            i_end = tl.minimum(i_end, tl.max(end, 0))
+            whole_end = tl.minimum(whole_end, tl.min(tl.where(c < count, end, 2**30), 0))
+    else:
+        count = tl.load(cache_survey + group * 3)
+        row = c
+        low = tl.load(cache_position + (b * C + c) * K + h, mask=c < count, other=0) + window
+        high = tl.load(cache_expiry + (b * C + c) * K + h, mask=c < count, other=0)
+        document = tl.load(cache_survey + group * 3 + 2)
+        position = tl.zeros_like(c) + document
+        i_first = tl.maximum(tl.min(tl.where(high > 0, low, 2**30), 0), 0)
+        i_end = tl.minimum(U, tl.max(high, 0))
+        whole = tl.load(cache_survey + group * 3 + 1)
+        whole_end = U
+        if SEGMENTS:
+            i_end = tl.minimum(i_end, tl.load(ends + b * U + document, mask=document < U, other=0))
+    return count, row, position, low, high, i_first, i_end, whole, whole_end
+
+
+@jit
+def _gradients(
+    keys, values, position, low, high, i_first, i_end, whole, whole_end, b, h,
+    q, do, delta_rows, lse2_rows, begin, T, U, dk, dv,
+    H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr, SEGMENTS: tl.constexpr,
+    QUERIES: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a tile of keys: every head of the group goes through the queries that see one of them."""
+    # From query indices to query numbers t, in tiles: masked, whole from whole to whole_end, masked to the end.
+    skip = U - T
+    first = tl.maximum(i_first - skip, 0)
+    end_t = tl.maximum(i_end - skip, first)
+    before = tl.cdiv(tl.maximum(tl.minimum(whole - skip, end_t) - first, 0), QUERIES)
+    whole = first + before * QUERIES
+    whole_tiles = tl.maximum(tl.minimum(whole_end - skip, end_t) - whole, 0) // QUERIES
+    whole_end = whole + whole_tiles * QUERIES
+    masked_tiles = before + tl.cdiv(tl.maximum(end_t - whole_end, 0), QUERIES)
+    begin_row = begin + b * U
+    for g in range(0, H // K):
+        head = h * (H // K) + g
+        q_head = q + b * T * H * N + head * N
+        do_head = do + b * T * H * V + head * V
+        delta_row = delta_rows + (b * H + head) * T
+        lse2_row = lse2_rows + (b * H + head) * T
+        for n in range(0, masked_tiles):
+            t_first = tl.where(n < before, first + n * QUERIES, whole_end + (n - before) * QUERIES)
+            dk, dv = _add_queries(
+                keys, values, position, low, high, q_head, do_head, delta_row, lse2_row, begin_row, t_first, T, U,
+                dk, dv, H, N, V, SCALE, SEGMENTS, QUERIES, N_BLOCK, V_BLOCK, PRECISION, True,
+            )  # fmt: skip
+        for n in range(0, whole_tiles):
+            t_first = whole + n * QUERIES
+            dk, dv = _add_queries(
+                keys, values, position, low, high, q_head, do_head, delta_row, lse2_row, begin_row, t_first, T, U,
+                dk, dv, H, N, V, SCALE, SEGMENTS, QUERIES, N_BLOCK, V_BLOCK, PRECISION, False,
+            )  # fmt: skip
+    return dk * (SCALE * 0.6931471805599453), dv
+
+
+@jit
+def _dkv_kernel(
+    q, k, v,
+    begin, counts, index, expiry, never, cache_k, cache_v, cache_position, cache_expiry, cache_survey,
+    ends, do, delta_rows, lse2_rows, listed_dk, listed_dv, T, U, window, dk, dv, dscores,
+    H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr,
+    SEGMENTS: tl.constexpr, RETAINED: tl.constexpr, SCORES: tl.constexpr, KIND: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # KIND "window": all keys; "retained": the list, into its order; "cache": the columns of a cache.
+    group = tl.program_id(1).to(tl.int64)
+    b = group // K
+    h = group % K
+    c_first = tl.program_id(0) * KEYS
+    c = c_first + tl.arange(0, KEYS)
+    count, row, position, low, high, i_first, i_end, whole, whole_end = _intervals(
+        c, c_first, group, b, h, counts, index, expiry, never, cache_position, cache_expiry, cache_survey, ends, U,
+        window, K, C, SEGMENTS, KEYS, KIND,
+    )  # fmt: skip
+    # Every slot of a cache is written, those without a key as zero.
+    if (c_first < count) | (KIND == "cache"):
+        exists = c < count
+        if KIND == "cache":
+            keys_head = cache_k + b * C * K * N + h * N
+            values_head = cache_v + b * C * K * V + h * V
+        else:
+            keys_head = k + b * U * K * N + h * N
+            values_head = v + b * U * K * V + h * V
+        keys = load_rows(keys_head, row, K * N, exists, N, N_BLOCK, True)
+        values = load_rows(values_head, row, K * V, exists, V, V_BLOCK, True)
+        dk_tile, dv_tile = _gradients(
+            keys, values, position, low, high, i_first, i_end, whole, whole_end, b, h,
+            q, do, delta_rows, lse2_rows, begin, T, U,
+            tl.zeros((KEYS, N_BLOCK), tl.float32), tl.zeros((KEYS, V_BLOCK), tl.float32),
+            H, K, N, V, SCALE, SEGMENTS, QUERIES, N_BLOCK, V_BLOCK, PRECISION,
+        )  # fmt: skip
+        n = tl.arange(0, N_BLOCK)[None, :]
+        m = tl.arange(0, V_BLOCK)[None, :]
+        if KIND == "retained":
+            slot = (group * U + c)[:, None]
+            tl.store(dk + slot * N + n, dk_tile, mask=exists[:, None] & (n < N))
+            tl.store(dv + slot * V + m, dv_tile, mask=exists[:, None] & (m < V))
+        elif KIND == "cache":
+            slot = (b * C + c)[:, None]
+            dk_tile = tl.where(exists[:, None], dk_tile, 0.0).to(dk.dtype.element_ty)
+            dv_tile = tl.where(exists[:, None], dv_tile, 0.0).to(dv.dtype.element_ty)
+            tl.store(dk + slot * (K * N) + h * N + n, dk_tile, mask=(c < C)[:, None] & (n < N))
+            tl.store(dv + slot * (K * V) + h * V + m, dv_tile, mask=(c < C)[:, None] & (m < V))
+        else:
+            if RETAINED:
+                place = tl.load(counts + group * U + c, mask=exists, other=0)
+                listed = place > tl.load(counts + group * U + c - 1, mask=exists & (c > 0), other=0)
+                slot = (group * U + place - 1)[:, None]
+                dk_tile += tl.load(listed_dk + slot * N + n, mask=listed[:, None] & (n < N), other=0.0)
+                dv_tile += tl.load(listed_dv + slot * V + m, mask=listed[:, None] & (m < V), other=0.0)
+            if SCORES:
+                products = dv_tile * values.to(tl.float32)
+                tl.store(dscores + (b * U + c) * K + h, tl.sum(products, 1), mask=exists)
+            slot = (b * U + c)[:, None]
+            tl.store(dk + slot * (K * N) + h * N + n, dk_tile.to(dk.dtype.element_ty), mask=exists[:, None] & (n < N))
+            tl.store(dv + slot * (K * V) + h * V + m, dv_tile.to(dv.dtype.element_ty), mask=exists[:, None] & (m < V))
+
+
+def call_dkv(
+    case: Case,
+    operands: Operands,
+    plan: dict[str, Any],
+    do: jax.Array,
+    delta: jax.Array,
+    lse2: jax.Array,
+    lists: tuple[Any, ...],
+    kind: str,
+) -> tuple[jax.Array, ...]:
+    """(dk, dv, dscores) of the keys, of the list of retained keys (float32, in its order), or of a cache's columns."""
+    tiles = tiles_for(case, "dkv")
+    scores = kind == "window" and case.scores
+    dtype = jnp.float32 if kind == "retained" else operands.k.dtype
+    if kind == "retained":
+        shapes = [(case.B, case.K, case.U, size) for size in (case.N, case.V)]
+    else:
+        shapes = [(case.B, case.C if kind == "cache" else case.U, case.K, size) for size in (case.N, case.V)]
+    return triton_call(
+        _dkv_kernel,
+        operands.q,
+        operands.k,
+        operands.v,
+        *plan_arguments(operands, plan),
+        plan["bounds"].end if plan["bounds"] is not None else None,
+        do,
+        delta,
+        lse2,
+        *lists,
+        case.T,
+        case.U,
+        window_of(case),
+        out_shape=(
+            jax.ShapeDtypeStruct(shapes[0], dtype),
+            jax.ShapeDtypeStruct(shapes[1], dtype),
+            jax.ShapeDtypeStruct((case.B, case.U, case.K) if scores else (1,), jnp.float32),
+        ),
+        grid=(-(-shapes[0][2 if kind == "retained" else 1] // tiles.keys), case.B * case.K),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        SCORES=scores,
+        KIND=kind,
+        **options(case, tiles),
+    )

@@ -1,0 +1,291 @@
+"""What the passes of window attention in triton.language share: bounds and masks of tiles, and the streams of keys.
+
+A tile of queries meets its keys in three streams: the tiles of its window, the keys retained beyond it, gathered
+through the list that ``columns.retained`` makes, and the columns of a cache. Every key has the interval of the query
+indices that see it,
+
+    key of the window: [j, j + window)        retained key or column: [position + window, expiry)
+
+and a query has the first index of its document (``begin``), so one mask serves all three. Tiles in which every query
+sees every key skip the mask. The bounds are data, so the time follows the number of keys that are seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pallas_kernels.triton_call import jit, tl
+from pallas_kernels.window_attention.api import Case, Operands
+from pallas_kernels.window_attention.columns import Retained, document_bounds, retained, survey
+
+LOG2_E = 1.4426950408889634
+
+
+@jit
+def load_rows(base, row, stride, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr):
+    """Rows of SIZE numbers, zero beyond them and (if CHECKED) where a row does not exist."""
+    n = tl.arange(0, BLOCK)
+    pointer = base + row[:, None] * stride + n[None, :]
+    if CHECKED:
+        return tl.load(pointer, mask=exists[:, None] & (n < SIZE)[None, :], other=0.0)
+    elif SIZE < BLOCK:
+        return tl.load(pointer, mask=(n < SIZE)[None, :], other=0.0)
+    else:
+        return tl.load(pointer)
+
+
+@jit
+def window_tiles(i_first, i_last, begin_low, begin_high, window, TILE: tl.constexpr):
+    """(first, whole, whole_end, end) of the keys for queries i_first to i_last; all see those of [whole, whole_end).
+
+    All but ``end`` are multiples of TILE.
+    """
+    end = i_last + 1
+    first = tl.maximum(tl.maximum(i_first - window + 1, begin_low), 0) // TILE * TILE
+    whole = tl.cdiv(tl.maximum(tl.maximum(i_last - window + 1, begin_high), 0), TILE) * TILE
+    whole_end = (i_first + 1) // TILE * TILE
+    none = whole >= whole_end
+    whole = tl.where(none, first, whole)
+    whole_end = tl.where(none, first, whole_end)
+    return first, whole, whole_end, end
+
+
+@jit
+def retained_tiles(counts, never, U, i_first, i_last, begin_low, begin_high, window, TILE: tl.constexpr):
+    """(first, whole_end, end): places in the list of retained keys; [first, whole_end) are seen by all the queries.
+
+    ``counts[j]`` is the number of retained keys among 0..j; ``never`` says that no retained key expires.
+    """
+    first = tl.load(counts + begin_low - 1, mask=(begin_low > 0) & (begin_low <= U), other=0)
+    first_high = tl.load(counts + begin_high - 1, mask=begin_high > 0, other=0)
+    end = tl.load(counts + i_last - window, mask=i_last >= window, other=0)
+    whole = tl.load(counts + i_first - window, mask=i_first >= window, other=0)
+    whole = tl.where((tl.load(never) != 0) & (first_high == first), whole, first)
+    whole_end = first + tl.maximum(whole - first, 0) // TILE * TILE
+    return first, whole_end, tl.where(begin_low < 2**30, end, first)
+
+
+@jit
+def cache_tiles(survey_of_head, i_first, begin_low, begin_high, TILE: tl.constexpr):
+    """(whole_end, end, document): slots of the cache; [0, whole_end) are seen by all; document owns the columns."""
+    end = tl.load(survey_of_head)
+    seen_by_all = tl.load(survey_of_head + 1)
+    document = tl.load(survey_of_head + 2)
+    end = tl.where(begin_low == document, end, 0)
+    whole_end = tl.where((i_first >= seen_by_all) & (begin_high == document), end // TILE * TILE, 0)
+    return whole_end, end, document
+
+
+@jit
+def query_begins(begin, i, U, SEGMENTS: tl.constexpr):
+    """(first index of each query's document, the lowest, the highest of those that are not padding)."""
+    if SEGMENTS:
+        begins = tl.load(begin + i, mask=i < U, other=2**30)
+        low = tl.min(begins, 0)
+        return begins, low, tl.max(tl.where(begins < 2**30, begins, 0), 0)
+    else:
+        return tl.zeros_like(i), 0, 0
+
+
+@jit
+def visible(i, begins, position, low, high, SEGMENTS: tl.constexpr):
+    """Which of the queries i (rows) see which keys (columns): low <= i < high, and the key lies in the document."""
+    mask = (i[:, None] >= low[None, :]) & (i[:, None] < high[None, :])
+    if SEGMENTS:
+        mask = mask & (begins[:, None] <= position[None, :])
+    return mask
+
+
+@jit
+def _attend(q, keys, values, mask, acc, m, l, SCALE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+    if MASKED:
+        logits = tl.where(mask, logits, float("-inf"))
+    # m starts at a finite number, so a row that has seen nothing gives exp2(-inf) = 0 and not NaN.
+    m_new = tl.maximum(m, tl.max(logits, 1) * SCALE)
+    p = tl.exp2(logits * SCALE - m_new[:, None])
+    fade = tl.exp2(m - m_new)
+    l = l * fade + tl.sum(p, 1)
+    acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
+    return acc, m_new, l
+
+
+@jit
+def _differentiate(
+    q, do, keys, values, mask, dq, lse2, delta, SCALE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr
+):
+    logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+    p = tl.exp2(logits * SCALE - lse2[:, None])
+    if MASKED:
+        p = tl.where(mask, p, 0.0)
+    dp = tl.dot(do, tl.trans(values), input_precision=PRECISION)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
+
+
+@jit
+def _meet(
+    q, do, k_head, v_head, row, exists, mask, acc, m, l,
+    K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr, N_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, DQ: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys joins a pass: (acc, m, l) of the online softmax, or if DQ (dq, lse2, delta)."""
+    keys = load_rows(k_head, row, K * N, exists, N, N_BLOCK, MASKED)
+    values = load_rows(v_head, row, K * V, exists, V, V_BLOCK, MASKED)
+    if DQ:
+        return _differentiate(q, do, keys, values, mask, acc, m, l, SCALE, MASKED, PRECISION), m, l
+    else:
+        return _attend(q, keys, values, mask, acc, m, l, SCALE, MASKED, PRECISION)
+
+
+@jit
+def stream(
+    q_tile, do_tile, acc, m, l, i, begins, begin_low, begin_high, i_first, i_last, b, h,
+    k, v, counts, index, expiry, never, cache_k, cache_v, cache_position, cache_expiry, cache_survey, U, window,
+    K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr, SEGMENTS: tl.constexpr,
+    RETAINED: tl.constexpr, KEYS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, DQ: tl.constexpr,
+):  # fmt: skip
+    """All the keys that a tile of queries sees go through the pass."""
+    group = b * K + h
+    lane = tl.arange(0, KEYS)
+    k_head = k + b * U * K * N + h * N
+    v_head = v + b * U * K * V + h * V
+    first, whole, whole_end, end = window_tiles(i_first, i_last, begin_low, begin_high, window, KEYS)
+    for j_first in range(whole, whole_end, KEYS):
+        j = j_first + lane
+        acc, m, l = _meet(
+            q_tile, do_tile, k_head, v_head, j, None, None, acc, m, l,
+            K, N, V, SCALE, N_BLOCK, V_BLOCK, PRECISION, False, DQ,
+        )  # fmt: skip
+    before = (whole - first) // KEYS
+    for n in range(0, before + tl.cdiv(end - whole_end, KEYS)):
+        j = tl.where(n < before, first + n * KEYS, whole_end + (n - before) * KEYS) + lane
+        mask = visible(i, begins, j, j, j + window, SEGMENTS)
+        acc, m, l = _meet(
+            q_tile, do_tile, k_head, v_head, j, j < U, mask, acc, m, l,
+            K, N, V, SCALE, N_BLOCK, V_BLOCK, PRECISION, True, DQ,
+        )  # fmt: skip
+
+    if RETAINED:
+        first, whole_end, end = retained_tiles(
+            counts + group * U, never + group, U, i_first, i_last, begin_low, begin_high, window, KEYS
+        )
+        for c_first in range(first, whole_end, KEYS):
+            j = tl.load(index + group * U + c_first + lane)
+            acc, m, l = _meet(
+                q_tile, do_tile, k_head, v_head, j, None, None, acc, m, l,
+                K, N, V, SCALE, N_BLOCK, V_BLOCK, PRECISION, False, DQ,
+            )  # fmt: skip
+        for c_first in range(whole_end, end, KEYS):
+            c = c_first + lane
+            j = tl.load(index + group * U + c, mask=c < end, other=0)
+            high = tl.load(expiry + group * U + c, mask=c < end, other=0)
+            mask = visible(i, begins, j, j + window, high, SEGMENTS)
+            acc, m, l = _meet(
+                q_tile, do_tile, k_head, v_head, j, c < end, mask, acc, m, l,
+                K, N, V, SCALE, N_BLOCK, V_BLOCK, PRECISION, True, DQ,
+            )  # fmt: skip
+
+    if C > 0:
+        whole_end, end, document = cache_tiles(cache_survey + group * 3, i_first, begin_low, begin_high, KEYS)
+        k_head = cache_k + b * C * K * N + h * N
+        v_head = cache_v + b * C * K * V + h * V
+        for c_first in range(0, whole_end, KEYS):
+            acc, m, l = _meet(
+                q_tile, do_tile, k_head, v_head, c_first + lane, None, None, acc, m, l,
+                K, N, V, SCALE, N_BLOCK, V_BLOCK, PRECISION, False, DQ,
+            )  # fmt: skip
+        for c_first in range(whole_end, end, KEYS):
+            c = c_first + lane
+            low = tl.load(cache_position + (b * C + c) * K + h, mask=c < end, other=0) + window
+            high = tl.load(cache_expiry + (b * C + c) * K + h, mask=c < end, other=0)
+            mask = visible(i, begins, tl.zeros_like(low) + document, low, high, SEGMENTS)
+            acc, m, l = _meet(
+                q_tile, do_tile, k_head, v_head, c, c < end, mask, acc, m, l,
+                K, N, V, SCALE, N_BLOCK, V_BLOCK, PRECISION, True, DQ,
+            )  # fmt: skip
+    return acc, m, l
+
+
+def make_plan(case: Case, operands: Operands) -> dict[str, Any]:
+    """What the passes must know of the data: {"bounds", "retained", "survey"}, each None where it has no use."""
+    bounds = document_bounds(operands.segment_ids) if operands.segment_ids is not None else None
+    begin = bounds.begin if bounds is not None else None
+    kept = None
+    if operands.expiry is not None and window_of(case) < case.U:
+        kept = retained(operands.expiry, window_of(case), begin)
+    cache = survey(operands.columns, window_of(case), case.U, begin) if operands.columns is not None else None
+    return {"bounds": bounds, "retained": kept, "survey": cache}
+
+
+def plan_arguments(operands: Operands, plan: dict[str, Any]) -> tuple[Any, ...]:
+    """The kernels' arguments from begin to cache_survey, in their order."""
+    kept = plan["retained"] or Retained(None, None, None, None)  # type: ignore[arg-type]
+    columns = operands.columns if operands.columns is not None else (None,) * 4
+    begin = plan["bounds"].begin if plan["bounds"] is not None else None
+    return begin, *kept, *columns, plan["survey"]
+
+
+def window_of(case: Case) -> int:
+    """The window, or a number beyond every distance."""
+    return 2**30 if case.window is None else min(case.window, 2**30)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Tile sizes and launch options of one pass."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# (pass, padded head size) -> tiles for 16-bit numbers; the rows were measured on an H200.
+TILES = {
+    ("forward", 64): Tiles(128, 64, 4, 3),
+    ("forward", 128): Tiles(128, 64, 8, 3),
+    ("forward", 256): Tiles(64, 64, 4, 2),
+    ("dq", 64): Tiles(128, 64, 8, 3),
+    ("dq", 128): Tiles(64, 64, 4, 2),
+    ("dq", 256): Tiles(64, 32, 8, 2),
+    ("dkv", 64): Tiles(64, 128, 8, 2),
+    ("dkv", 128): Tiles(64, 64, 8, 2),
+    ("dkv", 256): Tiles(32, 64, 8, 2),
+}
+
+
+def block(size: int) -> int:
+    """A head size, padded to a tile: a power of two, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def tiles_for(case: Case, name: str) -> Tiles:
+    """The tiles of a pass ("forward", "dq" or "dkv")."""
+    size = max(64, block(case.N), block(case.V))
+    tiles = TILES[name, size]
+    if case.dtype != "float32":
+        return tiles
+    # Exact float32 products run on the plain multipliers, from registers: small tiles.
+    return Tiles(32, 32, 4 if size < 256 else 8, 1)
+
+
+def options(case: Case, tiles: Tiles) -> dict[str, Any]:
+    """The constexprs that every kernel of this operation takes."""
+    return {
+        "H": case.H,
+        "K": case.K,
+        "N": case.N,
+        "V": case.V,
+        "C": case.C,
+        "SCALE": case.scale * LOG2_E,
+        "SEGMENTS": case.segment_ids,
+        "RETAINED": case.expiry and window_of(case) < case.U,
+        "QUERIES": tiles.queries,
+        "KEYS": tiles.keys,
+        "N_BLOCK": block(case.N),
+        "V_BLOCK": block(case.V),
+        "PRECISION": "tf32x3" if case.dtype == "float32" else "tf32",
+    }
