@@ -14,6 +14,7 @@ from lte_jax.mixers import lte_cache
 from lte_jax.mixers.lte import LTE, Config, make_router, needs_shared_router
 
 WIDTH, TOKENS, BATCH = 16, 47, 2
+PIECES = (23, 1, 23)  # a piece is longer than the window and the store together
 SMALL = Config(num_heads=4, num_kv_heads=2, window=12, budget=5, sinks=2, dropout=0.0)
 
 
@@ -56,6 +57,16 @@ def extender(**changes):
         )
 
     return run
+
+
+def run_pieces(extend, x, pieces, cache):
+    outputs, at = [], 0
+    for size in pieces:
+        y, cache, _ = extend(x[:, at : at + size], cache)
+        outputs.append(y)
+        at += size
+    assert at == x.shape[1]
+    return jnp.concatenate(outputs, axis=1), cache
 
 
 def context_of(x):
@@ -125,8 +136,8 @@ def test_selected_is_what_stays_at_the_end():
     np.testing.assert_array_equal(aux["selected"], (aux["scores"] > 0) | (positions_of(x) < 2)[..., None])
 
 
-@pytest.mark.parametrize("prompt", [29, 8])
-def test_a_prompt_read_whole_then_steps_and_pieces(prompt):
+@pytest.mark.parametrize("prompt, pieces", [(29, (1, 1, 1, 9, 1, 1, 1, 1, 1, 1)), (8, (1, 9, 9, 1, 1, 9, 9))])
+def test_a_prompt_read_whole_then_steps_and_pieces(prompt, pieces):
     """The store starts from the end of the prompt (empty for one shorter than W+1), then changes token by token."""
     x = inputs()
     scores = full("train")(x)[1]["scores"]
@@ -139,34 +150,21 @@ def test_a_prompt_read_whole_then_steps_and_pieces(prompt):
     whole, whole_aux = full("prompt")(x[:, :prompt])
     np.testing.assert_allclose(y, whole, atol=2e-6)
     np.testing.assert_array_equal(aux["selected"], whole_aux["selected"])
-    outputs, at = [y], prompt
-    for size in (1, 1, 1, 9, 1, TOKENS - prompt - 13):
-        y, cache, _ = extend(x[:, at : at + size], cache)
-        outputs.append(y)
-        at += size
-    assert at == TOKENS
-    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), expected, atol=2e-6, rtol=1e-5)
+    rest, _ = run_pieces(extend, x[:, prompt:], pieces, cache)
+    np.testing.assert_allclose(jnp.concatenate([y, rest], axis=1), expected, atol=2e-6, rtol=1e-5)
 
 
-def run_pieces(extend, x, pieces, cache):
-    outputs, at = [], 0
-    for size in pieces:
-        y, cache, _ = extend(x[:, at : at + size], cache)
-        outputs.append(y)
-        at += size
-    assert at == x.shape[1]
-    return jnp.concatenate(outputs, axis=1), cache
-
-
-@pytest.mark.parametrize("rule", ["learned", "recency", "random", "write_strength"])
-def test_any_split_gives_the_streaming_pass_and_the_same_cache(rule):
+@pytest.mark.parametrize(
+    "rule, splits", [("learned", (PIECES, (TOKENS,))), ("recency", (PIECES,)), ("write_strength", (PIECES,))]
+)
+def test_any_split_gives_the_streaming_pass_and_the_same_cache(rule, splits):
     x = inputs()
     empty = layer_of(retention=rule).init_cache(BATCH, None, jnp.float32)
     extend = extender(retention=rule)
     y, steps = run_pieces(extend, x, (1,) * TOKENS, empty)
     np.testing.assert_allclose(y, full("streaming", retention=rule)(x)[0], atol=2e-6, rtol=1e-5)
     # Weights drawn once, float32: k and v of a longer piece may differ in the last bit, what is kept may not.
-    for pieces in ((TOKENS,), (5, 1, 36, 5)):
+    for pieces in splits:
         other_y, other = run_pieces(extend, x, pieces, empty)
         np.testing.assert_allclose(other_y, y, atol=2e-6, rtol=1e-5)
         np.testing.assert_array_equal(other.store.position, steps.store.position)
@@ -176,7 +174,8 @@ def test_any_split_gives_the_streaming_pass_and_the_same_cache(rule):
 @pytest.mark.parametrize("rule", ["recency", "random", "write_strength"])
 def test_other_rules_keep_the_best_by_their_own_score(rule):
     x = inputs()
-    _, cache, _ = extender(retention=rule)(x, layer_of(retention=rule).init_cache(BATCH, None, jnp.float32))
+    empty = layer_of(retention=rule).init_cache(BATCH, None, jnp.float32)
+    _, cache = run_pieces(extender(retention=rule), x, PIECES, empty)
     kept = np.asarray(lte_cache.kept_positions(cache))
     last = TOKENS - 13  # the first position of the window
     for b, h in np.ndindex(BATCH, 2):
@@ -209,9 +208,9 @@ def test_padding_in_a_piece_leaves_cache_and_output_alone():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), cache, expected)
         assert not np.asarray(aux["selected"])[np.asarray(mask) == 0].any()
     # One row goes on, the other is padding alone: by a step and by a piece.
-    for size in (1, 3):
+    for size in (1, TOKENS):
         mask = jnp.zeros((BATCH, size), jnp.int32).at[1].set(1)
-        _, after, _ = extend(x[:, :size], expected, mask)
+        _, after, _ = extend(noise[:, :size], expected, mask)
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), after, expected)
         assert after.length.tolist() == [20, 20 + size]
 
@@ -224,8 +223,8 @@ def test_the_cache_is_as_large_as_its_formula_and_can_be_stored_in_bfloat16():
         assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(cache))
     x = inputs()
     empty = layer.init_cache(BATCH, None, jnp.bfloat16)
-    y, cache = run_pieces(extender(), x, (TOKENS,), empty)
-    steps_y, steps = run_pieces(extender(), x, (20, 1, 26), empty)
+    y, cache = run_pieces(extender(), x, PIECES, empty)
+    steps_y, steps = run_pieces(extender(), x, (1,) * TOKENS, empty)
     np.testing.assert_allclose(steps_y, y, atol=2e-6, rtol=1e-5)
     np.testing.assert_array_equal(steps.store.position, cache.store.position)
 
@@ -257,7 +256,7 @@ def test_the_score_s_gradient_is_dv_times_v():
 
     _, _, v = layer._project(x)
     zero = jnp.zeros((*v.shape[:3],))
-    d_score, d_value = jax.grad(with_probes, argnums=(0, 1))(zero, jnp.zeros_like(v))
+    d_score, d_value = jax.jit(jax.grad(with_probes, argnums=(0, 1)))(zero, jnp.zeros_like(v))
     expected = jnp.sum(d_value * v, axis=-1)
     assert float(jnp.abs(expected).min()) > 0
     np.testing.assert_allclose(d_score, expected, rtol=1e-4, atol=1e-6)
@@ -300,14 +299,17 @@ def test_a_shared_router_scores_each_head_with_the_same_weights(shared):
         assert not needs_shared_router(config)
         with pytest.raises(ValueError, match="pass no router"):
             layer(x, positions=positions_of(x), router=layer.router)
-    scores = layer(x, positions=positions_of(x), router=router)[1]["scores"]
+    scores = jax.jit(lambda x: layer(x, positions=positions_of(x), router=router))(x)[1]["scores"]
     _, k, v = layer._project(x)
-    own = (router or layer.router)(jnp.concatenate([k, v], axis=-1)[:, :, :1])
+    own = jax.jit(router or layer.router)(jnp.concatenate([k, v], axis=-1)[:, :, :1])
     np.testing.assert_allclose(scores[..., :1], own, atol=1e-6)
+    if shared == "layer":
+        return
     cache = layer.init_cache(BATCH, None, jnp.float32)
-    for at in (slice(0, 20), slice(20, 21)):
-        _, cache = layer.extend(x[:, at], cache, router=router)
-    assert int(cache.length[0]) == 21
+    extend = jax.jit(lambda x, cache: layer.extend(x, cache, router=router, return_aux=True))
+    y, cache = run_pieces(extend, x, (20, 1), cache)
+    full_pass = jax.jit(lambda x: layer(x, positions=positions_of(x), router=router, reading="streaming")[0])
+    np.testing.assert_allclose(y, full_pass(x), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
