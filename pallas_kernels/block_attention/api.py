@@ -147,8 +147,8 @@ def block_attention_extend(
     before = cache.length
     valid = None if segment_ids is None else segment_ids > 0
     cache, position = append(cache, k, v, valid, block_size)
-    read = jax.tree.map(lambda x: x.astype(q.dtype), cache._replace(length=None))
-    compressed, selected = _call(module, "attend", case)(q, read.k, read.v, read.pooled_k, read.pooled_v, position)
+    held = (x.astype(q.dtype) for x in (cache.k, cache.v, cache.pooled_k, cache.pooled_v))
+    compressed, selected = _call(module, "attend", case)(q, *held, position)
     windowed = _cached_window(q, cache, before, position, window, case, implementation)
     return _merge(gates, compressed, selected, windowed), cache
 
@@ -264,7 +264,7 @@ def _check(
         _check_array("cache.pooled_v", cache.pooled_v, "BCKV", sizes, held)
         _check_array("cache.length", cache.length, "B", sizes, ("int32",))
     return Case(
-        *(sizes[letter] for letter in "BTUHKNV"),
+        **{letter: sizes[letter] for letter in "BTUHKNV"},
         dtype=same[0],
         block_size=block_size,
         block_counts=block_counts,

@@ -1,7 +1,7 @@
 """Which blocks does a tile of queries read together, and which queries read a block: the selection turned into lists.
 
-Plain jax.numpy on small integer arrays, for the kernels. A block is named by the index of its first token, which is unique in
-its row, or by its ordinal: the number of blocks that begin before it in the row, incomplete ones included.
+Plain jax.numpy on small integer arrays, for the kernels. A block is named by the index of its first token, which is
+unique in its row, or by its ordinal: the number of blocks that begin before it in the row, incomplete ones included.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Union(NamedTuple):
 
     first: Int32[Array, "B K I L"]
     bits: Int32[Array, "B K I L"]
-    count: Int32[Array, "B K I"]
+    size: Int32[Array, "B K I"]
 
 
 class Readers(NamedTuple):
@@ -60,8 +60,10 @@ def block_bound(T: int, block_size: int, packed: bool) -> int:
     return T if packed else -(-T // block_size)
 
 
-def ordinals(layout: Layout, block_size: int) -> Int32[Array, "B T"]:
+def ordinals(layout: Layout, block_size: int, packed: bool) -> Int32[Array, "B T"]:
     """The ordinal of each token's block; -1 for padding."""
+    if not packed:
+        return layout.position // block_size
     begins = (layout.position >= 0) & (layout.position % block_size == 0)
     return jnp.where(layout.position >= 0, jnp.cumsum(begins, axis=1, dtype=jnp.int32) - 1, -1)
 
@@ -72,7 +74,7 @@ def readers(
     """Lists in pieces of at most ``most_tokens`` tokens. Needs (blocks + 1) * T below 2**32."""
     B, T, K, M = indices.shape
     blocks = block_bound(T, block_size, packed)
-    ordinal = ordinals(layout, block_size)
+    ordinal = ordinals(layout, block_size, packed)
     own = ordinal - layout.position // block_size  # the ordinal of the document's block 0
     token = jnp.arange(T, dtype=jnp.uint32)[:, None, None]
     key = (own[:, :, None, None] + indices).astype(jnp.uint32) * jnp.uint32(T) + token

@@ -1,10 +1,8 @@
 """Block attention in triton.language, through jax-triton: the forward pass and the cached form.
 
-Two kernels. The first owns a tile of query tokens with all heads of one KV head: attention over block means, then the blocks
-again for their importance, of which a running list keeps the best; no importance is written out. The second reads, for the
-same tile, each block that any of its tokens selected once, and masks the tokens that did not.
-
-Rows of a tile are (token, query head of the group), so a tile fills the tensor cores for any group size.
+Two kernels. The first owns a tile of query tokens with all heads of one KV head: attention over block means, then the
+blocks again for their importance, of which a running list keeps the best; no importance is written out. The second
+reads, for the same tile, each block that any of its tokens selected once, and masks the tokens that did not.
 """
 
 from __future__ import annotations
@@ -16,13 +14,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
-from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool, table_size
+from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool
 from pallas_kernels.block_attention.plan import Union, block_bound, union
+from pallas_kernels.block_attention.triton_tiles import (
+    load_heads,
+    load_keys,
+    power_of_2,
+    shared_constants,
+    slots,
+    store_heads,
+    tile_rows,
+    visible_means,
+)
 from pallas_kernels.dispatch import UnsupportedCase
 from pallas_kernels.tiles import ceil_div, check_choice
 from pallas_kernels.triton_call import check_installed, fold_batch, jit, tl, triton_call
-
-LOG2_E = 1.4426950408889634
 
 
 class Residuals(NamedTuple):
@@ -31,29 +37,6 @@ class Residuals(NamedTuple):
     indices: Int32[Array, "B T K M"]
     lse_compressed: Float32[Array, "B T H"]
     lse_selected: Float32[Array, "B T H"]
-
-
-@jit
-def tile_rows(first_token, T, head, TOKENS: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr):
-    """(token, query head, exists) of each row of a tile: HEADS rows per token, the group filled up to a power of 2."""
-    row = tl.arange(0, TOKENS * HEADS)
-    token = first_token + row // HEADS
-    return token, head * G + row % HEADS, (token < T) & (row % HEADS < G)
-
-
-@jit
-def load_heads(base, token, head, exists, H: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    n = tl.arange(0, BLOCK)
-    pointer = base + (token * H + head)[:, None] * SIZE + n[None, :]
-    return tl.load(pointer, mask=exists[:, None] & (n < SIZE)[None, :], other=0.0)
-
-
-@jit
-def load_keys(base, token, end, K: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows ``token`` of one KV head, to which base points; zero from ``end`` on."""
-    n = tl.arange(0, BLOCK)
-    pointer = base + token[:, None] * (K * SIZE) + n[None, :]
-    return tl.load(pointer, mask=(token < end)[:, None] & (n < SIZE)[None, :], other=0.0)
 
 
 @jit
@@ -72,15 +55,31 @@ def online(q, keys, values, mask, acc, m, l, SCALE: tl.constexpr, PRECISION: tl.
 @jit
 def finish(o, lse, acc, m, l, token, head, exists, H: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr):
     """Writes the output and its logsumexp (0 where nothing was seen); returns the logsumexp."""
-    n = tl.arange(0, V_BLOCK)
     seen = l > 0
     whole = tl.where(seen, l, 1.0)
-    pointer = o + (token * H + head)[:, None] * V + n[None, :]
-    value = (acc / whole[:, None]).to(o.dtype.element_ty)
-    tl.store(pointer, value, mask=exists[:, None] & (n < V)[None, :])
+    store_heads(o, acc / whole[:, None], token, head, exists, H, V, V_BLOCK)
     result = tl.where(seen, m + tl.log2(whole), 0.0)
     tl.store(lse + token * H + head, result, mask=exists)
     return result
+
+
+@jit
+def candidate(importance, number):
+    """One integer that orders blocks: the importance's bits (not negative, so they order as integers do), then the
+    number counted down, so that of equal ones the smaller number wins."""
+    return (importance.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - number).to(tl.int64)
+
+
+@jit
+def importances(
+    queries, keys, log_sum, mask, TOKENS: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr, SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The weight of each block summed over the query group, [TOKENS, blocks], at most G."""
+    logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * SCALE
+    p = tl.exp2(tl.where(mask, logits - log_sum[:, None], float("-inf")))
+    total = tl.sum(tl.reshape(p, [TOKENS, HEADS, keys.shape[0]]), 1)
+    return tl.minimum(total, tl.full([TOKENS, keys.shape[0]], G, tl.float32))
 
 
 @jit
@@ -123,12 +122,8 @@ def _select_kernel(
     pooled_v += (batch * C * K + head) * V
 
     token, query_head, exists = tile_rows(first_token, T, head, TOKENS, HEADS, G)
-    row_base = tl.load(base + token, mask=token < T, other=0)
-    row_end = row_base + (tl.load(position + token, mask=token < T, other=-1) + 1) // S
+    row_base, row_end, lowest, highest = visible_means(position, base, token, T, C, S, BLOCKS)
     queries = load_heads(q, token, query_head, exists, H, N, N_BLOCK)
-    lowest = tl.min(tl.where(row_end > row_base, row_base, C), 0) // BLOCKS * BLOCKS
-    highest = tl.max(tl.where(row_end > row_base, row_end, 0), 0)
-
     acc = tl.zeros([TOKENS * HEADS, V_BLOCK], tl.float32)
     m = tl.full([TOKENS * HEADS], -1e30, tl.float32)
     l = tl.zeros([TOKENS * HEADS], tl.float32)
@@ -140,35 +135,27 @@ def _select_kernel(
         acc, m, l = online(queries, keys, values, mask, acc, m, l, SCALE, PRECISION)
     log_sum = finish(o, lse, acc, m, l, token, query_head, exists, H, V, V_BLOCK)
 
-    # Second look: importance of each block. A candidate is one integer: the importance's bits (it is not negative, so they
-    # order as integers do), then the block's number counted down, so that of equal ones the smaller number is the larger.
+    # Second look: the blocks before the token's own, which comes first because it may be incomplete and in no table.
     t = first_token + tl.arange(0, TOKENS)
     t_base = tl.load(base + t, mask=t < T, other=0)
     t_position = tl.load(position + t, mask=t < T, other=-1)
-    current = tl.where(t_position >= 0, t_position // S, -1)
-    group: tl.constexpr = G
-    most = tl.full([TOKENS, BLOCKS], group, tl.float32)
-    slot = tl.arange(0, SLOTS)
-    whole = tl.full([TOKENS, SLOTS], group, tl.float32).to(tl.int32, bitcast=True).to(tl.int64) << 32
-    own = whole | (0x7FFFFFFF - current)[:, None].to(tl.int64)
-    best = tl.where((slot == 0)[None, :] & (current >= 0)[:, None], own, -1)
+    current = tl.where(t_position >= 0, t_position // S, -1)[:, None]
+    slot = tl.arange(0, SLOTS)[None, :]
+    own = candidate(tl.full([TOKENS, SLOTS], G, tl.float32), current)
+    best = tl.where((slot == 0) & (current >= 0), own, -1)
     for start in range(lowest, highest, BLOCKS):
         entry = start + tl.arange(0, BLOCKS)
         keys = load_keys(pooled_k, entry, C, K, N, N_BLOCK)
-        logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * SCALE
         mask = (entry[None, :] >= row_base[:, None]) & (entry[None, :] < row_end[:, None]) & exists[:, None]
-        p = tl.exp2(tl.where(mask, logits - log_sum[:, None], float("-inf")))
-        importance = tl.minimum(tl.sum(tl.reshape(p, [TOKENS, HEADS, BLOCKS]), 1), most)
+        importance = importances(queries, keys, log_sum, mask, TOKENS, HEADS, G, SCALE, PRECISION)
         number = entry[None, :] - t_base[:, None]
-        forced = (number == 0) | (number == current[:, None] - 1)
-        importance = tl.where(forced, most, importance)
-        key = (importance.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - number).to(tl.int64)
-        key = tl.where((number >= 0) & (number < current[:, None]), key, -1)
+        importance = tl.where((number == 0) | (number == current - 1), G * 1.0, importance)
+        key = tl.where((number >= 0) & (number < current), candidate(importance, number), -1)
         better = tl.reshape(tl.join(best, tl.topk(key, SLOTS)), [TOKENS, 2 * SLOTS])
         best = tl.topk(better, SLOTS)
     number = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
-    pointer = indices + (t[:, None] * K + head) * M + slot[None, :]
-    tl.store(pointer, tl.where(best < 0, -1, number), mask=(t < T)[:, None] & (slot < M)[None, :])
+    pointer = indices + (t[:, None] * K + head) * M + slot
+    tl.store(pointer, tl.where(best < 0, -1, number), mask=(t < T)[:, None] & (slot < M))
 
 
 @jit
@@ -245,35 +232,6 @@ class Tiles:
 TILES = Tiles()
 
 
-def power_of_2(size: int, least: int = 1) -> int:
-    return max(least, 1 << (size - 1).bit_length())
-
-
-def slots(case: Any) -> int:
-    """Blocks kept per token: block_counts, or as many as there can be (the complete ones and one under way)."""
-    return min(case.block_counts, table_size(case.U, case.block_size) + 1)
-
-
-def shared_constants(case: Any, rows: int) -> dict[str, Any]:
-    """What every kernel is compiled for."""
-    group = case.H // case.K
-    heads = power_of_2(group)
-    return dict(
-        H=case.H,
-        K=case.K,
-        G=group,
-        N=case.N,
-        V=case.V,
-        S=case.block_size,
-        SCALE=case.scale * LOG2_E,
-        TOKENS=max(1, min(16, rows // heads)),
-        HEADS=heads,
-        N_BLOCK=power_of_2(case.N, 16),
-        V_BLOCK=power_of_2(case.V, 16),
-        PRECISION="ieee" if case.dtype == "float32" else "tf32",
-    )
-
-
 def check(case: Any) -> None:
     """Raises UnsupportedCase where these kernels do not run the case."""
     check_installed("block_attention")
@@ -315,8 +273,8 @@ def backward(*arguments: Any) -> Any:
 
 def _forward(q: Array, k: Array, v: Array, layout: Layout | None, *, case: Any) -> Any:
     case = dataclasses.replace(case, B=q.shape[0])
-    means = (pool(x, layout, case.block_size) for x in (k, v))
-    return _both(case, q, k, v, *means, layout or plain_layout(case.B, case.T, case.block_size))
+    pooled_k, pooled_v = pool(k, layout, case.block_size), pool(v, layout, case.block_size)
+    return _both(case, q, k, v, pooled_k, pooled_v, layout or plain_layout(case.B, case.T, case.block_size))
 
 
 def _attend(
@@ -369,12 +327,12 @@ def selected(
     """The selected branch and its logsumexp."""
     return triton_call(
         _selected_kernel,
-        *(q, k, v, layout.start, layout.position, together.first, together.bits, together.count, case.T, case.U),
+        *(q, k, v, layout.start, layout.position, together.first, together.bits, together.size, case.T, case.U),
         out_shape=(
             jax.ShapeDtypeStruct((case.B, case.T, case.H, case.V), q.dtype),
             jax.ShapeDtypeStruct((case.B, case.T, case.H), jnp.float32),
         ),
-        grid=(together.count.shape[-1], case.K, case.B),
+        grid=(together.size.shape[-1], case.K, case.B),
         num_warps=TILES.warps,
         num_stages=TILES.stages,
         L=together.first.shape[-1],

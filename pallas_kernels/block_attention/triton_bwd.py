@@ -1,12 +1,11 @@
 """Block attention in triton.language: the backward pass, without atomics, so that bits repeat.
 
-Queries: one kernel walks over block means and selected blocks as the forward pass does, for dq of both branches, and leaves
-delta = sum_n do o of each. Keys: a block's gradient needs the tokens that selected it, wherever they are; their lists
-(``plan.readers``) are cut into pieces, a program gathers one piece's queries and writes a partial sum, and a last kernel adds
-a block's pieces in order. Block means: ranges of tokens in turn, partial sums added in order.
+Queries: ``triton_dq``. Keys: a block's gradient needs the tokens that selected it, wherever they are. Their lists
+(``plan.readers``) are cut into pieces, a program gathers the queries of one piece and writes a partial sum, and a last
+kernel adds a block's pieces in order. Block means: ranges of tokens in turn, partial sums added in order.
 
-Gradients of keys are formed transposed from the start, [keys, queries]: no result of a matrix product is transposed, which
-Triton 3.4 to 3.7 gets wrong on Hopper.
+Gradients of keys are formed transposed from the start, [keys, queries]: no result of a matrix product is transposed,
+which Triton 3.4 to 3.7 gets wrong on Hopper.
 """
 
 from __future__ import annotations
@@ -19,127 +18,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool, unpool
-from pallas_kernels.block_attention.plan import Readers, Union, block_bound, ordinals, readers, union
-from pallas_kernels.block_attention.triton import (
-    Residuals,
-    load_heads,
-    load_keys,
-    power_of_2,
-    shared_constants,
-    tile_rows,
-)
+from pallas_kernels.block_attention.plan import Readers, block_bound, ordinals, readers, union
+from pallas_kernels.block_attention.triton import Residuals
+from pallas_kernels.block_attention.triton_dq import TILES as DQ_TILES
+from pallas_kernels.block_attention.triton_dq import queries_backward
+from pallas_kernels.block_attention.triton_tiles import load_heads, load_keys, power_of_2, shared_constants, tile_rows
 from pallas_kernels.tiles import ceil_div
 from pallas_kernels.triton_call import fold_batch, jit, tl, triton_call
-
-
-@jit
-def _add_dq(q, do, lse, delta, keys, values, mask, dq, SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * SCALE
-    p = tl.exp2(tl.where(mask, logits - lse[:, None], float("-inf")))
-    dp = tl.dot(do, tl.trans(values), input_precision=PRECISION)
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
-
-
-@jit
-def _load_delta(o, do, delta, token, head, exists, H: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr):
-    """(do, delta) of a tile's rows; writes delta."""
-    cotangent = load_heads(do, token, head, exists, H, V, V_BLOCK)
-    output = load_heads(o, token, head, exists, H, V, V_BLOCK)
-    value = tl.sum(cotangent.to(tl.float32) * output.to(tl.float32), 1)
-    tl.store(delta + token * H + head, value, mask=exists)
-    return cotangent, value
-
-
-@jit
-def _dq_kernel(
-    q,
-    k,
-    v,
-    pooled_k,
-    pooled_v,
-    o_c,
-    o_s,
-    do_c,
-    do_s,
-    lse_c,
-    lse_s,
-    start,
-    position,
-    base,
-    first,
-    bits,
-    count,
-    T,
-    dq,
-    delta_c,
-    delta_s,
-    C: tl.constexpr,
-    L: tl.constexpr,
-    GRADIENT_SCALE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    N: tl.constexpr,
-    V: tl.constexpr,
-    S: tl.constexpr,
-    SCALE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    N_BLOCK: tl.constexpr,
-    V_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    entry = (batch * K + head) * tl.num_programs(0) + tile
-    first += entry * L
-    bits += entry * L
-    queries_at, outputs_at, rows_at = batch * T * (H * N), batch * T * (H * V), batch * T * H
-    pooled_k += (batch * C * K + head) * N
-    pooled_v += (batch * C * K + head) * V
-    k += (batch * T * K + head) * N
-    v += (batch * T * K + head) * V
-
-    token, query_head, exists = tile_rows(tile * TOKENS, T, head, TOKENS, HEADS, G)
-    row_position = tl.load(position + batch * T + token, mask=token < T, other=-1)
-    row_base = tl.load(base + batch * T + token, mask=token < T, other=0)
-    row_end = row_base + (row_position + 1) // S
-    lowest = tl.min(tl.where(row_end > row_base, row_base, C), 0) // BLOCKS * BLOCKS
-    highest = tl.max(tl.where(row_end > row_base, row_end, 0), 0)
-    queries = load_heads(q + queries_at, token, query_head, exists, H, N, N_BLOCK)
-    gradient = tl.zeros([TOKENS * HEADS, N_BLOCK], tl.float32)
-
-    cotangent, delta = _load_delta(
-        o_c + outputs_at, do_c + outputs_at, delta_c + rows_at, token, query_head, exists, H, V, V_BLOCK
-    )
-    log_sum = tl.load(lse_c + rows_at + token * H + query_head, mask=exists, other=0.0)
-    for at in range(lowest, highest, BLOCKS):
-        block = at + tl.arange(0, BLOCKS)
-        keys = load_keys(pooled_k, block, C, K, N, N_BLOCK)
-        values = load_keys(pooled_v, block, C, K, V, V_BLOCK)
-        mask = (block[None, :] >= row_base[:, None]) & (block[None, :] < row_end[:, None])
-        gradient = _add_dq(queries, cotangent, log_sum, delta, keys, values, mask, gradient, SCALE, PRECISION)
-
-    cotangent, delta = _load_delta(
-        o_s + outputs_at, do_s + outputs_at, delta_s + rows_at, token, query_head, exists, H, V, V_BLOCK
-    )
-    log_sum = tl.load(lse_s + rows_at + token * H + query_head, mask=exists, other=0.0)
-    index = tl.load(start + batch * T + token, mask=token < T, other=0) + row_position
-    bit = token - tile * TOKENS
-    for i in range(tl.load(count + entry)):
-        key = tl.load(first + i) + tl.arange(0, S)
-        member = (tl.load(bits + i) >> bit) & 1
-        keys = load_keys(k, key, T, K, N, N_BLOCK)
-        values = load_keys(v, key, T, K, V, V_BLOCK)
-        mask = (member != 0)[:, None] & (key[None, :] <= index[:, None])
-        gradient = _add_dq(queries, cotangent, log_sum, delta, keys, values, mask, gradient, SCALE, PRECISION)
-
-    n = tl.arange(0, N_BLOCK)
-    pointer = dq + queries_at + (token * H + query_head)[:, None] * N + n[None, :]
-    value = (gradient * GRADIENT_SCALE).to(dq.dtype.element_ty)
-    tl.store(pointer, value, mask=exists[:, None] & (n < N)[None, :])
 
 
 @jit
@@ -313,16 +198,14 @@ def _means_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Rows of a tile of queries, tokens per piece of a block's readers, ranges of tokens for the means, warps, stages."""
+    """Rows of a tile, tokens per piece of a block's readers, ranges of tokens for the means, warps, stages."""
 
     rows: int = 64
     piece: int = 512
     ranges: int = 32
     blocks: int = 64
-    dq_warps: int = 4
-    dq_stages: int = 2
-    key_warps: int = 4
-    key_stages: int = 2
+    warps: int = 4
+    stages: int = 2
 
 
 TILES = Tiles()
@@ -355,11 +238,10 @@ def _backward(
 ) -> tuple[Array, Array, Array]:
     case = dataclasses.replace(case, B=q.shape[0])
     S = case.block_size
-    pooled = tuple(pool(x, layout, S) for x in (k, v))
+    pooled = pool(k, layout, S), pool(v, layout, S)
     place = layout or plain_layout(case.B, case.T, S)
-    constants = shared_constants(case, TILES.rows)
-    together = union(residuals.indices, place, S, constants["TOKENS"])
-    dq, *delta = _dq(case, q, k, v, pooled, place, together, outputs, residuals, cotangents)
+    together = union(residuals.indices, place, S, shared_constants(case, DQ_TILES.rows)["TOKENS"])
+    dq, *delta = queries_backward(case, q, k, v, pooled, place, together, outputs, residuals, cotangents)
     lists = readers(residuals.indices, place, S, case.segment_ids, TILES.piece)
     dk, dv = _selected_keys(case, q, k, v, place, lists, residuals.lse_selected, delta[1], cotangents[1])
     dmeans = _means(case, q, pooled, place, residuals.lse_compressed, delta[0], cotangents[0])
@@ -375,38 +257,9 @@ def _backward(
 def _was_read(case: Any, lists: Readers, place: Layout) -> Array:
     """[B,T,K]: whether any token selected the block that this token is in."""
     count = lists.pieces[..., 1:] - lists.pieces[..., :-1]
-    ordinal = ordinals(place, case.block_size)
+    ordinal = ordinals(place, case.block_size, case.segment_ids)
     read = jnp.take_along_axis(count.transpose(0, 2, 1), jnp.maximum(ordinal, 0)[..., None], axis=1) > 0
     return read & (ordinal >= 0)[..., None]
-
-
-def _dq(
-    case: Any,
-    q: Array,
-    k: Array,
-    v: Array,
-    pooled: tuple[Array, Array],
-    place: Layout,
-    together: Union,
-    outputs: tuple[Array, Array],
-    residuals: Residuals,
-    cotangents: tuple[Array, Array],
-) -> tuple[Array, Float32[Array, "B T H"], Float32[Array, "B T H"]]:
-    rows = jax.ShapeDtypeStruct((case.B, case.T, case.H), jnp.float32)
-    return triton_call(
-        _dq_kernel,
-        *(q, k, v, *pooled, *outputs, *cotangents, residuals.lse_compressed, residuals.lse_selected),
-        *(place.start, place.position, place.base, together.first, together.bits, together.count, case.T),
-        out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), rows, rows),
-        grid=(together.count.shape[-1], case.K, case.B),
-        num_warps=TILES.dq_warps,
-        num_stages=TILES.dq_stages,
-        C=pooled[0].shape[1],
-        L=together.first.shape[-1],
-        GRADIENT_SCALE=case.scale,
-        BLOCKS=TILES.blocks,
-        **shared_constants(case, TILES.rows),
-    )
 
 
 def _selected_keys(
@@ -421,14 +274,14 @@ def _selected_keys(
         *(q, k, v, do, lse, delta, lists.token, lists.first, lists.begin, lists.end, T),
         out_shape=[jax.ShapeDtypeStruct((B, K, P, S, size), jnp.float32) for size in (case.N, case.V)],
         grid=(P, K, B),
-        num_warps=TILES.key_warps,
-        num_stages=TILES.key_stages,
+        num_warps=TILES.warps,
+        num_stages=TILES.stages,
         E=lists.token.shape[-1],
         GRADIENT_SCALE=case.scale,
         **constants,
     )
     blocks = block_bound(T, S, case.segment_ids)
-    ordinal = ordinals(place, S)
+    ordinal = ordinals(place, S, case.segment_ids)
     dk, dv = (
         triton_call(
             _sum_kernel,
@@ -462,8 +315,8 @@ def _means(
         *(q, *pooled, do, lse, delta, place.position, place.base, place.first_token, case.T, tokens_each),
         out_shape=[jax.ShapeDtypeStruct((*shape, size), jnp.float32) for size in (case.N, case.V)],
         grid=(chunks, parts, case.B * case.K),
-        num_warps=TILES.key_warps,
-        num_stages=TILES.key_stages,
+        num_warps=TILES.warps,
+        num_stages=TILES.stages,
         C=C,
         BLOCKS=TILES.blocks,
         GRADIENT_SCALE=case.scale,

@@ -297,9 +297,7 @@ def _selected_backward(
     def add(total_k: Array, total_v: Array) -> tuple[Array, Array]:
         if read.first is None:
             return total_k + dk, total_v + dv
-        return tuple(
-            _scatter(total, read.first, part, case.block_size) for total, part in ((total_k, dk), (total_v, dv))
-        )
+        return _scatter(total_k, read.first, dk, case.block_size), _scatter(total_v, read.first, dv, case.block_size)
 
     return _merged(dq), add
 

@@ -1,0 +1,83 @@
+"""What the Triton kernels of block attention share: the rows of a tile, how rows are loaded, and their constants.
+
+Rows of a tile are (token, query head of the group), so a tile fills the tensor cores for any group size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pallas_kernels.block_attention.blocks import table_size
+from pallas_kernels.triton_call import jit, tl
+
+LOG2_E = 1.4426950408889634
+
+
+@jit
+def tile_rows(first_token, T, head, TOKENS: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr):
+    """(token, query head, exists) of each row of a tile: HEADS rows per token, the group filled up to a power of 2."""
+    row = tl.arange(0, TOKENS * HEADS)
+    token = first_token + row // HEADS
+    return token, head * G + row % HEADS, (token < T) & (row % HEADS < G)
+
+
+@jit
+def load_heads(base, token, head, exists, H: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    n = tl.arange(0, BLOCK)
+    pointer = base + (token * H + head)[:, None] * SIZE + n[None, :]
+    return tl.load(pointer, mask=exists[:, None] & (n < SIZE)[None, :], other=0.0)
+
+
+@jit
+def store_heads(base, value, token, head, exists, H: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    n = tl.arange(0, BLOCK)
+    pointer = base + (token * H + head)[:, None] * SIZE + n[None, :]
+    tl.store(pointer, value.to(base.dtype.element_ty), mask=exists[:, None] & (n < SIZE)[None, :])
+
+
+@jit
+def load_keys(base, token, end, K: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows ``token`` of one KV head, to which base points; zero from ``end`` on."""
+    n = tl.arange(0, BLOCK)
+    pointer = base + token[:, None] * (K * SIZE) + n[None, :]
+    return tl.load(pointer, mask=(token < end)[:, None] & (n < SIZE)[None, :], other=0.0)
+
+
+@jit
+def visible_means(position, base, token, T, C: tl.constexpr, S: tl.constexpr, BLOCKS: tl.constexpr):
+    """(first, end) of the table entries that each row sees, and (lowest, highest) for the tile, in steps of BLOCKS."""
+    begin = tl.load(base + token, mask=token < T, other=0)
+    end = begin + (tl.load(position + token, mask=token < T, other=-1) + 1) // S
+    lowest = tl.min(tl.where(end > begin, begin, C), 0) // BLOCKS * BLOCKS
+    return begin, end, lowest, tl.max(tl.where(end > begin, end, 0), 0)
+
+
+def power_of_2(size: int, least: int = 1) -> int:
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def slots(case: Any) -> int:
+    """Blocks kept per token: block_counts, or as many as there can be (the complete ones and one under way)."""
+    return min(case.block_counts, table_size(case.U, case.block_size) + 1)
+
+
+def shared_constants(case: Any, rows: int) -> dict[str, Any]:
+    """What every kernel is compiled for."""
+    group = case.H // case.K
+    heads = power_of_2(group)
+    if case.dtype == "float32":  # exact products have no tensor cores: larger tiles spill registers and compile slowly
+        rows = 16
+    return dict(
+        H=case.H,
+        K=case.K,
+        G=group,
+        N=case.N,
+        V=case.V,
+        S=case.block_size,
+        SCALE=case.scale * LOG2_E,
+        TOKENS=max(1, min(16, rows // heads)),
+        HEADS=heads,
+        N_BLOCK=power_of_2(case.N, 16),
+        V_BLOCK=power_of_2(case.V, 16),
+        PRECISION="ieee" if case.dtype == "float32" else "tf32",
+    )
