@@ -20,8 +20,8 @@ WINDOW, BUDGET = 12, 16
 
 
 def get_config() -> Suite:
-    lte = LTE(num_heads=2, window=WINDOW, budget=BUDGET, sinks=1, dropout=0.0)
-    same_bytes = WindowAttention(num_heads=2, window=WINDOW + 1 + BUDGET)
+    lte = LTE(num_heads=4, window=WINDOW, budget=BUDGET, sinks=1, dropout=0.0)
+    same_bytes = WindowAttention(num_heads=4, window=WINDOW + 1 + BUDGET)
     return Suite(runs=(_experiment("lalte", lte), _experiment("gdn_swa", same_bytes)))
 
 
@@ -36,15 +36,15 @@ def _experiment(name: str, attention: MixerConfig) -> ExperimentConfig:
             pattern=(GatedDeltaNet(num_heads=2, head_dim=8), attention),
             intermediate_size=128,
             max_length=256,
-            init_std=0.02,
+            init_std=0.1,
         ),
         data=data,
-        steps=1200,
+        steps=900,
         batch_size=32,
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, final_fraction=0.1, eps=1e-8, weight_decay=0.01),
         # The penalty waits until recall has formed: one that bites before that drives heads to keep nothing for ever.
-        penalty=PenaltyConfig(period=8, initial=1e-2, minimum=1e-4, initial_steps=400),
+        penalty=PenaltyConfig(period=8, initial=1e-2, minimum=1e-4, initial_steps=300),
         evaluation=EvaluationConfig(every=300, batches=None, reading="streaming"),
-        checkpoint=CheckpointConfig(every=600, keep=2),
+        checkpoint=CheckpointConfig(every=450, keep=2),
         log_every=20,
     )
