@@ -40,7 +40,7 @@ TOKENIZER_FILES = (
 # What the authors' files hold beside weights: the penalty's state.
 _STATE_NAMES = ("model.l1_lambda", "model.num_kept")
 
-Path_ = tuple[str | int, ...]
+Path_ = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,8 +205,8 @@ def weight_names(path: Path_, config: ModelConfig) -> list[tuple[str, ...]]:
         layers = range(position, config.num_layers, len(config.pattern))
         return [(f"model.layers.{layer}.{_authors_tail(tail)}",) for layer in layers]
     if path[0] == "router":  # one router for all LTE layers: their file repeats it, or keeps one copy
-        layers = [index for index, name in enumerate(config.layer_names()) if name == "lte"]
-        return [tuple(f"model.layers.{layer}.{_authors_tail(('mixer', *path))}" for layer in layers)]
+        routed = [index for index, name in enumerate(config.layer_names()) if name == "lte"]
+        return [tuple(f"model.layers.{layer}.{_authors_tail(('mixer', *path))}" for layer in routed)]
     name = ".".join(str(part) for part in path)
     return [(name if path[0] == "lm_head" else f"model.{name}",)]
 

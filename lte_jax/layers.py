@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +129,7 @@ class GatedMLP(nnx.Module):
     def __init__(
         self, width: int, inner: int, *, init: InitRule, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.gate_proj = Linear(width, inner, axes=("embed", "mlp"), init=init.normal(), **kwargs)
         self.up_proj = Linear(width, inner, axes=("embed", "mlp"), init=init.normal(), **kwargs)
         self.down_proj = Linear(inner, width, axes=("mlp", "embed"), init=init.residual(inner), **kwargs)

@@ -73,7 +73,7 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
         implementation: str | None,
     ):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.mixer_norm = RMSNorm(config.width, eps=config.norm_eps, **types)
         self.mixer = mixer_module(mixer)(
             mixer, config.width, init=init, max_length=config.max_length, implementation=implementation, **types
@@ -130,7 +130,7 @@ class LanguageModel(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
         init = InitRule(config.init_std, config.num_layers, config.rescale_residual)
-        types = dict(dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
         self.embeddings = Embedding(config.vocab_size, config.width, init=init, **types)
         shared = [mixer for mixer in config.pattern if needs_shared_router(mixer)]
         self.router = make_router(shared[0], config.width, **types) if shared else None
@@ -143,7 +143,7 @@ class LanguageModel(nnx.Module):
 
         self.units = stack(rngs)
         self.norm = RMSNorm(config.width, eps=config.norm_eps, **types)
-        head = dict(axes=("embed", "vocab"), init=init.normal())
+        head: dict[str, Any] = dict(axes=("embed", "vocab"), init=init.normal())
         tied = config.tie_embeddings
         self.lm_head = None if tied else Linear(config.width, config.vocab_size, **head, **types)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lte_jax.mixers import config_from_dict, config_to_dict, mixer_name
+from lte_jax.mixers import config_from_dict, config_to_dict, lte, mixer_name
 from lte_jax.mixers.base import MixerConfig
 
 
@@ -49,7 +49,7 @@ class ModelConfig:
             )
         for mixer in self.pattern:
             mixer.validate(self.width)
-        kv_heads = {mixer.num_kv_heads or mixer.num_heads for mixer in self.pattern if mixer_name(mixer) == "lte"}
+        kv_heads = {mixer.kv_heads for mixer in self.pattern if isinstance(mixer, lte.Config)}
         if len(kv_heads) > 1:
             raise ValueError(f"the LTE layers have {sorted(kv_heads)} KV heads; the penalty needs one number for all")
         for below, mixer in zip((None, *self.pattern), self.pattern, strict=False):

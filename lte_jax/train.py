@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lte_jax import configs, memory, metrics, plots, runs, sharding
+from lte_jax import configs, memory, metrics, plots, restore, runs, sharding
 from lte_jax.checkpoint import Checkpoints
 from lte_jax.data import Batches
 from lte_jax.experiment import ExperimentConfig, step_config
@@ -97,7 +97,7 @@ class _Run:
         self.folder = runs.claim(workdir, configs.to_dict(config))
         runs.save_tokenizer(self.folder, config.data)
         self.checkpoints = Checkpoints(
-            self.folder / runs.CHECKPOINTS, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
+            self.folder / restore.CHECKPOINTS, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
         )
         self.train_step = self.builder.train_step()
         self.evaluate_step = self.builder.evaluate_step(config.evaluation.reading)

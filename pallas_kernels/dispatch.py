@@ -55,8 +55,8 @@ class Operation:
 
     Args:
       name: the operation's folder in this package.
-      implementations: the names that exist, a subset of ``IMPLEMENTATIONS``; each is a module ``<name>.<implementation>``,
-        imported when first asked for.
+      implementations: the names that exist, a subset of ``IMPLEMENTATIONS``; each is a module
+        ``<name>.<implementation>``, imported when first asked for.
       fastest: the order in which ``implementation=None`` tries them on a GPU, fastest measured first.
     """
 
@@ -88,7 +88,8 @@ class Operation:
     def _load(self, name: str, case: Any) -> ModuleType:
         if name not in IMPLEMENTATIONS:
             raise UnsupportedCase(
-                f"{self.name}: implementation={name!r} is not one of {', '.join(IMPLEMENTATIONS)}; None picks the fastest"
+                f"{self.name}: implementation={name!r} is not one of {', '.join(IMPLEMENTATIONS)}; "
+                "None picks the fastest"
             )
         if name not in self.implementations:
             raise UnsupportedCase(
@@ -96,8 +97,8 @@ class Operation:
             )
         if name != "xla" and not on_gpu():
             raise UnsupportedCase(
-                f"{self.name}: implementation={name!r} needs a CUDA GPU, and JAX runs on {jax.default_backend()!r} here; "
-                "use implementation='xla' or None"
+                f"{self.name}: implementation={name!r} needs a CUDA GPU, and JAX runs on "
+                f"{jax.default_backend()!r} here; use implementation='xla' or None"
             )
         module = importlib.import_module(f"pallas_kernels.{self.name}.{name}")
         module.check(case)

@@ -78,4 +78,7 @@ def test_files_and_functions_stay_short(path):
     assert text.count("\n") <= 400, f"{path} has more than 400 lines: split it by idea"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 80, f"{path}: {node.name} has 80 lines or more"
+            # A kernel's body is one pass over its tiles, and each function that it calls may cost registers.
+            kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+            limit = 120 if kernel else 80
+            assert node.end_lineno - node.lineno < limit, f"{path}: {node.name} has {limit} lines or more"

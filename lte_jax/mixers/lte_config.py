@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeGuard
 
 from flax import nnx
 from jax.typing import DTypeLike
@@ -127,6 +127,6 @@ def make_router(config: Config, width: int, *, dtype: DTypeLike, param_dtype: DT
     )
 
 
-def needs_shared_router(config: MixerConfig) -> bool:
+def needs_shared_router(config: MixerConfig) -> TypeGuard[Config]:
     """Whether these settings want a ``router`` passed to every call."""
     return isinstance(config, Config) and config.retention == "learned" and config.routing_shared == "all"

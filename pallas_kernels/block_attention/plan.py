@@ -44,6 +44,10 @@ def union(indices: Int32[Array, "B T K M"], layout: Layout, block_size: int, til
     B, T, K, M = indices.shape
     first = layout.start[:, :, None, None] + indices * block_size
     first = jnp.where(indices >= 0, first, NOTHING)
+    if T == 1:  # one token's blocks are distinct, and -1 fills up behind them
+        first = first.transpose(0, 2, 1, 3)
+        chosen = first != NOTHING
+        return Union(first, chosen.astype(jnp.int32), jnp.sum(chosen, axis=-1, dtype=jnp.int32))
     tiles = -(-T // tile)
     first = jnp.pad(first, ((0, 0), (0, tiles * tile - T), (0, 0), (0, 0)), constant_values=NOTHING)
     first = first.reshape(B, tiles, tile, K, M).transpose(0, 3, 1, 2, 4)
@@ -51,7 +55,7 @@ def union(indices: Int32[Array, "B T K M"], layout: Layout, block_size: int, til
     before = jnp.concatenate([jnp.full_like(ordered[..., :1], -1), ordered[..., :-1]], axis=-1)
     distinct = jnp.sort(jnp.where(ordered == before, NOTHING, ordered), axis=-1)
     member = jnp.any(first[:, :, :, None] == distinct[..., None, None], axis=-1)
-    bits = jnp.sum(member << jnp.arange(tile, dtype=jnp.int32), axis=-1, dtype=jnp.int32)
+    bits = jnp.sum(member.astype(jnp.int32) << jnp.arange(tile, dtype=jnp.int32), axis=-1, dtype=jnp.int32)
     return Union(distinct, bits, jnp.sum(distinct != NOTHING, axis=-1, dtype=jnp.int32))
 
 

@@ -31,9 +31,10 @@ BLOCK_V = 64
 
 @jit
 def load_gates(g_ptr, beta_ptr, run_ptr, T, b, h, chunk, H: tl.constexpr, RUNS: tl.constexpr):
-    """One chunk's (running log decay, beta, run of each token, run of the state before the chunk).
+    """One chunk's (running log decay as two summands, beta, run of each token, run of the state before the chunk).
 
-    A decay below exp(-100) is zero in float32, and smaller logarithms would cost the running sum its precision.
+    A difference of running sums loses small decays that follow large ones. So the sum comes in two parts: one of
+    multiples of 1/16, exact because logarithms stop at -100 (a decay below that is zero in float32), and the rest.
     """
     t = chunk * 64 + tl.arange(0, 64)
     inside = t < T
@@ -46,7 +47,16 @@ def load_gates(g_ptr, beta_ptr, run_ptr, T, b, h, chunk, H: tl.constexpr, RUNS: 
         run = tl.load(run_ptr + b * T + tl.minimum(t, T - 1))
         before = tl.load(run_ptr + b * T + tl.maximum(chunk * 64 - 1, 0))
         before = tl.where(chunk > 0, before, 0)
-    return tl.cumsum(tl.maximum(g, -100.0), 0), beta, run, before
+    g = tl.maximum(g, -100.0)
+    coarse = tl.floor(g * 16.0 + 0.5) * 0.0625
+    return tl.cumsum(coarse, 0), tl.cumsum(g - coarse, 0), beta, run, before
+
+
+@jit
+def end_of_chunk(coarse, fine):
+    """The running sum's two parts at the last token."""
+    is_last = tl.arange(0, 64) == 63
+    return tl.sum(tl.where(is_last, coarse, 0.0), 0), tl.sum(tl.where(is_last, fine, 0.0), 0)
 
 
 @jit
@@ -98,13 +108,14 @@ def _within_chunks(
     at = ((b * T + chunk * 64 + i) * K + h // (H // K)) * N + n[None, :]
     k = tl.load(k_ptr + at, mask=inside, other=0.0)
     q = tl.load(q_ptr + at, mask=inside, other=0.0)
-    c, beta, run, before = load_gates(g_ptr, beta_ptr, run_ptr, T, b, h, chunk, H, RUNS)
+    coarse, fine, beta, run, before = load_gates(g_ptr, beta_ptr, run_ptr, T, b, h, chunk, H, RUNS)
     rq = inverse_norm(q, NORMALIZE) * scale
     rk = inverse_norm(k, NORMALIZE)
     sees = i >= j
     if RUNS:
         sees = sees & (run[:, None] == run[None, :])
-    decay = tl.exp(tl.where(sees, c[:, None] - c[None, :], float("-inf"))) * (beta * rk)[None, :]
+    apart = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+    decay = tl.exp(tl.where(sees, apart, float("-inf"))) * (beta * rk)[None, :]
 
     tile = (bh * NT + chunk) * 4096 + i * 64 + j
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * decay * rq[:, None]
@@ -113,8 +124,9 @@ def _within_chunks(
     inverse = invert_unit_lower(keys, PRECISION, HALF)
     tl.store(inverse_ptr + tile, inverse.to(inverse_ptr.dtype.element_ty))
 
-    last = tl.sum(tl.where(rows == 63, c, 0.0), 0)
-    read, write, carry = tl.exp(c), tl.exp(last - c) * beta * rk, tl.exp(last)
+    coarse_end, fine_end = end_of_chunk(coarse, fine)
+    read, carry = tl.exp(coarse + fine), tl.exp(coarse_end + fine_end)
+    write = tl.exp((coarse_end - coarse) + (fine_end - fine)) * beta * rk
     if RUNS:
         last_run = tl.max(run, 0)
         read = tl.where(run == before, read, 0.0)

@@ -9,7 +9,7 @@ y = v - exp(c) k S (which is dv):
 
 The scans write S and D of every chunk, transposed. In the last kernel p_ij = do_i.r_j P_ij / beta_j, l_ij = dy_i.r_j
 L_ij / beta_j and w_j = exp(c_last - c_j) r_j.(k_j D) give dbeta_j = sum_i (p_ij - l_ij) + w_j without a division, and
-the gradient of c beside it. No dot takes the transpose of another dot's result (Triton 3.4 to 3.7 gets that wrong on
+dg beside it. No dot takes the transpose of another dot's result (Triton 3.4 to 3.7 gets that wrong on
 Hopper): where both a product and its transpose are needed, both are computed from memory.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gated_delta_rule.triton import BLOCK_V, CHUNK, load_gates, precision
+from pallas_kernels.gated_delta_rule.triton import BLOCK_V, CHUNK, end_of_chunk, load_gates, precision
 from pallas_kernels.tiles import ceil_div
 from pallas_kernels.triton_call import jit, tl, triton_call
 
@@ -179,9 +179,10 @@ def _gradients(
     i, j = rows[:, None], rows[None, :]
     inside = (chunk * 64 + i) < T
     dtype = k_ptr.dtype.element_ty
-    c, beta, run, before = load_gates(g_ptr, beta_ptr, run_ptr, T, b, h, chunk, H, RUNS)
-    last = tl.sum(tl.where(rows == 63, c, 0.0), 0)
-    read, write, carry = tl.exp(c), tl.exp(last - c), tl.exp(last)
+    coarse, fine, beta, run, before = load_gates(g_ptr, beta_ptr, run_ptr, T, b, h, chunk, H, RUNS)
+    coarse_end, fine_end = end_of_chunk(coarse, fine)
+    read, carry = tl.exp(coarse + fine), tl.exp(coarse_end + fine_end)
+    write = tl.exp((coarse_end - coarse) + (fine_end - fine))
     sees = i >= j
     seen = i <= j
     if RUNS:
@@ -201,20 +202,22 @@ def _gradients(
     # Token against token: row i sees column j. One product after another keeps the registers few.
     rq = _inverse_norm(q_ptr, at, inside, key_size, NORMALIZE)
     rk = _inverse_norm(k_ptr, at, inside, key_size, NORMALIZE)
-    decay = tl.exp(tl.where(sees, c[:, None] - c[None, :], float("-inf"))) * rk[None, :]
+    apart = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+    decay = tl.exp(tl.where(sees, apart, float("-inf"))) * rk[None, :]
     grad = _product(do_ptr, r_ptr, at_v, inside, value_size, PRECISION) * decay * scale
     to_q = (grad * beta[None, :]).to(dtype)
     pairs = _product(q_ptr, k_ptr, at, inside, key_size, PRECISION) * grad * rq[:, None]
-    dbeta = tl.sum(pairs, 0)
-    dc = tl.sum(pairs * beta[None, :], 1)
-    decay = tl.where(i > j, decay, 0.0)
-    grad = _product(dv_ptr, r_ptr, at_v, inside, value_size, PRECISION) * decay
+    grad = _product(dv_ptr, r_ptr, at_v, inside, value_size, PRECISION) * tl.where(i > j, decay, 0.0)
     to_k = grad * -beta[None, :]
-    pairs = _product(k_ptr, k_ptr, at, inside, key_size, PRECISION) * grad * -rk[:, None]
-    dbeta += tl.sum(pairs, 0)
-    dc += tl.sum(pairs * beta[None, :], 1)
+    pairs -= _product(k_ptr, k_ptr, at, inside, key_size, PRECISION) * grad * rk[:, None]
+    dbeta = tl.sum(pairs, 0)
+    # dg_t is the sum over the pairs i >= t > j. As a running sum of the gradient of c it would drown, where decays are
+    # strong, in terms that cancel.
+    pairs = tl.where(i > j, pairs * beta[None, :], 0.0)
+    later = tl.dot(tl.where(i <= j, 1.0, 0.0), pairs, input_precision=PRECISION)
+    dg = tl.sum(tl.where(i > j, later, 0.0), 1)
     # The same pairs transposed: row i is seen by column j.
-    decay = tl.exp(tl.where(seen, c[None, :] - c[:, None], float("-inf"))) * beta[:, None]
+    decay = tl.exp(tl.where(seen, -apart, float("-inf"))) * beta[:, None]
     grad = _product(r_ptr, dv_ptr, at_v, inside, value_size, PRECISION)
     to_k = (to_k - grad * tl.where(i < j, decay, 0.0) * rk[None, :]).to(dtype)
     grad = _product(r_ptr, do_ptr, at_v, inside, value_size, PRECISION)
@@ -222,6 +225,7 @@ def _gradients(
 
     # Token against state, a part of the key head at a time.
     w = tl.zeros([64], tl.float32)
+    dread = tl.zeros([64], tl.float32)
     along_q = tl.zeros([64], tl.float32)
     along_k = tl.zeros([64], tl.float32)
     dcarry = tl.zeros([BN], tl.float32)
@@ -231,7 +235,7 @@ def _gradients(
         q = tl.load(q_ptr + at + part * BN, mask=inside, other=0.0)
         k = tl.load(k_ptr + at + part * BN, mask=inside, other=0.0)
         dq = _times_state(do_ptr, states, at_v, inside, value_size, N, BN, PRECISION) * (read * scale)[:, None]
-        dc += tl.sum(dq * q.to(tl.float32), 1) * rq
+        dread += tl.sum(dq * q.to(tl.float32), 1) * rq
         dq = tl.dot(to_q, k, dq, input_precision=PRECISION)
         if NORMALIZE:
             along_q += tl.sum(dq * q.to(tl.float32), 1) * rq
@@ -240,7 +244,7 @@ def _gradients(
         tl.store(dq_ptr + at_out + part * BN, dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
         dk = _times_state(dv_ptr, states, at_v, inside, value_size, N, BN, PRECISION) * -read[:, None]
-        dc += tl.sum(dk * k.to(tl.float32), 1) * rk
+        dread += tl.sum(dk * k.to(tl.float32), 1) * rk
         dk = tl.dot(from_q, q, dk, input_precision=PRECISION)
         dk = tl.dot(to_k, k, dk, input_precision=PRECISION)
         dwrite = _times_state(r_ptr, dstates, at_v, inside, value_size, N, BN, PRECISION) * write[:, None]
@@ -256,13 +260,9 @@ def _gradients(
             dcarry += tl.sum(state * tl.load(dstates + block * 64 * N).to(tl.float32), 0)
 
     dbeta += w
-    dc -= beta * dbeta
-    dlast = tl.sum(beta * w, 0) + tl.sum(dcarry, 0) * carry
+    dg += tl.sum(tl.where(i <= j, dread[None, :], 0.0), 1) + tl.sum(tl.where(i > j, (beta * w)[None, :], 0.0), 1)
+    dg += tl.sum(dcarry, 0) * carry
     at_t = (b * T + chunk * 64 + rows) * H + h
-    if RUNS:
-        # Each sum stays within its run: another document's terms would cancel only up to rounding.
-        dlast = tl.where(run == last_run, dlast, 0.0)
-    dg = tl.sum(tl.where(seen, dc[None, :], 0.0), 1) + dlast
     tl.store(dg_ptr + at_t, dg, mask=chunk * 64 + rows < T)
     tl.store(dbeta_ptr + at_t, dbeta, mask=chunk * 64 + rows < T)
 

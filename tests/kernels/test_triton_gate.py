@@ -19,8 +19,8 @@ needs_triton = pytest.mark.skipif(
 # Spilled bytes per thread allowed to each kernel, by head size: what was measured when its speed was, rounded up.
 SPILLS = {
     ("_within_chunks", 64): 16,
-    ("_within_chunks", 128): 72,
-    ("_within_chunks", 256): 160,
+    ("_within_chunks", 128): 0,
+    ("_within_chunks", 256): 48,
     ("_scan_chunks", 64): 0,
     ("_scan_chunks", 128): 0,
     ("_scan_chunks", 256): 400,
@@ -30,9 +30,9 @@ SPILLS = {
     ("_reverse_scan", 64): 0,
     ("_reverse_scan", 128): 0,
     ("_reverse_scan", 256): 656,
-    ("_gradients", 64): 720,
-    ("_gradients", 128): 0,
-    ("_gradients", 256): 128,
+    ("_gradients", 64): 400,
+    ("_gradients", 128): 216,
+    ("_gradients", 256): 216,
     ("_one_token", 64): 0,
     ("_one_token", 128): 0,
     ("_one_token", 256): 0,
