@@ -249,7 +249,7 @@ def _other_to_hf(mixer: Any) -> dict[str, Any]:
     values = dict(
         attn_type={"lte": "lte", "nsa": "nsa"}.get(name, "attn"),
         num_heads=mixer.num_heads,
-        num_kv_heads=mixer.num_kv_heads or mixer.num_heads,
+        num_kv_heads=mixer.num_kv_heads,
         qkv_bias=mixer.qkv_bias,
         rope_theta=mixer.rope_theta,
         window_size=getattr(mixer, "window", None),

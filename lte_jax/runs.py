@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from lte_jax import configs, restore
 from lte_jax.data.tokenizer import load_tokenizer
@@ -44,15 +45,18 @@ def claim(workdir: str | Path, config: dict[str, Any]) -> Path:
       RunError: it holds another run (the differing settings are named) or something else.
     """
     folder = Path(workdir).absolute()
-    if (folder / CONFIG).is_file():
-        check_same(read_config(folder), config, str(folder))
-    elif folder.exists() and any(folder.iterdir()):
-        raise RunError(f"{folder} is not empty and holds no {CONFIG} of a run: name another --workdir")
     if jax.process_index() == 0:
+        if (folder / CONFIG).is_file():
+            check_same(read_config(folder), config, str(folder))
+        elif folder.exists() and any(folder.iterdir()):
+            raise RunError(f"{folder} is not empty and holds no {CONFIG} of a run: name another --workdir")
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".{CONFIG}-{os.getpid()}"
         partial.write_text(json.dumps(config, indent=2) + "\n")
         partial.replace(folder / CONFIG)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("workdir")
+        check_same(read_config(folder), config, str(folder))
     return folder
 
 

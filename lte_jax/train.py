@@ -103,7 +103,7 @@ class _Run:
         self.evaluate_step = self.builder.evaluate_step(config.evaluation.reading)
         self.compiled: dict[Any, Any] = {}
         names = [name for name in ("input_ids", "labels", "segment_ids") if name in first]
-        self.compile({**{name: first[name] for name in names}, "interrupted": first["input_ids"][:1]})
+        self.first_shapes = {**{name: first[name] for name in names}, "interrupted": first["input_ids"][:1]}
         self.step = 0
         self.heldout: dict[str, float] | None = None
         self.reporter: metrics.Reporter | None = None
@@ -139,6 +139,7 @@ class _Run:
         restored = self.checkpoints.restore(
             wanted, check=lambda meta: runs.check_same(meta["config"], settings, f"checkpoint {meta['step']}")
         )
+        self.compile(self.first_shapes)
         if restored is not None:
             self.step = restored.step
             self.batches.set_state(restored.meta["data"])

@@ -78,6 +78,8 @@ class GroupedConvolution(nnx.Module):
         if heads == 1:
             products = jnp.matmul(x, weight[0], preferred_element_type=jnp.float32)
         else:
+            if jax.default_backend() == "cpu":  # XLA's CPU has no batched product of 16-bit inputs into float32
+                x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
             products = jnp.einsum("btki,kio->btko", x, weight, preferred_element_type=jnp.float32)
         y = self.bias[...].astype(jnp.float32)
         for tap in range(taps):
