@@ -90,9 +90,11 @@ def test_a_signal_saves_at_the_current_step_and_the_run_continues_bit_for_bit(wh
 
 
 def killed_after(workdir, cache, seconds_after_step_2):
-    """Starts a run as a process, kills it -9 some time after its second step, and says how far it was."""
+    """Starts a run as a process, and kills it -9 some time after its second step."""
     code = f"from tests.system.tiny import run_in_process; run_in_process({str(workdir)!r}, {str(cache)!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = cache / "killed.log"
+    with log.open("w") as output:
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + 240
         while len(read_metrics(workdir)) < 2 and process.poll() is None and time.monotonic() < deadline:
@@ -101,11 +103,12 @@ def killed_after(workdir, cache, seconds_after_step_2):
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    return len(read_metrics(workdir))
+    steps = len(read_metrics(workdir))
+    assert steps >= 2, f"the run ended with {process.returncode} before its second step: {log.read_text()[-2000:]}"
 
 
 def check_kill(whole, tmp_path, cache, seconds):
-    assert killed_after(tmp_path / "run", cache, seconds) >= 2
+    killed_after(tmp_path / "run", cache, seconds)
     config = tiny_experiment(checkpoint=CheckpointConfig(every=1, keep=2))
     assert train(config, tmp_path / "run", devices=ONE).finished
     assert sums(tmp_path / "run", 11) == sums(whole[0], 11)
