@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lte_jax.hf_config import model_config_from_hf, model_config_to_hf
-from lte_jax.mixers import mixer_name
+from lte_jax.mixers import lte
 from lte_jax.model import LanguageModel
 from lte_jax.model_config import ModelConfig
 
@@ -41,6 +41,7 @@ TOKENIZER_FILES = (
 _STATE_NAMES = ("model.l1_lambda", "model.num_kept")
 
 Path_ = tuple[Any, ...]
+Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,21 @@ class WeightReport:
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
+
+    @classmethod
+    def compare(
+        cls, expected: Mapping[str, Shape], found: Mapping[str, Shape], ignored: Collection[str] = ()
+    ) -> WeightReport:
+        """The report on shapes by name; ``ignored`` names are no extras."""
+        return cls(
+            missing=tuple(sorted(set(expected) - set(found))),
+            extra=tuple(sorted(set(found) - set(expected) - set(ignored))),
+            mismatched=tuple(
+                f"{name} {list(found[name])} instead of {list(shape)}"
+                for name, shape in sorted(expected.items())
+                if name in found and tuple(found[name]) != tuple(shape)
+            ),
+        )
 
     def raise_if_any(self, folder: Path) -> None:
         parts = [
@@ -175,27 +191,16 @@ def abstract_model(config: ModelConfig, **kwargs: Any) -> LanguageModel:
 
 def check_weights(config: ModelConfig, weights: _Weights) -> WeightReport:
     """Compares the names and shapes of a folder's weights with the model's."""
-    expected: dict[str, tuple[int, ...]] = {}
+    expected: dict[str, Shape] = {}
+    ignored = {*_STATE_NAMES, *(("lm_head.weight",) if config.tie_embeddings else ())}
     for path, variable in nnx.to_flat_state(nnx.split(abstract_model(config))[1]):
         shape = variable.get_value().shape
         for names in weight_names(path, config):
-            expected[names[0]] = to_authors(path, np.empty(shape[1:] if path[0] == "units" else shape)).shape
-            if len(names) > 1 and names[0] not in weights.names:  # one tensor under several names: any will do
-                found = next((name for name in names if name in weights.names), names[0])
-                expected[found] = expected.pop(names[0])
-    aliases = {name for path, _ in nnx.to_flat_state(nnx.split(abstract_model(config))[1])
-               for names in weight_names(path, config) for name in names}  # fmt: skip
-    ignored = {*_STATE_NAMES, *aliases, *(("lm_head.weight",) if config.tie_embeddings else ())}
-    present = set(weights.names)
-    return WeightReport(
-        missing=tuple(sorted(set(expected) - present)),
-        extra=tuple(sorted(present - set(expected) - ignored)),
-        mismatched=tuple(
-            f"{name} {list(weights.shape(name))} instead of {list(shape)}"
-            for name, shape in sorted(expected.items())
-            if name in present and tuple(weights.shape(name)) != shape
-        ),
-    )
+            # One tensor may stand under several names: any will do, and the others are no extras.
+            chosen = next((name for name in names if name in weights.names), names[0])
+            expected[chosen] = to_authors(path, np.empty(shape[1:] if path[0] == "units" else shape)).shape
+            ignored.update(names)
+    return WeightReport.compare(expected, {name: weights.shape(name) for name in weights.names}, ignored)
 
 
 def weight_names(path: Path_, config: ModelConfig) -> list[tuple[str, ...]]:
@@ -281,11 +286,9 @@ def _authors_tensors(model: LanguageModel, penalty_weights: Any) -> Iterator[tup
             layer = value[index] if path[0] == "units" else value
             for alias in aliases:
                 yield alias, np.ascontiguousarray(to_authors(path, layer))
-    routed = [mixer for mixer in config.pattern if mixer_name(mixer) == "lte"]
+    routed = [mixer for mixer in config.pattern if isinstance(mixer, lte.Config)]
     if routed:
-        layers = config.layer_names().count("lte")
-        heads = getattr(routed[0], "num_kv_heads", None) or getattr(routed[0], "num_heads")  # noqa: B009
-        zeros = np.zeros((layers, heads), np.float32)
+        zeros = np.zeros((config.layer_names().count("lte"), routed[0].kv_heads), np.float32)
         yield "model.l1_lambda", zeros if penalty_weights is None else np.asarray(penalty_weights, np.float32)
         yield "model.num_kept", zeros
 

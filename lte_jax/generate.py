@@ -175,6 +175,11 @@ def _run(graph: Any, state: Any, loop: _Loop, *, sampling: Sampling, steps: int)
     return loop, tokens.T, log_probs.T
 
 
+def _stop_at(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first stop string begins; None where there is none."""
+    return min((text.index(string) for string in stop if string in text), default=None)
+
+
 class StopFilter:
     """Lets text pass up to the first stop string, and holds back an end that may be the start of one."""
 
@@ -188,10 +193,10 @@ class StopFilter:
         if self._ended:
             return ""
         text = self._held + text
-        found = [text.index(string) for string in self._stop if string in text]
-        if found:
+        end = _stop_at(text, self._stop)
+        if end is not None:
             self._ended, self._held = True, ""
-            return text[: min(found)]
+            return text[:end]
         starts = [size for string in self._stop for size in range(1, len(string)) if text.endswith(string[:size])]
         shown = len(text) - max(starts, default=0)
         self._held = text[shown:]
@@ -244,11 +249,11 @@ class _Rows:
     def _cut_at_stop(self, row: int) -> bool:
         assert self._decode is not None
         text = self._decode(self._tokens[row])
-        found = [text.index(string) for string in self._stop if string in text]
-        if found:
-            self._reasons[row] = "stop"
-            self._texts[row] = text[: min(found)]
-        return bool(found)
+        end = _stop_at(text, self._stop)
+        if end is None:
+            return False
+        self._reasons[row], self._texts[row] = "stop", text[:end]
+        return True
 
     def done(self) -> bool:
         return all(reason is not None for reason in self._reasons)

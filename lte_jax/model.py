@@ -234,11 +234,10 @@ class LanguageModel(nnx.Module):
         """
         bound = self.config.max_length if max_length is None else max_length
         repeats = self.config.num_layers // len(self.config.pattern)
-        graph, state = nnx.split(self.units)
-        first = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
-        caches = [block.mixer.init_cache(batch_size, bound, dtype or self.dtype) for block in first.blocks]
+        mixers = [block.mixer for block in self.units.blocks]  # their weights are stacked, their settings are not
+        caches = [mixer.init_cache(batch_size, bound, dtype or self.dtype) for mixer in mixers]
         stacked = jax.tree.map(lambda leaf: jnp.tile(leaf[None], (repeats,) + (1,) * leaf.ndim), tuple(caches))
-        grows = any(block.mixer.needs_max_length for block in first.blocks)
+        grows = any(mixer.needs_max_length for mixer in mixers)
         return ModelCache(jnp.zeros(batch_size, jnp.int32), stacked, bound if grows else None)
 
     def extend(

@@ -243,12 +243,4 @@ def _compare(config: ModelConfig, params: Mapping[str, Any]) -> WeightReport:
     """How parameters by path (arrays, or their shapes) meet a model."""
     state = nnx.split(abstract_model(config))[1]
     expected = {"/".join(map(str, path)): variable.get_value().shape for path, variable in nnx.to_flat_state(state)}
-    return WeightReport(
-        missing=tuple(sorted(set(expected) - set(params))),
-        extra=tuple(sorted(set(params) - set(expected))),
-        mismatched=tuple(
-            f"{name} {list(params[name].shape)} instead of {list(shape)}"
-            for name, shape in sorted(expected.items())
-            if name in params and tuple(params[name].shape) != shape
-        ),
-    )
+    return WeightReport.compare(expected, {name: leaf.shape for name, leaf in params.items()})
