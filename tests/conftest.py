@@ -1,5 +1,6 @@
 """Strict settings for every test: float32 dots are float32, promotion is explicit, the CPU shows eight devices."""
 
+import importlib
 import os
 
 # Before jax starts: eight simulated devices, so that meshes are tested everywhere.
@@ -13,9 +14,10 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_threefry_partitionable", True)
 
 
-@pytest.fixture(
-    params=["xla", pytest.param("triton", marks=pytest.mark.gpu), pytest.param("pallas", marks=pytest.mark.gpu)]
-)
-def implementation(request):
-    """Each implementation of an operation in turn; those for a GPU run under ``pytest -m gpu``."""
-    return request.param
+def pytest_generate_tests(metafunc):
+    """``implementation``: each one of the operation that the file tests; those for a GPU run under ``pytest -m gpu``."""
+    if "implementation" in metafunc.fixturenames:
+        operation = metafunc.module.__name__.rpartition(".test_")[2]
+        names = importlib.import_module(f"pallas_kernels.{operation}.api").OPERATION.implementations
+        values = [name if name == "xla" else pytest.param(name, marks=pytest.mark.gpu) for name in names[::-1]]
+        metafunc.parametrize("implementation", values)

@@ -26,14 +26,16 @@ def get_config() -> Suite:
 
 
 def _experiment(name: str, attention: MixerConfig) -> ExperimentConfig:
-    data = SymbolNeedles(length=96, needles=8, keys=8, values=8, queries=8, min_distance=30, heldout_rows=512)
+    data = SymbolNeedles(
+        length=96, needles=8, keys=8, values=8, queries=8, fillers=8, min_distance=30, heldout_rows=512
+    )
     return ExperimentConfig(
         name=name,
         model=ModelConfig(
             vocab_size=data.vocab_size,
             width=64,
             num_layers=2,
-            pattern=(GatedDeltaNet(num_heads=2, head_dim=8), attention),
+            pattern=(GatedDeltaNet(num_heads=2, head_dim=4), attention),
             intermediate_size=128,
             max_length=256,
             init_std=0.1,

@@ -35,7 +35,7 @@ from pallas_kernels.block_attention.blocks import BlockCache, Layout, append, ro
 from pallas_kernels.dispatch import Operation, UnsupportedCase
 from pallas_kernels.window_attention.api import window_attention, window_attention_step
 
-OPERATION = Operation("block_attention", ("xla",))
+OPERATION = Operation("block_attention", ("triton", "xla"), fastest=("triton", "xla"))
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -50,7 +50,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.dispatch import Operation, UnsupportedCase
 
-OPERATION = Operation("gated_delta_rule", implementations=("xla",))
+OPERATION = Operation("gated_delta_rule", ("triton", "xla"), fastest=("triton", "xla"))
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -35,7 +35,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.dispatch import Operation, UnsupportedCase
 
-OPERATION = Operation("window_attention", ("xla",))
+OPERATION = Operation("window_attention", ("triton", "xla"), fastest=("triton", "xla"))
 NEVER = 2**31 - 1  # an expiry that no query index reaches
 DTYPES = ("float32", "bfloat16", "float16")
 
