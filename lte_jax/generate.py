@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lte_jax.decode import LayerCaches, extend_layers, layer_caches, layer_weights
 from lte_jax.inputs import check_tokens
 from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel, ModelCache
@@ -89,13 +90,14 @@ def generate(
     cache = model.init_cache(len(prompts), ids.shape[1] + _round_up(calls * steps))
     logits, cache = read_prompt(graph, state, ids, mask, cache, reading=reading, chunk=chunk)
     loop = _Loop(
-        cache=cache,
+        cache=layer_caches(cache),
         logits=logits,
         seen=_seen(ids, mask, model.config.vocab_size) if sampling.repetition_penalty != 1.0 else None,
         keys=jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)),
     )
+    weights = layer_weights(model)
     for call in range(calls):
-        loop, tokens, log_probs = _run(graph, state, loop, sampling=sampling, steps=steps)
+        loop, tokens, log_probs = _run(graph, state, weights, loop, sampling=sampling, steps=steps)
         wanted = max_new_tokens - call * steps
         rows.add(np.asarray(tokens)[:, :wanted], np.asarray(log_probs)[:, :wanted])
         if rows.done():
@@ -146,7 +148,7 @@ def read_prompt(
 class _Loop:
     """What a step reads and writes: the cache, the last logits, the tokens seen, one key a row."""
 
-    cache: ModelCache
+    cache: LayerCaches
     logits: jax.Array
     seen: jax.Array | None
     keys: jax.Array
@@ -160,14 +162,14 @@ def _read(graph: Any, state: Any, ids: jax.Array, mask: jax.Array, cache: ModelC
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("sampling", "steps"), donate_argnames="loop")
-def _run(graph: Any, state: Any, loop: _Loop, *, sampling: Sampling, steps: int):
+def _run(graph: Any, state: Any, weights: tuple[Any, ...], loop: _Loop, *, sampling: Sampling, steps: int):
     """Draws ``steps`` tokens a row without the host: (loop, tokens [B, steps], log_probs [B, steps])."""
     model = nnx.merge(graph, state)
 
     def step(loop: _Loop, _: None) -> tuple[_Loop, tuple[jax.Array, jax.Array]]:
         keys = jax.vmap(jax.random.fold_in)(loop.keys, loop.cache.length)
         token, log_prob = draw(loop.logits, loop.seen, keys, sampling)
-        hidden, cache, _ = model.extend_hidden(token[:, None], loop.cache)
+        hidden, cache = extend_layers(model, weights, token[:, None], loop.cache)
         seen = None if loop.seen is None else loop.seen.at[jnp.arange(token.shape[0]), token].set(True)
         return _Loop(cache, model.logits(hidden)[:, 0], seen, loop.keys), (token, log_prob)
 

@@ -282,25 +282,31 @@ class LanguageModel(nnx.Module):
         reading: Reading = "streaming",
     ) -> tuple[Hidden, ModelCache, Aux]:
         """``extend`` without checks, head or jit, for loops that are compiled as a whole; also returns the routing."""
-        shared = dict(segment_ids=segment_ids, reading=reading)
         graph, state = nnx.split(self.units)
 
         def step(x: Hidden, inputs: tuple[Any, tuple[Any, ...]]) -> tuple[Hidden, tuple[Any, tuple[Aux, ...]]]:
             unit = nnx.merge(graph, inputs[0])
-            auxes: list[Aux] = []
-            caches = []
-            for block, block_cache, mixer in zip(unit.blocks, inputs[1], self.config.pattern, strict=True):
-                context = auxes[-1] if auxes else {}
-                x, block_cache, aux = block.extend(x, block_cache, context=context, **shared, **self._options(mixer))
-                auxes.append(aux)
-                caches.append(block_cache)
-            return x, (tuple(caches), tuple(auxes))
+            x, caches, auxes = self.extend_unit(unit, x, inputs[1], segment_ids=segment_ids, reading=reading)
+            return x, (caches, auxes)
 
         x = zero_padding(self.embeddings(input_ids), segment_ids)
         x, (layers, auxes) = jax.lax.scan(step, x, (state, cache.layers))
         new = input_ids.shape[1] if segment_ids is None else jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
         cache = dataclasses.replace(cache, length=cache.length + new, layers=layers)
         return self.norm(x), cache, self._stack_routing(auxes)
+
+    def extend_unit(
+        self, unit: Unit, x: Hidden, caches: tuple[Any, ...], **shared: Any
+    ) -> tuple[Hidden, tuple[Any, ...], tuple[Aux, ...]]:
+        """One repeat of the pattern, with unstacked weights and caches."""
+        auxes: list[Aux] = []
+        updated = []
+        for block, cache, mixer in zip(unit.blocks, caches, self.config.pattern, strict=True):
+            context = auxes[-1] if auxes else {}
+            x, cache, aux = block.extend(x, cache, context=context, **shared, **self._options(mixer))
+            auxes.append(aux)
+            updated.append(cache)
+        return x, tuple(updated), tuple(auxes)
 
     def _options(self, mixer: MixerConfig, for_lte: dict[str, Any] | None = None) -> dict[str, Any]:
         """What the model passes to LTE alone: the router that all layers share, and ``for_lte``."""

@@ -15,7 +15,7 @@ jax.config.update("jax_threefry_partitionable", True)
 
 
 def pytest_generate_tests(metafunc):
-    """``implementation``: each one of the operation that the file tests; those for a GPU run under ``pytest -m gpu``."""
+    """``implementation``: each one of the operation that the file tests; a GPU's run under ``pytest -m gpu``."""
     if "implementation" in metafunc.fixturenames:
         operation = metafunc.module.__name__.rpartition(".test_")[2]
         names = importlib.import_module(f"pallas_kernels.{operation}.api").OPERATION.implementations
