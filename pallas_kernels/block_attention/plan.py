@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32, UInt32
+from jaxtyping import Array, Int32
 
 from pallas_kernels.block_attention.blocks import Layout
 
@@ -84,14 +84,21 @@ def readers(
     key = (own[:, :, None, None] + indices).astype(jnp.uint32) * jnp.uint32(T) + token
     key = jnp.where(indices >= 0, key, jnp.uint32(2**32 - 1))
     key = jnp.sort(key.transpose(0, 2, 1, 3).reshape(B, K, T * M), axis=-1)
-    edges = jnp.arange(blocks + 1, dtype=jnp.uint32) * jnp.uint32(T)
-    offset = _search(key, jnp.broadcast_to(edges, (B, K, blocks + 1)), "left")
+    size = jnp.sum(indices >= 0, axis=(1, 3), dtype=jnp.int32)
+    offset = _offsets((key // jnp.uint32(T)).astype(jnp.int32), size, blocks)
     count = offset[..., 1:] - offset[..., :-1]
     ends = jnp.cumsum(-(-count // most_tokens), axis=-1, dtype=jnp.int32)
     pieces = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends], axis=-1)
     P = blocks + T * M // most_tokens
     piece = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, K, P))
-    block = jnp.minimum(_search(ends, piece, "right"), blocks - 1)
+    # A block is written at its first piece; the pieces behind are its own until the next block's first.
+    begins = jnp.where(count > 0, pieces[..., :-1], P)
+    block = (
+        jnp.zeros((B, K, P), jnp.int32)
+        .at[(*_rows(B, K), begins)]
+        .set(jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32), (B, K, blocks)), mode="drop")
+    )
+    block = jax.lax.cummax(block, axis=2)
     number = piece - jnp.take_along_axis(pieces, block, axis=-1)
     begin = jnp.take_along_axis(offset, block, axis=-1) + number * most_tokens
     end = jnp.minimum(begin + most_tokens, jnp.take_along_axis(offset, block + 1, axis=-1))
@@ -107,6 +114,21 @@ def readers(
     return Readers((key % jnp.uint32(T)).astype(jnp.int32), first, begin, end, pieces)
 
 
-def _search(rows: UInt32[Array, "B K E"] | Int32[Array, "B K E"], values: Array, side: str) -> Int32[Array, "B K I"]:
-    search = jax.vmap(jax.vmap(lambda row, value: jnp.searchsorted(row, value, side=side).astype(jnp.int32)))
-    return search(rows, values)
+def _offsets(block: Int32[Array, "B K E"], size: Int32[Array, "B K"], blocks: int) -> Int32[Array, "B K I"]:
+    """Where each block's entries begin in lists ordered by block, and behind the last one the list's size.
+
+    A binary search would be a loop of many small launches; here each change of block is written to the block's place.
+    """
+    B, K, E = block.shape
+    before = jnp.concatenate([jnp.full_like(block[..., :1], -1), block[..., :-1]], axis=-1)
+    index = jnp.arange(E, dtype=jnp.int32)
+    here = (block != before) & (index < size[..., None])
+    full = jnp.broadcast_to(size[..., None], (B, K, blocks + 1))
+    first = full.at[(*_rows(B, K), jnp.where(here, block, blocks + 1))].set(
+        jnp.broadcast_to(index, block.shape), mode="drop"
+    )
+    return jax.lax.cummin(first, axis=2, reverse=True)
+
+
+def _rows(B: int, K: int) -> tuple[Array, Array]:
+    return jnp.arange(B, dtype=jnp.int32)[:, None, None], jnp.arange(K, dtype=jnp.int32)[None, :, None]

@@ -37,6 +37,7 @@ class Residuals(NamedTuple):
     indices: Int32[Array, "B T K M"]
     lse_compressed: Float32[Array, "B T H"]
     lse_selected: Float32[Array, "B T H"]
+    together: Union
 
 
 @jit
@@ -219,9 +220,8 @@ def _selected_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Rows of a tile (tokens times the padded group), block means read at a time, warps and stages of both kernels."""
+    """Block means read at a time, warps and stages of both kernels."""
 
-    rows: int = 64
     blocks: int = 64
     select_warps: int = 4
     select_stages: int = 2
@@ -290,10 +290,9 @@ def _both(
     case: Any, q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, layout: Layout
 ) -> tuple[tuple[Array, Array], Residuals]:
     o_c, lse_c, indices = select(case, q, pooled_k, pooled_v, layout)
-    constants = shared_constants(case, TILES.rows)
-    together = union(indices, layout, case.block_size, constants["TOKENS"])
+    together = union(indices, layout, case.block_size, shared_constants(case)["TOKENS"])
     o_s, lse_s = selected(case, q, k, v, layout, together)
-    return (o_c, o_s), Residuals(indices, lse_c, lse_s)
+    return (o_c, o_s), Residuals(indices, lse_c, lse_s, together)
 
 
 def select(
@@ -301,7 +300,7 @@ def select(
 ) -> tuple[Array, Float32[Array, "B T H"], Int32[Array, "B T K M"]]:
     """The compressed branch, its logsumexp, and the selected block numbers (best first, -1 fills up)."""
     M = slots(case)
-    constants = shared_constants(case, TILES.rows)
+    constants = shared_constants(case)
     return triton_call(
         _select_kernel,
         *(q, pooled_k, pooled_v, layout.position, layout.base, case.T),
@@ -336,5 +335,5 @@ def selected(
         num_warps=TILES.warps,
         num_stages=TILES.stages,
         L=together.first.shape[-1],
-        **shared_constants(case, TILES.rows),
+        **shared_constants(case),
     )

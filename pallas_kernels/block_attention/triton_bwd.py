@@ -18,9 +18,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool, unpool
-from pallas_kernels.block_attention.plan import Readers, block_bound, ordinals, readers, union
+from pallas_kernels.block_attention.plan import Readers, block_bound, ordinals, readers
 from pallas_kernels.block_attention.triton import Residuals
-from pallas_kernels.block_attention.triton_dq import TILES as DQ_TILES
 from pallas_kernels.block_attention.triton_dq import queries_backward
 from pallas_kernels.block_attention.triton_tiles import load_heads, load_keys, power_of_2, shared_constants, tile_rows
 from pallas_kernels.tiles import ceil_div
@@ -198,9 +197,8 @@ def _means_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Rows of a tile, tokens per piece of a block's readers, ranges of tokens for the means, warps, stages."""
+    """Tokens per piece of a block's readers, ranges of tokens for the means, warps, stages."""
 
-    rows: int = 64
     piece: int = 512
     ranges: int = 32
     blocks: int = 64
@@ -240,8 +238,7 @@ def _backward(
     S = case.block_size
     pooled = pool(k, layout, S), pool(v, layout, S)
     place = layout or plain_layout(case.B, case.T, S)
-    together = union(residuals.indices, place, S, shared_constants(case, DQ_TILES.rows)["TOKENS"])
-    dq, *delta = queries_backward(case, q, k, v, pooled, place, together, outputs, residuals, cotangents)
+    dq, *delta = queries_backward(case, q, k, v, pooled, place, outputs, residuals, cotangents)
     lists = readers(residuals.indices, place, S, case.segment_ids, TILES.piece)
     dk, dv = _selected_keys(case, q, k, v, place, lists, residuals.lse_selected, delta[1], cotangents[1])
     dmeans = _means(case, q, pooled, place, residuals.lse_compressed, delta[0], cotangents[0])
@@ -268,7 +265,7 @@ def _selected_keys(
     """dk and dv of the selected branch; undefined where ``_was_read`` is not."""
     B, T, K, S = case.B, case.T, case.K, case.block_size
     P = lists.begin.shape[-1]
-    constants = shared_constants(case, TILES.rows)
+    constants = shared_constants(case)
     partial = triton_call(
         _pieces_kernel,
         *(q, k, v, do, lse, delta, lists.token, lists.first, lists.begin, lists.end, T),
@@ -305,7 +302,7 @@ def _means(
 ) -> tuple[Float32[Array, "B C K N"], Float32[Array, "B C K V"]]:
     """The gradients of the block means."""
     C = pooled[0].shape[1]
-    constants = shared_constants(case, TILES.rows)
+    constants = shared_constants(case)
     TOKENS = constants["TOKENS"]
     tokens_each = ceil_div(ceil_div(case.T, TILES.ranges), TOKENS) * TOKENS
     parts, chunks = ceil_div(case.T, tokens_each), ceil_div(C, TILES.blocks)

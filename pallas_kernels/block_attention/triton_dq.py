@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from pallas_kernels.block_attention.blocks import Layout
-from pallas_kernels.block_attention.plan import Union
 from pallas_kernels.block_attention.triton import Residuals
 from pallas_kernels.block_attention.triton_tiles import (
     load_heads,
@@ -131,9 +130,8 @@ def _dq_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Rows of a tile, block means read at a time, warps and stages."""
+    """Block means read at a time, warps and stages."""
 
-    rows: int = 64
     blocks: int = 64
     warps: int = 4
     stages: int = 2
@@ -149,12 +147,12 @@ def queries_backward(
     v: Array,
     pooled: tuple[Array, Array],
     place: Layout,
-    together: Union,
     outputs: tuple[Array, Array],
     residuals: Residuals,
     cotangents: tuple[Array, Array],
 ) -> tuple[Array, Float32[Array, "B T H"], Float32[Array, "B T H"]]:
     """dq of both branches, and the delta of the compressed and of the selected branch."""
+    together = residuals.together
     rows = jax.ShapeDtypeStruct((case.B, case.T, case.H), jnp.float32)
     return triton_call(
         _dq_kernel,
@@ -168,5 +166,5 @@ def queries_backward(
         L=together.first.shape[-1],
         GRADIENT_SCALE=case.scale,
         BLOCKS=TILES.blocks,
-        **shared_constants(case, TILES.rows),
+        **shared_constants(case),
     )

@@ -61,12 +61,15 @@ def slots(case: Any) -> int:
     return min(case.block_counts, table_size(case.U, case.block_size) + 1)
 
 
-def shared_constants(case: Any, rows: int) -> dict[str, Any]:
+ROWS = 64  # of a tile: tokens times the padded group
+
+
+def shared_constants(case: Any) -> dict[str, Any]:
     """What every kernel is compiled for."""
     group = case.H // case.K
     heads = power_of_2(group)
-    if case.dtype == "float32":  # exact products have no tensor cores: larger tiles spill registers and compile slowly
-        rows = 16
+    # Exact products have no tensor cores: larger tiles spill registers and compile slowly.
+    rows = 16 if case.dtype == "float32" else ROWS
     return dict(
         H=case.H,
         K=case.K,
