@@ -32,6 +32,7 @@ TOLERANCES: dict[tuple[str, str], float] = {
     ("block attention", "float32"): 2e-6,
     # A mixer or a model with itself by another route (pieces, packing, padding): other orders of float32 sums.
     ("mixer", "float32"): 1e-5,
+    ("mixer", "bfloat16"): 2e-2,  # 1.4e-2, the gradient of gated_deltanet: the rounding of its projections and gates
     ("model", "float32"): 2e-5,
 }
 

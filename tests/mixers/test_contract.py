@@ -13,7 +13,7 @@ from flax import nnx
 
 from lte_jax.layers import InitRule, document_positions
 from lte_jax.mixers import MIXERS, mixer_module
-from tests.tolerances import assert_close
+from tests.tolerances import assert_close, rms_error
 
 WIDTH = 24
 LENGTH = 61  # a prime, longer than twice every window below
@@ -31,10 +31,10 @@ def test_every_registered_mixer_is_here():
 
 
 @functools.cache
-def build(name: str, **changes):
+def build(name: str, dtype=jnp.float32, **changes):
     config = MIXERS[name][0](**{**SMALL[name], **changes})
     module = mixer_module(config)(
-        config, WIDTH, init=InitRule(std=0.3), dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(3),
+        config, WIDTH, init=InitRule(std=0.3), dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(3),
         max_length=LENGTH + 3,
     )  # fmt: skip
     if name == "lte":  # the bias that starts with everything kept would leave nothing to evict
@@ -206,24 +206,24 @@ ON_GPU = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MIXERS)
 def test_kernels_agree_with_xla(name):
-    """A bfloat16 layer and its gradients, Triton beside XLA: each within the bound of a float32 layer's."""
-    graph, state = build(name, **ON_GPU.get(name, {}))
+    """A bfloat16 layer and its gradient, by Triton and by XLA, each beside the float32 layer of the same weights."""
     x, cotangent = inputs(), jax.random.normal(jax.random.key(7), (2, LENGTH, WIDTH))
     positions = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), x.shape[:2])
 
     def run(kernels, dtype):
+        graph, state = build(name, dtype, **ON_GPU.get(name, {}))
+
+        @jax.jit
         def layer(x):
             module = nnx.merge(graph, state)
-            for part in [module, *(child for _, child in nnx.iter_graph(module))]:
-                if hasattr(part, "dtype") and isinstance(part, nnx.Module):
-                    part.dtype = dtype
             module.implementation = kernels
-            return module(x.astype(dtype), positions=positions, reading="streaming")[0].astype(jnp.float32)
+            y = module(x.astype(dtype), positions=positions, reading="train")[0]
+            return y.astype(jnp.float32)
 
-        y, pullback = jax.vjp(jax.jit(layer), x)
+        y, pullback = jax.vjp(layer, x)
         return y, pullback(cotangent)[0]
 
-    expected = run("xla", jnp.float32)
-    for kernels in ("xla", "triton"):
-        for actual, wanted in zip(run(kernels, jnp.bfloat16), expected, strict=True):
-            assert_close(actual, wanted, "mixer", "bfloat16")
+    expected, xla, triton = run("xla", jnp.float32), run("xla", jnp.bfloat16), run("triton", jnp.bfloat16)
+    for wanted, rounded, actual in zip(expected, xla, triton, strict=True):
+        assert_close(rounded, wanted, "mixer", "bfloat16")
+        assert rms_error(actual, wanted) <= 1.2 * rms_error(rounded, wanted)
