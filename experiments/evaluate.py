@@ -2,7 +2,9 @@
 
 python -m experiments.evaluate --checkpoint=runs/quickstart
 python -m experiments.evaluate --checkpoint=runs/quickstart --data=SymbolNeedles --set length=384
-python -m experiments.evaluate --checkpoint=lalte-1.4b --tasks=lambada_openai,piqa --output=results.json
+python -m experiments.evaluate --checkpoint=lalte-1.4b --tasks=short_context --output=results.json --cache=answers.jsonl
+python -m experiments.evaluate --checkpoint=lalte-1.4b --tasks=niah_single_1 --lengths=1024,2048,4096 --max_length=4224
+python -m experiments.evaluate --checkpoint=lalte-1.4b --tasks=swde_v0,fda_v0 --local_data=documents/
 """
 
 from __future__ import annotations
@@ -41,15 +43,25 @@ def define_flags() -> None:
     )
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
     flags.DEFINE_string("implementation", None, "Of every operation: xla, triton or pallas; default the fastest.")
-    flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness in place of a data set; needs the eval extra.")
+    flags.DEFINE_list(
+        "tasks", [], "Tasks of lm-evaluation-harness, or short_context, retrieval, needles; needs the eval extra."
+    )
     flags.DEFINE_string("tokenizer", None, "For tasks: 'bytes', a tokenizer.json or its folder; default its own.")
     flags.DEFINE_string("include_path", None, "For tasks: a folder with further task files.")
     flags.DEFINE_integer("num_fewshot", None, "For tasks: examples before each question; default the task's.")
     flags.DEFINE_integer("limit", None, "For tasks: only the first so many questions.")
     flags.DEFINE_integer("max_length", None, "For tasks: the longest sequence; default the model's.")
     flags.DEFINE_bool("add_bos", True, "For tasks: whether each context begins with the begin token.")
-    flags.DEFINE_string("cache", None, "For tasks: keep answers in this file, so that a killed run goes on.")
-    flags.DEFINE_string("metadata", "{}", 'For tasks: JSON that some take, such as {"max_seq_lengths": [4096]}.')
+    flags.DEFINE_string(
+        "cache", None, "For tasks: keep answers in this file (JSON lines), so that a killed run goes on."
+    )
+    flags.DEFINE_list("lengths", [], "For RULER's tasks: tokens of a sample; default 4096. --limit counts for each.")
+    flags.DEFINE_string(
+        "local_data", None, "For tasks: documents in place of the hub, as FOLDER/OWNER/NAME/SPLIT.jsonl."
+    )
+    flags.DEFINE_bool("log_samples", False, "For tasks: write documents, answers and scores to OUTPUT.samples.jsonl.")
+    flags.DEFINE_integer("seed", 0, "For tasks: of drawn samples and examples.")
+    flags.DEFINE_string("metadata", "{}", "For tasks: JSON of further values that some take.")
     flags.mark_flag_as_required("checkpoint")
 
 
@@ -117,10 +129,11 @@ def evaluate_tasks(
 
     Raises:
       RuntimeError: the harness is not installed.
-      ValueError: no tokenizer, one that does not fit, or an unknown task.
+      ValueError: no tokenizer, one that does not fit, an unknown task, or a --cache of another evaluation.
     """
     try:
-        from lte_jax.evaluate.harness import HarnessModel, run_tasks
+        from lte_jax.evaluate.harness import HarnessModel
+        from lte_jax.evaluate.tasks import run_tasks, write_samples
     except ImportError as error:
         raise RuntimeError(f"--tasks needs lm-evaluation-harness ({error}): pip install -e '.[eval]'") from None
     model, found = restore.load_model(checkpoint, step=step, **(types or {}))
@@ -131,12 +144,23 @@ def evaluate_tasks(
         raise ValueError(f"{checkpoint} holds no tokenizer: name one with --tokenizer ('bytes', a file or a folder)")
     results = run_tasks(HarnessModel(model, found, texts, **(adapter or {})), tasks, **options)
     target = Path(output) if output else restore.find(checkpoint).folder / "tasks.json"
+    samples = results.pop("samples", None)
+    if samples is not None:
+        write_samples(samples, target.with_suffix(".samples.jsonl"))
     _write_json(target, {"checkpoint": str(checkpoint), "step": step, **(adapter or {}), **options, **results})
     for task, numbers in results["results"].items():
         shown = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items() if isinstance(value, float))
         print(f"{task}: {shown}")
+    if results["truncated"]:
+        print(f"warning: {results['truncated']} requests were cut at the left; raise --max_length")
     print(target)
     return results
+
+
+def _whole(flag: str, text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise ValueError(f"--{flag}={text}: not a whole number of tokens")
+    return int(text)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -160,6 +184,7 @@ def _run() -> None:
             "batch_size": FLAGS.batch_size,
             "reading": FLAGS.reading or "prompt",
             "add_bos_token": FLAGS.add_bos,
+            "answers": FLAGS.cache,
         }
         evaluate_tasks(
             FLAGS.checkpoint,
@@ -172,8 +197,11 @@ def _run() -> None:
             include_path=FLAGS.include_path,
             num_fewshot=FLAGS.num_fewshot,
             limit=FLAGS.limit,
-            cache=FLAGS.cache,
+            lengths=[_whole("lengths", length) for length in FLAGS.lengths],
+            local_data=FLAGS.local_data,
             metadata=metadata,
+            seed=FLAGS.seed,
+            log_samples=FLAGS.log_samples,
         )
         return
     evaluate_data(

@@ -2,16 +2,18 @@
 
 Equal to the harness's Hugging Face adapter where that decides a number: requests sorted by length, contexts truncated
 at the left to ``max_length`` less the tokens to generate, the end-of-sequence text among the stop strings, an empty
-context replaced by the prefix token, spaces at a context's end moved to the continuation. Truncation is counted and
-said. Runs without torch. Imported only where the ``eval`` extra is installed.
+context replaced by the prefix token, spaces at a context's end moved to the continuation. Padding is masked, so that no
+answer depends on its batch. Truncation is counted and said. Runs without torch. Imported only where the ``eval`` extra
+is installed.
 """
 
 from __future__ import annotations
 
 import collections
-import difflib
 import functools
+import hashlib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,13 +23,12 @@ import numpy as np
 from flax import nnx
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from lte_jax.data.tokenizer import Tokenizer, check_fits
+from lte_jax.evaluate.answers import Answers
 from lte_jax.losses import token_losses
 from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel
@@ -51,6 +52,10 @@ class HarnessModel(TemplateLM):
       batch_size: sequences at a time.
       reading: how LTE reads a sequence; "prompt" is the authors' evaluation.
       add_bos_token: whether every context begins with the bos token (the paper: yes).
+      answers: a file that keeps answers, so that a killed evaluation goes on where it stopped.
+
+    Raises:
+      ValueError: a tokenizer that does not fit the vocabulary or lacks a token, or a file of other answers.
     """
 
     def __init__(
@@ -64,8 +69,11 @@ class HarnessModel(TemplateLM):
         batch_size: int = 8,
         reading: Reading = "prompt",
         add_bos_token: bool = True,
+        answers: str | os.PathLike[str] | None = None,
     ):
         super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: it must be at least 1")
         check_fits(tokenizer, model.config.vocab_size)
         if tokenizer.eos_id is None:
             raise ValueError(f"tokenizer {tokenizer.name!r} names no end token, which the harness stops at; give one")
@@ -75,7 +83,34 @@ class HarnessModel(TemplateLM):
         self.max_length = model.config.max_length if max_length is None else max_length
         self.max_gen_toks, self.batch_size, self.reading = max_gen_toks, batch_size, reading
         self.add_bos_token = add_bos_token
+        self.truncated = 0
         self._graph, self._state = nnx.split(model)
+        self._answers = None if answers is None else Answers(answers, self._owner())
+
+    def _owner(self) -> dict[str, Any]:
+        """What an answer depends on."""
+        digest = hashlib.sha256()
+        for path, leaf in nnx.to_flat_state(self._state):
+            flat = leaf.get_value().reshape(-1)
+            few = np.asarray(jax.device_get(flat[:: max(1, flat.size // 997)]))
+            digest.update(repr(path).encode() + np.ascontiguousarray(few).tobytes())
+        return {
+            "model": self.model.config.to_dict(),
+            "weights": digest.hexdigest()[:16],
+            "dtype": self.model.dtype.name,
+            "tokenizer": [self.text.vocab_size, self.text.encode("The quick brown fox, 1234567.")],
+            "max_length": self.max_length,
+            "max_gen_toks": self.max_gen_toks,
+            "reading": self.reading,
+            "add_bos_token": self.add_bos_token,
+        }
+
+    def _known(self, kind: str, requests: Sequence[Any]) -> list[Any | None]:
+        return [None if self._answers is None else self._answers.find(kind, request) for request in requests]
+
+    def _keep(self, kind: str, request: Any, answer: Any) -> None:
+        if self._answers is not None:
+            self._answers.add(kind, request, answer)
 
     @property
     def eot_token_id(self) -> int:
@@ -108,18 +143,17 @@ class HarnessModel(TemplateLM):
                     f"least 1, and the continuation at most max_length={self.max_length}"
                 )
         self._say_truncated(sum(len(c) + len(t) > self.max_length + 1 for _, c, t in requests), len(requests))
-        order = sorted(
-            range(len(requests)), key=lambda i: (-len(requests[i][1]) - len(requests[i][2]), requests[i][1:])
-        )
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="log-likelihoods") as bar:
+        tokens = [[context, continuation] for _, context, continuation in requests]
+        found = self._known("log-likelihood", tokens)
+        answers = [(0.0, False) if answer is None else (float(answer[0]), bool(answer[1])) for answer in found]
+        order = [index for index, answer in enumerate(found) if answer is None]
+        order.sort(key=lambda i: (-len(requests[i][1]) - len(requests[i][2]), requests[i][1] + requests[i][2]))
+        with tqdm(total=len(requests), initial=len(requests) - len(order), disable=disable_tqdm) as bar:
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
                 for index, answer in zip(batch, self._score([requests[i] for i in batch]), strict=True):
                     answers[index] = answer
-                    key, context, continuation = requests[index]
-                    if key is not None:
-                        self.cache_hook.add_partial("loglikelihood", key, answer)
+                    self._keep("log-likelihood", tokens[index], answer)
                 bar.update(len(batch))
         return answers
 
@@ -159,26 +193,28 @@ class HarnessModel(TemplateLM):
         answers = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
         for owner, (log_probability, _) in zip(owners, answers, strict=True):
             totals[owner] += log_probability
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each context, up to a stop string."""
+        found = self._known("generation", [request.args for request in requests])
+        answers = ["" if answer is None else str(answer) for answer in found]
         groups = collections.defaultdict(list)
         for index, request in enumerate(requests):
-            groups[repr(request.args[1])].append(index)
-        answers = [""] * len(requests)
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="generations") as bar:
+            if found[index] is None:
+                groups[repr(request.args[1])].append(index)
+        done = sum(answer is not None for answer in found)
+        with tqdm(total=len(requests), initial=done, disable=disable_tqdm) as bar:
             for members in groups.values():
                 encoded = {index: self.tok_encode(requests[index].args[0]) for index in members}
                 members.sort(key=lambda index: (-len(encoded[index]), requests[index].args[0]))
                 for start in range(0, len(members), self.batch_size):
                     batch = members[start : start + self.batch_size]
-                    texts = self._continue([encoded[index] for index in batch], requests[batch[0]].args[1])
-                    for index, text in zip(batch, texts, strict=True):
+                    options = requests[batch[0]].args[1]
+                    for index, text in zip(batch, self._continue([encoded[i] for i in batch], options), strict=True):
                         answers[index] = text
-                        self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                        if not options.get("do_sample"):  # repeats of a drawn answer must differ
+                            self._keep("generation", requests[index].args, text)
                     bar.update(len(batch))
         return answers
 
@@ -207,54 +243,9 @@ class HarnessModel(TemplateLM):
         return [postprocess_generated_text(text, stop, None) for text in texts]
 
     def _say_truncated(self, count: int, total: int) -> None:
+        self.truncated += count
         if count:
             logger.warning("%d of %d requests are cut at the left to max_length=%d", count, total, self.max_length)
-
-
-def run_tasks(
-    adapter: HarnessModel,
-    tasks: Sequence[str],
-    *,
-    include_path: str | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    cache: str | None = None,
-    metadata: dict[str, Any] | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Runs tasks of the harness and returns its results as JSON values.
-
-    Args:
-      include_path: a folder with further task files (YAML).
-      limit: only the first so many documents of each task.
-      cache: answers are kept in this file (sqlite), so that a killed evaluation goes on where it stopped.
-      metadata: for tasks that take some, such as RULER's ``{"max_seq_lengths": [4096], "tokenizer": ...}``.
-
-    Raises:
-      ValueError: an unknown task; the message names near ones.
-    """
-    manager = TaskManager(include_path=include_path, metadata=metadata)
-    for name in tasks:
-        if not manager.match_tasks([name]):
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            raise ValueError(f"--tasks: the harness has no task {name!r}{'; near: ' + ', '.join(near) if near else ''}")
-    found = simple_evaluate(
-        adapter,
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        use_cache=cache,
-        task_manager=manager,
-        metadata=metadata,
-        log_samples=False,
-        bootstrap_iters=1000,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
-    assert found is not None  # None is for the other ranks of a distributed run
-    return {name: found[name] for name in ("results", "versions", "n-shot", "n-samples", "higher_is_better")}
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="reading")

@@ -1,4 +1,4 @@
-"""Do scores say what the model says: on data sets, through the harness adapter, and from the shell's point of view?"""
+"""Do scores on data sets say what the model says, and is bad input refused?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.evaluate import evaluate_data, evaluate_tasks, texts
+from experiments.evaluate import evaluate_data, evaluate_tasks
 from lte_jax import LTE, GatedDeltaNet, LanguageModel, ModelConfig, configs, restore
 from lte_jax.checkpoint import Checkpoints
 from lte_jax.data import MQARMix, SymbolNeedles, Text
@@ -21,9 +21,6 @@ from lte_jax.data.tokenizer import load_tokenizer
 from lte_jax.evaluate import heldout
 from lte_jax.evaluate.scores import score_batches
 
-needs_harness = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install -e '.[eval]'"
-)
 NEEDLES = SymbolNeedles(length=48, needles=4, keys=4, values=4, queries=4, min_distance=16, heldout_rows=22)
 
 
@@ -35,12 +32,6 @@ def build() -> LanguageModel:
     )
     config = ModelConfig(vocab_size=260, width=16, num_layers=2, pattern=pattern, init_std=0.3, max_length=96)
     return LanguageModel(config, rngs=nnx.Rngs(0))
-
-
-def log_probs(tokens, reading: str) -> np.ndarray:
-    """The model's own log-probabilities of each next token, from a call of nothing else."""
-    logits = build()(np.array([tokens]), reading=reading).logits[0, :-1]
-    return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(tokens) - 1), tokens[1:]]
 
 
 @pytest.fixture(scope="module")
@@ -132,122 +123,3 @@ def test_bad_input_is_refused(run, tmp_path):
 def test_tasks_without_the_harness_say_what_to_install(run):
     with pytest.raises(RuntimeError, match=r"pip install -e '.\[eval\]'"):
         evaluate_tasks(str(run), ["piqa"])
-
-
-def adapter(**options):
-    from lte_jax.evaluate.harness import HarnessModel
-
-    return HarnessModel(build(), load_tokenizer("bytes"), texts, batch_size=4, **options)
-
-
-def instances(kind: str, arguments: list[tuple]):
-    from lm_eval.api.instance import Instance
-
-    return [Instance(kind, {}, argument, index) for index, argument in enumerate(arguments)]
-
-
-@needs_harness
-@pytest.mark.parametrize("reading", ["prompt", "streaming"])
-def test_log_likelihoods_equal_the_models_own(reading):
-    asked = [("The cat sat on the", " mat"), ("", "alone"), ("trailing ", "space"), ("x" * 120, "yz"), ("a", "b")]
-    found = adapter(reading=reading).loglikelihood(instances("loglikelihood", asked), disable_tqdm=True)
-    for (context, continuation), (value, greedy) in zip(asked, found, strict=True):
-        whole = [256, *context.encode(), *continuation.encode()]
-        size = len(continuation.encode()) + len(context) - len(context.rstrip())
-        whole = whole[-97:]  # one more than the longest sequence: the last token is never read
-        own = log_probs(whole, "streaming") if reading == "streaming" else log_probs([*whole[:-1], whole[-1]], reading)
-        if reading == "streaming":
-            np.testing.assert_allclose(value, own[-size:].sum(), atol=1e-4)
-        else:  # the prompt reading ranks what it is given: the same call without the last token
-            logits = build()(np.array([whole[:-1]]), reading="prompt").logits[0]
-            own = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(whole) - 1), whole[1:]]
-            np.testing.assert_allclose(value, own[-size:].sum(), atol=1e-4)
-            assert greedy == bool((np.asarray(logits).argmax(-1)[-size:] == whole[-size:]).all())
-
-
-@needs_harness
-def test_rolling_log_likelihoods_go_over_the_whole_text(caplog):
-    text = "a long text, " * 20  # several windows of 96
-    (value,) = adapter(reading="streaming").loglikelihood_rolling(
-        instances("loglikelihood_rolling", [(text,)]), disable_tqdm=True
-    )
-    tokens = [256, *text.encode()]  # the prefix token stands before the first token, which is the bos token itself
-    expected, windows = 0.0, [tokens[start : start + 96] for start in range(0, len(tokens), 96)]
-    before = 256
-    for window in windows:
-        context = max(0, 96 - len(window)) if window is windows[-1] and len(windows) > 1 else 0
-        start = windows.index(window) * 96
-        given = [before, *window] if not context else [*tokens[start - 1 - context : start], *window]
-        expected += log_probs(given, "streaming")[-len(window) :].sum()
-        before = window[-1]
-    np.testing.assert_allclose(value, expected, atol=2e-3)
-
-
-@needs_harness
-def test_generations_stop_where_the_task_says():
-    model = adapter(max_gen_toks=12)
-    options = {"until": ["\n"], "max_gen_toks": 12}
-    contexts = ["abc", "a longer context", "x" * 200]
-    found = model.generate_until(instances("generate_until", [(text, options) for text in contexts]), disable_tqdm=True)
-    for context, text in zip(contexts, found, strict=True):
-        ids = [256, *context.encode()][-(96 - 12) :]
-        (own,) = texts(
-            build(), [ids], temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=12, eos_id=257,
-            decode=load_tokenizer("bytes").decode,
-        )  # fmt: skip
-        assert text == own.split("\n")[0]
-
-
-@needs_harness
-def test_a_task_of_local_files_runs_and_resumes(run, tmp_path, monkeypatch, capsys):
-    rows = [{"question": f"number {n} is", "choices": [" odd", " even"], "answer": n % 2} for n in range(5)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "parity.yaml").write_text(
-        f"""
-task: parity_local
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {tmp_path / "data.jsonl"}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-target_delimiter: ""
-metric_list:
-  - metric: acc
-"""
-    )
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    options = dict(include_path=str(tmp_path / "tasks"), cache=str(tmp_path / "answers"))
-    first = evaluate_tasks(str(run), ["parity_local"], str(tmp_path / "out.json"), **options)
-    expected = []
-    for row in rows:
-        values = [
-            log_probs([256, *(row["question"] + choice).encode()], "streaming")[-len(choice) :].sum()
-            for choice in row["choices"]
-        ]
-        expected.append(int(np.argmax(values)) == row["answer"])
-    assert first["n-samples"]["parity_local"]["effective"] == 5
-    assert json.loads((tmp_path / "out.json").read_text())["results"] == json.loads(json.dumps(first["results"]))
-    assert "parity_local: acc,none" in capsys.readouterr().out
-    from lte_jax.evaluate import harness
-
-    monkeypatch.setattr(harness, "_score_batch", None)  # every answer must come out of the file
-    again = evaluate_tasks(str(run), ["parity_local"], str(tmp_path / "again.json"), **options)
-    assert again["results"] == first["results"]
-    with pytest.raises(ValueError, match="no task 'parity_locall'; near: parity_local"):
-        evaluate_tasks(str(run), ["parity_locall"], **options)
-
-
-@needs_harness
-def test_the_adapter_refuses_what_cannot_work(run, tmp_path):
-    restore.save_model(build(), tmp_path / "bare")
-    with pytest.raises(ValueError, match="holds no tokenizer"):
-        evaluate_tasks(str(tmp_path / "bare"), ["piqa"])
-    with pytest.raises(ValueError, match="leaves no room"):
-        adapter(max_length=8).generate_until(instances("generate_until", [("a", {"until": ["\n"]})]), disable_tqdm=True)
-    with pytest.raises(ValueError, match="at most max_length=8"):
-        adapter(max_length=8).loglikelihood(instances("loglikelihood", [("a", "b" * 9)]), disable_tqdm=True)

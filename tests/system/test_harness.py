@@ -1,0 +1,290 @@
+"""Through the harness: does the adapter say what the model says, resume after a kill, and refuse what cannot work?"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments.evaluate import evaluate_tasks, texts
+from lte_jax import LTE, GatedDeltaNet, LanguageModel, ModelConfig, restore
+from lte_jax.data.tokenizer import load_tokenizer
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install -e '.[eval]'"
+    ),
+    # Libraries that the harness brings: sqlite and dill handles, deprecated names.
+    pytest.mark.filterwarnings("default"),
+]
+
+
+@functools.cache
+def build() -> LanguageModel:
+    pattern = (
+        GatedDeltaNet(num_heads=2, head_dim=8, expand_v=1),
+        LTE(num_heads=2, num_kv_heads=1, window=13, budget=6, sinks=2),
+    )
+    config = ModelConfig(vocab_size=260, width=16, num_layers=2, pattern=pattern, init_std=0.3, max_length=96)
+    return LanguageModel(config, rngs=nnx.Rngs(0))
+
+
+def log_probs(tokens, reading: str) -> np.ndarray:
+    """The model's own log-probabilities of each next token, from a call of nothing else."""
+    logits = build()(np.array([tokens]), reading=reading).logits[0, :-1]
+    return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(tokens) - 1), tokens[1:]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "model"
+    restore.save_model(build(), folder, tokenizer=load_tokenizer("bytes"))
+    return folder
+
+
+def adapter(**options):
+    from lte_jax.evaluate.harness import HarnessModel
+
+    return HarnessModel(build(), load_tokenizer("bytes"), texts, batch_size=4, **options)
+
+
+def instances(kind: str, arguments: list[tuple]):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, argument, index) for index, argument in enumerate(arguments)]
+
+
+@pytest.mark.parametrize("reading", ["prompt", "streaming"])
+def test_log_likelihoods_equal_the_models_own(reading):
+    asked = [("The cat sat on the", " mat"), ("", "alone"), ("trailing ", "space"), ("x" * 120, "yz"), ("a", "b")]
+    found = adapter(reading=reading).loglikelihood(instances("loglikelihood", asked), disable_tqdm=True)
+    for (context, continuation), (value, greedy) in zip(asked, found, strict=True):
+        whole = [256, *context.encode(), *continuation.encode()]
+        size = len(continuation.encode()) + len(context) - len(context.rstrip())
+        whole = whole[-97:]  # one more than the longest sequence: the last token is never read
+        own = log_probs(whole, "streaming") if reading == "streaming" else log_probs([*whole[:-1], whole[-1]], reading)
+        if reading == "streaming":
+            np.testing.assert_allclose(value, own[-size:].sum(), atol=1e-4)
+        else:  # the prompt reading ranks what it is given: the same call without the last token
+            logits = build()(np.array([whole[:-1]]), reading="prompt").logits[0]
+            own = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(whole) - 1), whole[1:]]
+            np.testing.assert_allclose(value, own[-size:].sum(), atol=1e-4)
+            assert greedy == bool((np.asarray(logits).argmax(-1)[-size:] == whole[-size:]).all())
+
+
+def test_rolling_log_likelihoods_go_over_the_whole_text(caplog):
+    text = "a long text, " * 20  # several windows of 96
+    (value,) = adapter(reading="streaming").loglikelihood_rolling(
+        instances("loglikelihood_rolling", [(text,)]), disable_tqdm=True
+    )
+    tokens = [256, *text.encode()]  # the prefix token stands before the first token, which is the bos token itself
+    expected, windows = 0.0, [tokens[start : start + 96] for start in range(0, len(tokens), 96)]
+    before = 256
+    for window in windows:
+        context = max(0, 96 - len(window)) if window is windows[-1] and len(windows) > 1 else 0
+        start = windows.index(window) * 96
+        given = [before, *window] if not context else [*tokens[start - 1 - context : start], *window]
+        expected += log_probs(given, "streaming")[-len(window) :].sum()
+        before = window[-1]
+    np.testing.assert_allclose(value, expected, atol=2e-3)
+
+
+def test_generations_stop_where_the_task_says():
+    model = adapter(max_gen_toks=12)
+    options = {"until": ["\n"], "max_gen_toks": 12}
+    contexts = ["abc", "a longer context", "x" * 200]
+    found = model.generate_until(instances("generate_until", [(text, options) for text in contexts]), disable_tqdm=True)
+    for context, text in zip(contexts, found, strict=True):
+        ids = [256, *context.encode()][-(96 - 12) :]
+        (own,) = texts(
+            build(), [ids], temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=12, eos_id=257,
+            decode=load_tokenizer("bytes").decode,
+        )  # fmt: skip
+        assert text == own.split("\n")[0]
+
+
+def put(folder: Path, name: str, split: str, rows: list[dict]) -> None:
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory) -> Path:
+    """Local files in place of a hub."""
+    folder = tmp_path_factory.mktemp("documents")
+    rows = [{"goal": f"number {n} is", "sol1": "odd", "sol2": "even", "label": 1 - n % 2} for n in range(5)]
+    put(folder, "baber/piqa", "validation", rows)
+    put(folder, "baber/piqa", "train", rows)
+    put(
+        folder,
+        "hazyresearch/based-fda",
+        "validation",
+        [{"text": f"Price: {n}0 USD\nPrice: ", "value": "a"} for n in "123"],
+    )
+    put(folder, "EleutherAI/lambada_openai", "test", [{"text": f"the cat of {n} sat on the mat"} for n in range(3)])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_tasks_of_local_documents_score_what_the_model_says(run, documents, tmp_path, capsys):
+    found = evaluate_tasks(
+        str(run),
+        ["piqa", "lambada_openai", "fda_v0", "fda"],
+        str(tmp_path / "out.json"),
+        local_data=str(documents),
+        log_samples=True,
+    )
+    hits = []
+    for n in range(5):
+        question = f"Question: number {n} is\nAnswer:"
+        values = [
+            log_probs([256, *(question + choice).encode()], "prompt")[-len(choice) :].sum()
+            for choice in (" odd", " even")
+        ]
+        hits.append(int(np.argmax(values)) == 1 - n % 2)
+    assert found["results"]["piqa"]["acc,none"] == pytest.approx(np.mean(hits))
+    asked = [log_probs([256, *f"the cat of {n} sat on the mat".encode()], "prompt")[-4:].sum() for n in range(3)]
+    assert found["results"]["lambada_openai"]["perplexity,none"] == pytest.approx(np.exp(-np.mean(asked)), rel=1e-4)
+    assert found["versions"]["fda_v0"] == 0 and found["versions"]["fda"] == 1
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["results"] == json.loads(json.dumps(found["results"])) and written["truncated"] == 0
+    samples = [json.loads(line) for line in (tmp_path / "out.samples.jsonl").read_text().splitlines()]
+    assert [sample["task"] for sample in samples] == ["piqa"] * 5 + ["lambada_openai"] * 3 + ["fda_v0"] * 3 + [
+        "fda"
+    ] * 3
+    answers = [sample["filtered_resps"][0] for sample in samples if sample["task"] == "fda_v0"]
+    assert found["results"]["fda_v0"]["contains,none"] == np.mean(["a" in answer.lower() for answer in answers])
+    assert all("\n" not in answer for answer in answers)
+    assert "lambada_openai: perplexity,none" in capsys.readouterr().out
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped(run, documents, tmp_path, monkeypatch):
+    options = dict(local_data=str(documents), adapter={"answers": str(tmp_path / "answers.jsonl"), "batch_size": 4})
+    from lte_jax.evaluate import harness
+
+    original, calls = harness._score_batch, []
+
+    def killed(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(harness, "_score_batch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_tasks(str(run), ["piqa"], str(tmp_path / "out.json"), **options)
+    assert not (tmp_path / "out.json").exists()
+    with (tmp_path / "answers.jsonl").open("a") as file:
+        file.write('{"key": "half a li')
+    first = evaluate_tasks(str(run), ["piqa"], str(tmp_path / "out.json"), **options)
+    assert len(calls) == 1 + 1 + 2, "4 of 10 answers were known: two more batches"
+    monkeypatch.setattr(harness, "_score_batch", None)  # every answer must come out of the file
+    again = evaluate_tasks(str(run), ["piqa"], str(tmp_path / "again.json"), **options)
+    assert again["results"] == first["results"]
+
+
+def test_answers_of_another_evaluation_or_damaged_ones_are_refused(run, documents, tmp_path):
+    from lte_jax.evaluate.answers import Answers, AnswersError
+
+    path = tmp_path / "answers.jsonl"
+    Answers(path, {"model": "a", "reading": "prompt"}).add("generation", ["x", {}], "y")
+    assert Answers(path, {"model": "a", "reading": "prompt"}).find("generation", ("x", {})) == "y"
+    with pytest.raises(AnswersError, match="another evaluation; differing: reading"):
+        Answers(path, {"model": "a", "reading": "streaming"})
+    with pytest.raises(AnswersError, match="another evaluation; differing: add_bos_token, dtype, "):
+        evaluate_tasks(str(run), ["piqa"], local_data=str(documents), adapter={"answers": str(path)})
+    path.write_text(path.read_text() + "garbage\n")
+    with pytest.raises(AnswersError, match="line 3: damaged"):
+        Answers(path, {"model": "a", "reading": "prompt"})
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(AnswersError, match="no file of answers can be read"):
+        Answers(path, {})
+    (tmp_path / "notes.jsonl").write_text('{"some": "notes"}\n')
+    with pytest.raises(AnswersError, match="not a file of answers"):
+        Answers(tmp_path / "notes.jsonl", {})
+    assert not (run / "tasks.json").exists()
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("transformers", "nltk", "wonderwords")),
+    reason="RULER needs transformers, nltk and wonderwords: pip install -e '.[eval]'",
+)
+def test_ruler_makes_its_samples_with_the_models_own_tokenizer(run, tmp_path, monkeypatch):
+    import lte_jax.evaluate.tasks as tasks
+
+    asked = []
+
+    def perfect(model, prompts, *, decode, max_new_tokens, **options):
+        """A stand-in that reads the number off the prompt."""
+        said = []
+        for prompt in prompts:
+            text = decode(prompt)
+            asked.append(len(prompt))
+            said.append(" " + text.split(" is: ")[1].split(".")[0] + ".")
+        return said
+
+    from lte_jax.evaluate.harness import HarnessModel
+
+    adapter = HarnessModel(build(), load_tokenizer("bytes"), perfect, max_length=2048 + 128, batch_size=4)
+    found = tasks.run_tasks(adapter, ["niah_single_1"], lengths=[1024, 2048], limit=3, seed=1, log_samples=True)
+    numbers = found["results"]["niah_single_1"]
+    assert {name: value for name, value in numbers.items() if name.endswith("4,none") or name.endswith("8,none")} == {
+        "1024,none": 1.0,
+        "2048,none": 1.0,
+    }
+    assert found["truncated"] == 0 and len(asked) == 6
+    assert max(asked[:3]) > 2048 - 128 - 512 and max(asked[3:]) <= 1024  # sorted by length, longest first
+    docs = [sample["doc"]["input"] for sample in found["samples"]["niah_single_1"]]
+    again = tasks.run_tasks(adapter, ["niah_single_1"], lengths=[1024, 2048], limit=3, seed=1, log_samples=True)
+    assert [sample["doc"]["input"] for sample in again["samples"]["niah_single_1"]] == docs
+
+
+def test_names_for_several_tasks():
+    from lte_jax.evaluate.tasks import SETS, expand
+
+    assert expand(["retrieval", "piqa", "short_context"])[:5] == [
+        "swde_v0",
+        "fda_v0",
+        "squad_completion_v0",
+        "piqa",
+        "wikitext",
+    ]
+    assert len(set(expand(list(SETS)))) == len(expand(list(SETS)))
+
+
+def test_the_adapter_refuses_what_cannot_work(run, tmp_path):
+    restore.save_model(build(), tmp_path / "bare")
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        evaluate_tasks(str(tmp_path / "bare"), ["piqa"])
+    with pytest.raises(ValueError, match="leaves no room"):
+        adapter(max_length=8).generate_until(instances("generate_until", [("a", {"until": ["\n"]})]), disable_tqdm=True)
+    with pytest.raises(ValueError, match="at most max_length=8"):
+        adapter(max_length=8).loglikelihood(instances("loglikelihood", [("a", "b" * 9)]), disable_tqdm=True)
+    with pytest.raises(ValueError, match="no task 'piqaa'; near: piqa"):
+        evaluate_tasks(str(run), ["piqaa"])
+    with pytest.raises(ValueError, match=r"piqa: its documents cannot be read from the hub .*; give local files"):
+        evaluate_tasks(str(run), ["piqa"])
+    with pytest.raises(ValueError, match="no such folder"):
+        evaluate_tasks(str(run), ["piqa"], local_data=str(tmp_path / "nowhere"))
+    (tmp_path / "tokenizer").mkdir()
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({str(n): n for n in range(300)}, unk_token="0")).save(
+        str(tmp_path / "tokenizer/tokenizer.json")
+    )
+    with pytest.raises(ValueError, match="300 ids: they must be below the model's vocab_size 260"):
+        evaluate_tasks(str(run), ["piqa"], tokenizer=str(tmp_path / "tokenizer"))
+    assert not (run / "tasks.json").exists()
