@@ -11,7 +11,11 @@ r"""What window attention computes, which arguments it takes, and what a backend
     ``do`` [B,T,H,V] in o's dtype; ``dlse`` [B,T,H] float32, None unless ``case.return_lse``. :func:`row_delta` gives
     the term that both enter by. Fields of :class:`Gradients` that have no operand are None.
 ``step(case, q, keys, values, valid) -> o``
-    The decode form; ``keys``, ``values``, ``valid`` are tuples with one array per group of slots.
+    The decode form; ``keys``, ``values``, ``valid`` are tuples with one array per group of slots; ``valid`` is bool
+    [B,S,K], or int32 [B,K] where ``case.lengths`` says so.
+``update_step(case, q, k, v, score, cache, length, active, layer) -> (o, cache)``
+    The decode form that takes the token in. The cache has its layer axis and ``layer`` is an int32 scalar; ``active``
+    is None or bool [B].
 ``FOLD_VMAP = True``
     For a backend whose calls have no vmap rule: ``vmap`` then folds the mapped axis into B, so every residual needs B
     as its first dimension.
@@ -23,92 +27,47 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from pallas_kernels.dispatch import Operation, UnsupportedCase
+from pallas_kernels.dispatch import Operation
+from pallas_kernels.window_attention.cases import (
+    NEVER,
+    Case,
+    Columns,
+    DecodeCache,
+    Gradients,
+    Operands,
+    StepCase,
+    UpdateCase,
+    check_call,
+    check_step,
+    check_update,
+)
+
+__all__ = [
+    "NEVER",
+    "OPERATION",
+    "Case",
+    "Columns",
+    "DecodeCache",
+    "Gradients",
+    "Operands",
+    "StepCase",
+    "UpdateCase",
+    "row_delta",
+    "window_attention",
+    "window_attention_step",
+    "window_attention_update_step",
+]
 
 OPERATION = Operation("window_attention", ("triton", "xla"), fastest=("triton", "xla"))
-NEVER = 2**31 - 1  # an expiry that no query index reaches
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-class Columns(NamedTuple):
-    """Retained keys of a cache, seen beside the keys of the call.
-
-    ``position`` is on the axis of the key indices: key 0 of the call is index 0, so tokens before it are negative.
-    An empty slot has expiry 0 and a position of at least -2**30; its k and v must be finite.
-    """
-
-    k: Float[Array, "B C K N"]
-    v: Float[Array, "B C K V"]
-    position: Int32[Array, "B C K"]
-    expiry: Int32[Array, "B C K"]
-
-
-class Operands(NamedTuple):
-    """The array arguments of one call, None where not given."""
-
-    q: Float[Array, "B T H N"]
-    k: Float[Array, "B U K N"]
-    v: Float[Array, "B U K V"]
-    scores: Float32[Array, "B U K"] | None
-    expiry: Int32[Array, "B U K"] | None
-    columns: Columns | None
-    segment_ids: Int32[Array, "B U"] | None
-
-
-class Gradients(NamedTuple):
-    """Cotangents of the differentiable operands, each in its operand's shape and dtype."""
-
-    q: Array
-    k: Array
-    v: Array
-    scores: Array | None = None
-    columns_k: Array | None = None
-    columns_v: Array | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Shapes and options of one call. C is the number of columns, 0 for none; dtype is that of every q, k and v."""
-
-    B: int
-    T: int
-    U: int
-    H: int
-    K: int
-    N: int
-    V: int
-    C: int
-    dtype: str
-    window: int | None
-    scale: float
-    scores: bool
-    expiry: bool
-    segment_ids: bool
-    return_lse: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class StepCase:
-    """Shapes and options of one decode step; ``slots`` has the number of slots of each group."""
-
-    B: int
-    H: int
-    K: int
-    N: int
-    V: int
-    slots: tuple[int, ...]
-    dtype: str
-    scale: float
 
 
 def window_attention(
@@ -165,7 +124,7 @@ def window_attention(
       UnsupportedCase: an argument breaks one of these rules, or the implementation does not do this case.
     """
     operands = Operands(q, k, v, scores, expiry, columns, segment_ids)
-    case = _check(operands, window, scale, return_lse)
+    case = check_call(operands, window, scale, return_lse)
     module = OPERATION.select(implementation, case)
     o, lse = _attention(module, case, operands)
     return (o, lse) if return_lse else o
@@ -188,8 +147,7 @@ def window_attention_step(
     something. A cache of several buffers passes them as tuples of groups, k = (ring_k, store_k) and so on, under one
     softmax; no buffer is copied to join them.
 
-    This one only reads. A form that also updates ring and store in the same launch is for a backend with a kernel to
-    add, as a function of its own.
+    This one only reads: :func:`window_attention_update_step` also takes the token in.
 
     Args:
       q: the new token's queries, rotated. k, v: of q's dtype, per group [B,S,K,N] and [B,S,K,V].
@@ -203,9 +161,58 @@ def window_attention_step(
       UnsupportedCase: an argument breaks one of these rules, or the implementation does not do this case.
     """
     keys, values, flags = (tuple(x) if isinstance(x, (tuple, list)) else (x,) for x in (k, v, valid))
-    case, flags = _check_step(q, keys, values, flags, scale)
+    case, flags = check_step(q, keys, values, flags, scale)
     module = OPERATION.select(implementation, case)
     return module.step(case, q, keys, values, flags)
+
+
+def window_attention_update_step(
+    q: Float[Array, "B H N"],
+    k: Float[Array, "B K N"],
+    v: Float[Array, "B K V"],
+    score: Float32[Array, "B K"],
+    cache: DecodeCache,
+    length: Int32[Array, "B"],
+    *,
+    sinks: int = 0,
+    reach: int = 0,
+    active: Bool[Array, "B"] | None = None,
+    layer: Int32[Array, ""] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B H V"], DecodeCache]:
+    """One token per sequence goes into the cache, and its query reads what the cache then holds.
+
+    Token p = length[b] takes slot p mod R of the ring. The token p - R that it displaces goes to the store with its
+    score (+inf for one of the first ``sinks`` tokens; a score of 0 or less is no candidate): into the first free slot,
+    or over the lowest score if its own is strictly greater (among equal scores the latest position goes), else nowhere.
+    ``score`` is that of token p - reach, which has become final. Then
+
+        o = sum_s softmax_s(scale q . k_s) v_s    over all that ring and store hold
+
+    Args:
+      q, k, v: the new token's, rotated; k and v are rounded to the cache's dtype first.
+      score: float32.
+      cache: written in place where the caller donates it.
+      length: tokens that each row has seen; the caller counts on.
+      reach: less than R. active: False for rows without a token: their cache stays, their o is anything finite.
+      layer: given if the cache has a layer axis in front: the layer to use. A loop over layers can so carry the whole
+        cache and no layer's part is ever copied.
+
+    Returns:
+      o [B,H,V] in q's dtype, and the cache.
+
+    Raises:
+      UnsupportedCase: an argument breaks one of these rules, or the implementation does not do this case.
+    """
+    case = check_update(q, k, v, score, cache, length, sinks, reach, active, layer, scale)
+    module = OPERATION.select(implementation, case)
+    k, v = k.astype(cache.ring_k.dtype), v.astype(cache.ring_v.dtype)
+    if layer is not None:
+        return module.update_step(case, q, k, v, score, cache, length, active, layer)
+    one = DecodeCache(*(x[None] for x in cache))
+    o, one = module.update_step(case, q, k, v, score, one, length, active, jnp.zeros((), jnp.int32))
+    return o, DecodeCache(*(x[0] for x in one))
 
 
 def row_delta(o: Array, lse: Array, do: Array, dlse: Array | None) -> Float32[Array, "B T H"]:
@@ -261,112 +268,3 @@ def _call(module: ModuleType, name: str, case: Case) -> Callable[..., Any]:
         return out, jax.tree.map(lambda _: True, out)
 
     return foldable
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UnsupportedCase(f"window_attention: {message}")
-
-
-def _check_array(name: str, x: Any, letters: str, sizes: dict[str, int], dtype: str | None = None) -> None:
-    """Raises unless x has these dimensions (a letter's first use sets its size) and this dtype."""
-    wanted = f"[{','.join(letters)}]"
-    _require(hasattr(x, "shape") and hasattr(x, "dtype"), f"{name} is {type(x).__name__}; it must be an array {wanted}")
-    _require(len(x.shape) == len(letters), f"{name} has shape {x.shape}; it must be {wanted}")
-    for letter, size in zip(letters, x.shape, strict=True):
-        expected = sizes.setdefault(letter, size)
-        _require(size == expected, f"{name} has shape {x.shape}; it must be {wanted} with {letter} = {expected}")
-    _require(all(x.shape), f"{name} has shape {x.shape}; every dimension must be at least 1")
-    if dtype is not None:
-        _require(x.dtype == dtype, f"{name} has dtype {x.dtype}; it must be {dtype}, use .astype(jnp.{dtype})")
-
-
-def _check_heads(sizes: dict[str, int]) -> None:
-    H, K = sizes["H"], sizes["K"]
-    _require(H % K == 0, f"q has {H} heads and k has {K}; the first must be a multiple of the second")
-
-
-def _check_scale(scale: float | None, N: int) -> float:
-    if scale is None:
-        return N**-0.5
-    try:
-        value = float(scale)
-    except (TypeError, ValueError, jax.errors.JAXTypeError) as error:
-        raise UnsupportedCase(f"window_attention: scale is {scale!r}; it must be a number, not traced") from error
-    _require(math.isfinite(value), f"scale={value}; it must be finite")
-    return value
-
-
-def _check(operands: Operands, window: int | None, scale: float | None, return_lse: bool) -> Case:
-    q, k, v, scores, expiry, columns, segment_ids = operands
-    sizes: dict[str, int] = {}
-    _check_array("q", q, "BTHN", sizes)
-    dtype = str(q.dtype)
-    _require(dtype in DTYPES, f"q has dtype {dtype}; it must be one of {', '.join(DTYPES)}")
-    _check_array("k", k, "BUKN", sizes, dtype)
-    _check_array("v", v, "BUKV", sizes, dtype)
-    _check_heads(sizes)
-    T, U = sizes["T"], sizes["U"]
-    _require(U >= T, f"q has {T} tokens and k has {U}; queries are the last of the keys' positions, so at most as many")
-    _require(U < 2**30, f"k has {U} tokens; there must be fewer than 2**30")
-    if window is not None:
-        whole = isinstance(window, int) and not isinstance(window, bool)
-        _require(whole and window >= 1, f"window={window!r}; it must be an integer >= 1 (with self), or None for all")
-    for name, value in (("expiry", expiry), ("columns", columns)):
-        _require(value is None or window is not None, f"{name} is given without a window; give one")
-    if scores is not None:
-        _check_array("scores", scores, "BUK", sizes, "float32")
-    if expiry is not None:
-        _check_array("expiry", expiry, "BUK", sizes, "int32")
-    if columns is not None:
-        _require(isinstance(columns, Columns), f"columns is {type(columns).__name__}; it must be a Columns")
-        _check_array("columns.k", columns.k, "BCKN", sizes, dtype)
-        _check_array("columns.v", columns.v, "BCKV", sizes, dtype)
-        _check_array("columns.position", columns.position, "BCK", sizes, "int32")
-        _check_array("columns.expiry", columns.expiry, "BCK", sizes, "int32")
-    if segment_ids is not None:
-        _check_array("segment_ids", segment_ids, "BU", sizes, "int32")
-    return Case(
-        **{letter: sizes[letter] for letter in "BTUHKNV"},
-        C=sizes.get("C", 0),
-        dtype=dtype,
-        window=None if window is None else min(window, NEVER),
-        scale=_check_scale(scale, sizes["N"]),
-        scores=scores is not None,
-        expiry=expiry is not None,
-        segment_ids=segment_ids is not None,
-        return_lse=bool(return_lse),
-    )
-
-
-def _check_step(
-    q: Array, keys: tuple[Array, ...], values: tuple[Array, ...], valid: tuple[Array, ...], scale: float | None
-) -> tuple[StepCase, tuple[Array, ...]]:
-    """The case, and the validity of every group as bool [B,S,K]."""
-    sizes: dict[str, int] = {}
-    _check_array("q", q, "BHN", sizes)
-    dtype = str(q.dtype)
-    _require(dtype in DTYPES, f"q has dtype {dtype}; it must be one of {', '.join(DTYPES)}")
-    counts = (len(keys), len(values), len(valid))
-    _require(len(set(counts)) == 1 and counts[0] > 0, f"k, v, valid have {counts} groups; they must have equally many")
-    slots, flags = [], []
-    for n, (key, value, flag) in enumerate(zip(keys, values, valid, strict=True)):
-        sizes.pop("S", None)
-        _check_array(f"k[{n}]", key, "BSKN", sizes, dtype)
-        _check_array(f"v[{n}]", value, "BSKV", sizes, dtype)
-        B, S, K = key.shape[:3]
-        lengths = flag.dtype == jnp.int32
-        allowed: list[tuple[int, ...]] = [(B, K)] if lengths else [(B, S, K), (B, S)]
-        _require(
-            (lengths or flag.dtype == jnp.bool_) and flag.shape in allowed,
-            f"valid[{n}] is {flag.dtype}{list(flag.shape)}; use bool {[B, S, K]} or {[B, S]}, or int32 {[B, K]}",
-        )
-        if lengths:
-            flag = jnp.arange(S, dtype=jnp.int32)[None, :, None] < flag[:, None, :]
-        elif flag.ndim == 2:
-            flag = jnp.broadcast_to(flag[:, :, None], (B, S, K))
-        slots.append(S)
-        flags.append(flag)
-    _check_heads(sizes)
-    B, H, K, N, V = (sizes[letter] for letter in "BHKNV")
-    return StepCase(B, H, K, N, V, tuple(slots), dtype, _check_scale(scale, N)), tuple(flags)

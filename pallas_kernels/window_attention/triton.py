@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import UnsupportedCase
 from pallas_kernels.triton_call import check_installed, jit, tl, triton_call
-from pallas_kernels.window_attention import triton_bwd, triton_step
+from pallas_kernels.window_attention import triton_bwd, triton_step, triton_update
 from pallas_kernels.window_attention.api import Case, Operands
 from pallas_kernels.window_attention.triton_tiles import (
     load_rows,
@@ -28,6 +28,7 @@ from pallas_kernels.window_attention.triton_tiles import (
 FOLD_VMAP = True
 backward = triton_bwd.backward
 step = triton_step.step
+update_step = triton_update.update_step
 
 
 @jit

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from pallas_kernels.window_attention import xla_update
 from pallas_kernels.window_attention.api import NEVER, Case, Columns, Gradients, Operands, StepCase, row_delta
 
 BLOCK = 128
@@ -105,7 +106,11 @@ def step(
     q = q.reshape(case.B, case.K, case.H // case.K, case.N)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     logits = jnp.concatenate([dot("bkgn,bskn->bkgs", q, k) for k in keys], axis=-1) * case.scale
-    mask = jnp.moveaxis(jnp.concatenate(valid, axis=1), 1, 2)[:, :, None]
+    flags = [
+        jnp.arange(slots, dtype=jnp.int32)[None, :, None] < held[:, None, :] if filled else held
+        for held, slots, filled in zip(valid, case.slots, case.lengths, strict=True)
+    ]
+    mask = jnp.moveaxis(jnp.concatenate(flags, axis=1), 1, 2)[:, :, None]
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, where=mask, initial=-1e30))
     weights = jnp.where(mask, jnp.exp(jnp.where(mask, logits - largest, 0.0)), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -114,6 +119,9 @@ def step(
     parts = zip(jnp.split(weights, bounds, axis=-1), values, strict=True)
     o = jnp.stack([dot("bkgs,bskv->bkgv", part, v) for part, v in parts]).sum(axis=0)
     return o.reshape(case.B, case.H, case.V).astype(values[0].dtype)
+
+
+update_step = functools.partial(xla_update.update_step, step)
 
 
 # The mask, on the index axis of the keys.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.window_attention import NEVER, Columns, api, window_attention, window_attention_step, xla
+from pallas_kernels.window_attention import NEVER, Columns, api, window_attention, xla
 from tests.tolerances import assert_close
 
 
@@ -363,34 +363,3 @@ def test_remat_can_save_the_forward_pass():
 
     names = jax.checkpoint_policies.save_only_these_names("window_attention_out", "window_attention_residual")
     assert (products(None), products(names)) == (9, 7)  # 2 forward, 5 backward, and 2 if the forward pass runs again
-
-
-def test_step(implementation):
-    """Groups of slots under one softmax; flags per head, flags per slot, lengths; a head with nothing valid gives 0."""
-    rng = np.random.default_rng(3)
-    B, K, G, N, V, sizes = 2, 3, 2, 8, 5, (7, 4, 11)
-    q = rng.normal(size=(B, K * G, N)).astype(np.float32)
-    k, v = ([rng.normal(size=(B, S, K, n)).astype(np.float32) for S in sizes] for n in (N, V))
-    valid = [rng.random((B, 7, K)) < 0.5, rng.random((B, 4)) < 0.5, rng.integers(0, 12, (B, K)).astype(np.int32)]
-    valid[0][1, :, 2], valid[1][1], valid[2][1, 2] = False, False, 0
-    full = [
-        valid[0],
-        np.repeat(valid[1][:, :, None], K, 2),
-        np.arange(11)[None, :, None] < valid[2][:, None],
-    ]
-    expected = np.zeros((B, K * G, V))
-    for b in range(B):
-        for h in range(K):
-            at = np.flatnonzero(np.concatenate([x[b, :, h] for x in full]))
-            keys, values = (np.concatenate([x[b, :, h] for x in y]).astype(np.float64)[at] for y in (k, v))
-            for n in range(h * G, (h + 1) * G):
-                p = np.exp(0.6 * keys @ q[b, n].astype(np.float64))
-                expected[b, n] = p @ values / p.sum() if len(at) else 0
-    to_jax = lambda x: [jnp.asarray(y) for y in x]  # noqa: E731
-    groups = to_jax(k), to_jax(v), to_jax(valid)
-    actual = window_attention_step(jnp.asarray(q), *groups, scale=0.6, implementation=implementation)
-    assert_close(actual, expected, "window_attention")
-    assert (actual[1, 2 * G :] == 0).all()
-    joined = (jnp.concatenate(groups[0], 1), jnp.concatenate(groups[1], 1), jnp.asarray(np.concatenate(full, 1)))
-    joined_step = window_attention_step(jnp.asarray(q), *joined, scale=0.6, implementation=implementation)
-    assert_close(joined_step, expected, "window_attention")
