@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from pathlib import Path
 
 # Before jax starts: eight simulated devices, so that meshes are tested everywhere.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -21,3 +22,39 @@ def pytest_generate_tests(metafunc):
         names = importlib.import_module(f"pallas_kernels.{operation}.api").OPERATION.implementations
         values = [name if name == "xla" else pytest.param(name, marks=pytest.mark.gpu) for name in names[::-1]]
         metafunc.parametrize("implementation", values)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record_gpu_tests",
+        nargs="?",
+        const="experiments/results/gpu_tests.json",
+        metavar="FILE",
+        help="Write each operation's outcome of -m gpu, without which experiments.bench reports no time of it.",
+    )
+
+
+def pytest_configure(config):
+    """Whole files only: a record of some of an operation's tests would say more than was seen."""
+    if config.getoption("record_gpu_tests") and (config.getoption("keyword") or any("::" in x for x in config.args)):
+        raise pytest.UsageError("--record_gpu_tests records whole test files: drop -k and the names of single tests")
+    config.gpu_outcomes = {}
+
+
+def pytest_runtest_makereport(item, call):
+    # A failure in the set-up or the clean-up counts; a test that passes counts once, by its body.
+    if item.get_closest_marker("gpu") is None or (call.when != "call" and call.excinfo is None):
+        return
+    outcome = "passed" if call.excinfo is None else "failed"
+    if call.excinfo is not None and call.excinfo.errisinstance(pytest.skip.Exception):
+        outcome = "skipped"
+    counts = item.config.gpu_outcomes.setdefault(item.path.stem, dict(passed=0, failed=0, skipped=0))
+    counts[outcome] += 1
+
+
+def pytest_sessionfinish(session):
+    file = session.config.getoption("record_gpu_tests")
+    if file and session.config.gpu_outcomes:
+        from experiments.benchmarks import gate
+
+        gate.write_record(session.config.gpu_outcomes, jax.devices()[0].device_kind, Path(file))

@@ -1,0 +1,126 @@
+"""Times the kernels, and whole models, beside what others offer, all in one run.
+
+python -m experiments.bench --operation=gated_delta_rule --implementations=triton,xla --peers=fla,jax_linear_attention
+python -m experiments.bench --operation=window_attention --shapes='prompt*' --peers=cudnn,authors --authors_path=DIR
+
+Sides take turns; times are medians. "device" is the time in which the device ran the call's kernels, from one trace
+that holds JAX and torch alike; "calls" is many calls over one synchronisation (CUDA events for torch, the host's clock
+for JAX). The copy bandwidth of the same turn gives the floor. Errors are root-mean-square ratios against float32.
+
+Results are written only with --write, for a GPU, and only of operations whose GPU tests are green for this very code:
+run ``pytest -m gpu -n 0 --record_gpu_tests tests/kernels/test_OPERATION.py`` before. Without a GPU tiny shapes run
+with xla, which shows that the program works and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+LEGEND = """Milliseconds, medians of one run in which all sides took turns. *device*: the time in which the device ran
+kernels of the call, from one profiler trace of JAX and torch alike. *calls*: many calls over one synchronisation (CUDA
+events for torch, the host's clock for JAX), which shows launches too. *x fastest peer*: ours over the fastest peer that
+computes the same. *x floor*: over the bytes that must move at the copy bandwidth of the same turn. *error*: the worst
+root-mean-square error ratio of output and gradients against float32."""
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("operation", None, "gated_delta_rule, window_attention or block_attention.")
+    flags.DEFINE_list("shapes", [], "Names of cases, * for anything; default all. --list shows them.")
+    flags.DEFINE_bool("list", False, "Show the names of the operation's cases and stop.")
+    flags.DEFINE_list("implementations", None, "Of ours; default triton and xla on a GPU, xla elsewhere.")
+    flags.DEFINE_list("peers", [], "fla, jax_linear_attention, cudnn, torch, flex, authors.")
+    flags.DEFINE_string("authors_path", None, "A checkout of the authors' repository, for --peers=authors.")
+    flags.DEFINE_bool("tiny", None, "Tiny shapes; default where there is no GPU.")
+    flags.DEFINE_bool("errors", True, "Compare outputs and gradients with float32.")
+    flags.DEFINE_integer("rounds", 5, "Turns that each side has.")
+    flags.DEFINE_bool("write", False, "Write JSON and page into --results.")
+    flags.DEFINE_string("json", None, "Also write this run's rows into this file, for --merge elsewhere.")
+    flags.DEFINE_string("merge", None, "Time nothing: put the rows of a file written by --json into --results.")
+    flags.DEFINE_bool("unverified", False, "Time kernels whose tests are not green; nothing can be written then.")
+    flags.DEFINE_string("results", "experiments/results", "The folder of the pages, and of gpu_tests.json.")
+    flags.DEFINE_string("commit", None, "The commit, for a copy of the project without its repository.")
+
+
+def main(argv: list[str]) -> None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory beside jax
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"{argv[1]!r}: no such argument")
+        if FLAGS.operation is None and FLAGS.merge is None:
+            raise ValueError("give --operation")
+        _merge() if FLAGS.merge else _operation()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def _operation() -> None:
+    import jax
+
+    from experiments.benchmarks import gate, operations, report
+    from experiments.benchmarks.cases import Options
+    from experiments.benchmarks.peers import PEERS
+
+    gpu = jax.default_backend() == "gpu"
+    tiny = not gpu if FLAGS.tiny is None else FLAGS.tiny
+    if FLAGS.list:
+        for case in operations.cases(FLAGS.operation, tiny):
+            print(f"{case.name}: {case.shape}, {case.dtype}")
+        return
+    unknown = [name for name in FLAGS.peers if name not in PEERS]
+    if unknown:
+        raise ValueError(f"--peers={unknown[0]}: there is {', '.join(PEERS)}")
+    implementations = FLAGS.implementations or (["triton", "xla"] if gpu else ["xla"])
+    folder = Path(FLAGS.results)
+    if FLAGS.write and (FLAGS.unverified or tiny):
+        raise ValueError("--write is for real shapes of verified kernels: drop --unverified and --tiny")
+    tests = None
+    if set(implementations) != {"xla"} and not FLAGS.unverified:
+        try:
+            tests = gate.require_green(FLAGS.operation, folder / gate.RECORD.name)
+        except gate.TestsRed as red:
+            sys.exit(f"refused: {red}; --unverified shows times without writing them")
+    rows = operations.run(
+        FLAGS.operation,
+        FLAGS.shapes,
+        implementations,
+        FLAGS.peers,
+        tiny=tiny,
+        options=Options(FLAGS.authors_path),
+        errors=FLAGS.errors,
+        rounds=FLAGS.rounds,
+        say=lambda line: print(line, flush=True),
+        copy_bytes=2**20 if tiny else 2**29,
+    )
+    about = report.environment(FLAGS.commit or gate.commit()) | dict(tests=tests, verified=not FLAGS.unverified)
+    rows = [{**row, "run": about} for row in rows]
+    print(json.dumps(about))
+    if FLAGS.json:
+        Path(FLAGS.json).write_text(json.dumps({"operation": FLAGS.operation, "rows": rows}) + "\n")
+    if FLAGS.write:
+        _write(FLAGS.operation, rows)
+
+
+def _merge() -> None:
+    found = json.loads(Path(FLAGS.merge).read_text())
+    if any(not row["run"]["verified"] for row in found["rows"]):
+        raise ValueError(f"--merge={FLAGS.merge}: it was made with --unverified, and no page shows such times")
+    _write(found["operation"], found["rows"])
+
+
+def _write(operation: str, rows: list[dict]) -> None:
+    from experiments.benchmarks import report
+
+    path = Path(FLAGS.results) / f"{operation}.json"
+    merged = report.merge(path, rows)
+    report.write_page(path.with_suffix(".md"), operation, LEGEND, report.table(merged))
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,222 @@
+"""Window attention with retained columns beside cuDNN, FlexAttention, jax-linear-attention and the authors' kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.benchmarks import peers
+from experiments.benchmarks.cases import Case, Options, Setup
+from experiments.benchmarks.clock import Contender
+from experiments.benchmarks.torch_attention import attend_sdpa, authors_prompt, flex_contenders
+from pallas_kernels.window_attention.api import NEVER, window_attention, window_attention_step
+
+NAMES = ("o", "dq", "dk", "dv", "dscores")
+LONGEST_CHECKED = 16384  # the float32 path of longer rows takes longer than all else together
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """B, T, H, K, N as everywhere; W keys in the window with self; ``kept`` columns per head, None for no selection."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    N: int
+    W: int
+    kept: int | None
+    dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        columns = "" if self.kept is None else f", {self.kept} retained per head"
+        return f"B {self.B}, T {self.T}, H {self.H}, K {self.K}, N {self.N}, window {self.W}{columns}"
+
+
+def cases(tiny: bool) -> list[Case]:
+    """Prompts, training at several shares of kept tokens, long rows with grouped heads, and decode steps."""
+    if tiny:
+        base, batches, long = Size(2, 96, 2, 2, 16, 24, None, "bfloat16"), (2,), ((1, 128),)
+    else:
+        base, batches, long = Size(4, 4096, 16, 16, 64, 768, None), (1, 8, 64), ((4, 4096), (1, 16384), (1, 65536))
+    budget = base.T // 8
+    named = {
+        "window": (base, False),
+        "prompt": (dataclasses.replace(base, kept=budget), False),
+        "window-backward": (base, True),
+    }
+    for percent in ("100", "50", "12.5", "2"):
+        kept = max(1, round(base.T * float(percent) / 100))
+        named[f"train-{percent}%"] = (dataclasses.replace(base, kept=kept), True)
+    heads, kv_heads = (4, 2) if tiny else (32, 8)
+    for batch, tokens in long:
+        size = dataclasses.replace(base, B=batch, T=tokens, H=heads, K=kv_heads, kept=budget)
+        named[f"long-{tokens}"] = (size, True)
+    found = [
+        Case(name, f"{size}, {'forward + backward' if backward else 'forward'}", size.dtype, _bind(size, backward))
+        for name, (size, backward) in named.items()
+    ]
+    for batch in batches:
+        size = dataclasses.replace(base, B=batch, T=1, kept=budget)
+        make = functools.partial(_decode, size)
+        found.append(Case(f"decode-{batch}", f"decode step, {size}", size.dtype, make))
+    return found
+
+
+def _bind(size: Size, backward: bool) -> Any:
+    return functools.partial(_whole, size, backward)
+
+
+def draw(size: Size, seed: int) -> tuple[list[Any], Any, Any]:
+    """[q, k, v, scores], the cotangent, and the retained tokens [B, kept, K] in order (None without)."""
+
+    @jax.jit
+    def make(key: jax.Array) -> Any:
+        keys = jax.random.split(key, 5)
+        wide, narrow = (size.B, size.T, size.H, size.N), (size.B, size.T, size.K, size.N)
+        shapes = (wide, narrow, narrow, wide)
+        q, k, v, do = (
+            jax.random.normal(key, shape).astype(size.dtype) for key, shape in zip(keys[:4], shapes, strict=True)
+        )
+        scores = jax.random.normal(keys[4], narrow[:3])
+        kept = None
+        if size.kept is not None:
+            best = jnp.argsort(-scores, axis=1)[:, : size.kept]
+            kept = jnp.sort(best, axis=1).astype(jnp.int32)
+        return [q, k, v, scores], do, kept
+
+    return make(jax.random.key(seed))
+
+
+def _expiry(size: Size, kept: Any) -> Any:
+    if kept is None:
+        return None
+    batch = jnp.arange(size.B)[:, None, None]
+    heads = jnp.arange(size.K)[None, None, :]
+    return jnp.zeros((size.B, size.T, size.K), jnp.int32).at[batch, kept, heads].set(NEVER)
+
+
+def _whole(size: Size, backward: bool, options: Options) -> Setup:
+    inputs, do, kept = draw(size, options.seed)
+    expiry = _expiry(size, kept)
+    cotangent = do if backward else None
+
+    def attend(name: str, window: int | None, q: Any, k: Any, v: Any, scores: Any) -> Any:
+        return window_attention(q, k, v, scores, window=window, expiry=expiry, implementation=name)
+
+    def ours(name: str) -> Contender:
+        return peers.jax_contender(name, functools.partial(attend, name, size.W), inputs, cotangent, NAMES)
+
+    def reference() -> dict[str, Any]:
+        with jax.default_matmul_precision("highest"):
+            wide = [x.astype(jnp.float32) for x in inputs]
+            high = None if cotangent is None else cotangent.astype(jnp.float32)
+            contender = peers.jax_contender("", functools.partial(attend, "xla", size.W), wide, high, NAMES)
+            assert contender.values is not None
+            return contender.values(contender.call())
+
+    found = _peers(size, inputs, do, kept, backward, options)
+    moved = (2 * do.nbytes + 2 * inputs[1].nbytes) * (3 if backward else 1)
+    return Setup(ours, found, reference if size.T <= LONGEST_CHECKED else None, moved)
+
+
+def _peers(size: Size, inputs: list[Any], do: Any, kept: Any, backward: bool, options: Options) -> dict[str, Any]:
+    cotangent = do if backward else None
+    plain = inputs[:3]
+
+    def cudnn(window: int | None) -> Contender:
+        peers.cudnn_on_gpu()
+        local = None if window is None else (window - 1, 0)
+
+        def forward(q: Any, k: Any, v: Any) -> Any:
+            return jax.nn.dot_product_attention(
+                q, k, v, implementation="cudnn", is_causal=True, local_window_size=local
+            )
+
+        same = kept is None and window is not None
+        name = "cudnn: causal" if window is None else "cudnn: window"
+        return _mark(peers.jax_contender(name, forward, plain, cotangent, NAMES), same)
+
+    def torch_causal() -> Contender:
+        forward = functools.partial(attend_sdpa, grouped=size.H != size.K)
+        tensors, high = peers.to_torch(*plain), None if cotangent is None else peers.to_torch(cotangent)[0].detach()
+        contender = peers.torch_contender("torch: causal", forward, tensors, high, NAMES)
+        return _mark(contender, kept is not None and size.kept == size.T)
+
+    def jla() -> Contender:
+        module = peers.load("jla.ops.mosaic_gpu.attention", "jax-linear-attention")
+
+        def forward(q: Any, k: Any, v: Any) -> Any:
+            return module.flash_attention(q, k, v, sliding_window=size.W)
+
+        return _mark(
+            peers.jax_contender("jax_linear_attention: window", forward, plain, cotangent, NAMES), kept is None
+        )
+
+    found = {
+        "torch: causal": torch_causal,
+        "cudnn: causal": functools.partial(cudnn, None),
+        "cudnn: window": functools.partial(cudnn, size.W),
+        "jax_linear_attention: window": jla,
+    }
+    found |= flex_contenders(size, plain, cotangent, kept, NAMES)
+    if not backward and size.T > 1:
+        found["authors"] = functools.partial(authors_prompt, size, plain, kept, options.authors_path)
+    return found
+
+
+def _mark(contender: Contender, same: bool) -> Contender:
+    """A peer that computes something else is shown without ratio and without error."""
+    if same:
+        return contender
+    return dataclasses.replace(contender, other=True, values=None, note="another pattern: for orientation")
+
+
+def _decode(size: Size, options: Options) -> Setup:
+    """The step over full ring and store; every slot is valid, as after a long prompt."""
+    groups = (size.W, size.kept or 0)
+
+    @jax.jit
+    def make(key: jax.Array) -> Any:
+        keys = iter(jax.random.split(key, 5))
+        q = jax.random.normal(next(keys), (size.B, size.H, size.N)).astype(size.dtype)
+        held = [
+            tuple(jax.random.normal(next(keys), (size.B, slots, size.K, size.N)).astype(size.dtype) for slots in groups)
+            for _ in range(2)
+        ]
+        return q, *held
+
+    q, k, v = make(jax.random.key(options.seed))
+    valid = tuple(jnp.full((size.B, size.K), slots, jnp.int32) for slots in groups)
+
+    def step(name: str, *arrays: Any) -> Any:
+        return window_attention_step(*arrays, valid, implementation=name)
+
+    def ours(name: str) -> Contender:
+        return peers.jax_contender(name, functools.partial(step, name), (q, k, v), None, ("o",))
+
+    def reference() -> dict[str, Any]:
+        with jax.default_matmul_precision("highest"):
+            wide = jax.tree.map(lambda x: x.astype(jnp.float32), (q, k, v))
+            contender = peers.jax_contender("", functools.partial(step, "xla"), wide, None, ("o",))
+            assert contender.values is not None
+            return contender.values(contender.call())
+
+    def dense() -> Contender:
+        torch = peers.torch_on_gpu()
+        joined = [jnp.concatenate(x, axis=1) for x in (k, v)]
+        one, keys, values = peers.to_torch(q[:, None], *joined)
+
+        def forward(*tensors: Any) -> Any:
+            moved = (x.transpose(1, 2) for x in tensors)
+            attend = torch.nn.functional.scaled_dot_product_attention
+            return attend(*moved, enable_gqa=size.H != size.K).transpose(1, 2)[:, 0]
+
+        return peers.torch_contender("torch: dense slots", forward, (one, keys, values), None, ("o",))
+
+    moved = 2 * q.nbytes + sum(x.nbytes for x in (*k, *v))
+    return Setup(ours, {"torch: dense slots": dense}, reference, moved)

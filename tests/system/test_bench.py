@@ -1,0 +1,186 @@
+"""Does the benchmark program measure what it says, and refuse what it must?"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from experiments.benchmarks import clock, gate, operations, report
+from experiments.benchmarks.cases import Options
+from experiments.benchmarks.peers import PEERS, PeerMissing, authors_file
+
+
+def run(operation, patterns):
+    return operations.run(
+        operation,
+        patterns,
+        ["xla"],
+        PEERS,
+        tiny=True,
+        options=Options(),
+        errors=True,
+        rounds=2,
+        say=lambda line: None,
+        copy_bytes=2**16,
+    )
+
+
+@pytest.mark.parametrize(
+    "operation, patterns, outputs",
+    [
+        ("gated_delta_rule", ["*-backward", "decode*"], {"o", "dq", "dk", "dv", "dg", "dbeta"}),
+        ("window_attention", ["train-12.5%", "decode*"], {"o", "dq", "dk", "dv", "dscores"}),
+        ("block_attention", ["tiny-forward", "decode*"], {"o"}),
+    ],
+)
+def test_tiny_shapes_run_with_xla(operation, patterns, outputs):
+    whole, step = run(operation, patterns)
+    (ours,) = whole["contenders"]
+    assert set(ours["errors"]) == outputs
+    # bfloat16 against float32: rounding is seen, and nothing else is
+    assert all(0 <= error < 1e-2 for error in ours["errors"].values()), ours["errors"]
+    assert ours["errors"]["o"] > 1e-4
+    assert ours["calls"] > 0 and ours["busy"] is None and ours["best"] == ours["calls"] and not ours["peer"]
+    assert whole["copy_gbps"] > 0 and whole["bytes"] > 0 and step["contenders"][0]["calls"] > 0
+    assert whole["missing"], "without a GPU every peer says why it is missing"
+    assert all(reason for reason in whole["missing"].values())
+
+
+def test_cases_have_names_of_their_own_and_patterns_must_match():
+    for operation in operations.OPERATIONS:
+        for tiny in (False, True):
+            names = [case.name for case in operations.cases(operation, tiny)]
+            assert len(set(names)) == len(names) > 2
+    with pytest.raises(ValueError, match=r"--shapes=nonsense: no case has this name; there are window, "):
+        run("window_attention", ["nonsense"])
+    with pytest.raises(ValueError, match="--operation=softmax"):
+        operations.cases("softmax", tiny=True)
+
+
+def test_busy_time_is_the_union_of_what_ran_inside_each_stretch():
+    def event(name, start, end):
+        return SimpleNamespace(name=name, start_ns=start * 1e6, duration_ns=(end - start) * 1e6)
+
+    streams = [
+        SimpleNamespace(name="Stream #1(Compute)", events=[event("a", 1, 3), event("b", 20, 24)]),
+        SimpleNamespace(name="Stream #2(Compute)", events=[event("c", 2, 4), event("d", 30, 31)]),
+        SimpleNamespace(name="XLA Ops", events=[event("a", 0, 9)]),
+    ]
+    host = SimpleNamespace(
+        name="python",
+        events=[event("bench:x", 0.5, 10), event("bench:y", 19, 25), event("bench:x", 29, 32), event("other", 0, 40)],
+    )
+    planes = [SimpleNamespace(name="/device:GPU:0", lines=streams), SimpleNamespace(name="/host:CPU", lines=[host])]
+    found = clock.busy_times(SimpleNamespace(planes=planes))
+    assert found == {"x": pytest.approx([3.0, 1.0]), "y": pytest.approx([4.0])}
+    assert clock.busy_times(SimpleNamespace(planes=planes[1:])) == {}
+
+
+@pytest.fixture
+def record(tmp_path):
+    path = tmp_path / "gpu_tests.json"
+    counts = dict(passed=3, failed=0, skipped=0)
+    gate.write_record({"test_window_attention": counts, "test_window_attention_arguments": counts}, "a GPU", path)
+    return path
+
+
+def test_gate_wants_green_tests_of_this_very_code(record, monkeypatch):
+    assert gate.require_green("window_attention", record)["passed"] == 6
+    with pytest.raises(gate.TestsRed, match="gated_delta_rule: no GPU tests are recorded"):
+        gate.require_green("gated_delta_rule", record)
+    monkeypatch.setattr(gate, "digest", lambda operation: "other")
+    with pytest.raises(gate.TestsRed, match="its code has changed"):
+        gate.require_green("window_attention", record)
+
+
+@pytest.mark.parametrize("counts", [dict(passed=3, failed=1, skipped=0), dict(passed=0, failed=0, skipped=2)])
+def test_gate_is_closed_by_a_failure_and_by_nothing_run(record, counts):
+    gate.write_record({"test_window_attention": counts}, "a GPU", record)
+    with pytest.raises(gate.TestsRed, match=f"{counts['failed']} of its GPU tests failed and {counts['passed']}"):
+        gate.require_green("window_attention", record)
+
+
+def test_digest_follows_the_code_of_what_an_operation_runs(tmp_path, monkeypatch):
+    for name in ("window_attention", "block_attention"):
+        (tmp_path / "pallas_kernels" / name).mkdir(parents=True)
+        (tmp_path / "pallas_kernels" / name / "api.py").write_text(name)
+    for name in ("dispatch.py", "tiles.py", "triton_call.py"):
+        (tmp_path / "pallas_kernels" / name).write_text(name)
+    monkeypatch.setattr(gate, "ROOT", tmp_path)
+    before = gate.digest("window_attention"), gate.digest("block_attention")
+    (tmp_path / "pallas_kernels/block_attention/api.py").write_text("changed")
+    between = gate.digest("window_attention"), gate.digest("block_attention")
+    assert between[0] == before[0] and between[1] != before[1]
+    (tmp_path / "pallas_kernels/window_attention/api.py").write_text("changed")  # the window branch is part of NSA
+    assert gate.digest("block_attention") != between[1]
+
+
+def test_the_tests_write_the_record_and_the_program_obeys_it(tmp_path):
+    path = tmp_path / "gpu_tests.json"
+    tests = ["-m", "pytest", "-q", "-n", "0", "-x", "-m", "gpu", f"--record_gpu_tests={path}"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+    def python(*words):
+        return subprocess.run([sys.executable, *words], cwd=gate.ROOT, env=environment, capture_output=True, text=True)
+
+    python(*tests, "tests/kernels/test_gated_delta_rule.py")  # without a GPU the first one fails
+    entry = json.loads(path.read_text())["gated_delta_rule"]
+    assert (entry["passed"], entry["failed"], entry["device"]) == (0, 1, "cpu")
+    partial = python(*tests, "-k", "grad", "tests/kernels/test_gated_delta_rule.py")
+    assert "records whole test files" in partial.stderr
+    bench = python(
+        "-m", "experiments.bench", "--operation=gated_delta_rule", "--implementations=triton", f"--results={tmp_path}"
+    )
+    assert bench.returncode == 1 and bench.stderr.startswith("refused: gated_delta_rule: 1 of its GPU tests failed")
+    assert not list(tmp_path.glob("*.md"))
+
+
+def row(case, best, run):
+    contenders = [
+        dict(
+            name="triton", peer=False, comparable=False, note="", best=best, busy=best, calls=best, errors={"o": 2e-3}
+        ),
+        dict(name="fla", peer=True, comparable=True, note="n", best=4.0, busy=4.0, calls=4.1, errors={}),
+        dict(name="cudnn", peer=True, comparable=False, note="", best=0.5, busy=0.5, calls=0.6, errors={}),
+    ]
+    return dict(
+        case=case, shape="S", dtype="bfloat16", bytes=10**9, copy_gbps=1000.0, contenders=contenders,
+        missing={"flex": "not here"}, run=run,
+    )  # fmt: skip
+
+
+def test_pages_keep_prose_and_new_rows_replace_old_ones(tmp_path):
+    run = dict(date="D", commit="c1", hardware="GPU", versions={"jax": "1"}, tests=None, verified=True)
+    page, path = tmp_path / "op.md", tmp_path / "op.json"
+    page.write_text("# op\n\nWritten by hand.\n")
+    report.merge(path, [row("a", 3.0, run), row("b", 3.0, run)])
+    rows = report.merge(path, [row("b", 2.0, {**run, "commit": "c2"})])
+    for _ in range(2):
+        report.write_page(page, "op", "Legend.", report.table(rows))
+    text = page.read_text()
+    assert (
+        text.startswith("# op\n\nWritten by hand.\n")
+        and text.count("Legend.") == text.count("### GPU, D UTC, commit c2") == 1
+    )
+    # 1 ms of floor; the ratio is to the peer that computes the same
+    assert (
+        "| **a**: S, bfloat16; floor 1.000 ms at 1000 GB/s | triton | 3.0000 | 3.0000 | 0.75 | 3.0 | 2.0e-03 (o) |"
+        in text
+    )
+    assert (
+        "| **b**: S, bfloat16; floor 1.000 ms at 1000 GB/s | triton | 2.0000 | 2.0000 | 0.50 | 2.0 | 2.0e-03 (o) |"
+        in text
+    )
+    assert "|  | flex | | | | | | not timed: not here |" in text
+
+
+def test_missing_authors_are_explained(tmp_path):
+    with pytest.raises(PeerMissing, match="--authors_path"):
+        authors_file(None, "x.py")
+    with pytest.raises(PeerMissing, match="there is no x"):
+        authors_file(str(tmp_path), "x.py")
