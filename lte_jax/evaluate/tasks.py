@@ -160,7 +160,7 @@ def _choice(tasks: Sequence[Any], limit: int | None) -> dict[str, Any]:
     """The harness's arguments for the first documents: of every length, where a task has several."""
     if limit is None:
         return {}
-    chosen = {}
+    chosen: dict[str, list[int]] = {}
     for task in tasks:
         counts: collections.Counter[Any] = collections.Counter()
         chosen[task.task_name] = []

@@ -8,6 +8,8 @@ cannot know whether another one has read a slot yet.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -156,8 +158,14 @@ def update_step(
     parts = sum(-(-count // stretch) for count in case.slots)
     flags = None if active is None else active.astype(jnp.int8)
     layer = layer.reshape(1)
-    update = {"B": case.B, "R": case.slots[0], "M": case.slots[1], "SINKS": case.sinks, "ACTIVE": active is not None}
-    sizes = sizes_of(case, tiles, stretch)
+    update: dict[str, Any] = {
+        "B": case.B,
+        "R": case.slots[0],
+        "M": case.slots[1],
+        "SINKS": case.sinks,
+        "ACTIVE": active is not None,
+    }
+    sizes: dict[str, Any] = sizes_of(case, tiles, stretch)
     *shares, targets = triton_call(
         _update_part_kernel,
         q,
