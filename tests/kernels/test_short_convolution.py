@@ -22,12 +22,6 @@ IDS = {
 }
 
 
-@pytest.fixture(params=["xla"])
-def implementation(request):
-    """The only one: XLA makes one fusion of it on every device."""
-    return request.param
-
-
 def truth(x, weight, segment_ids, state, dy, dstate, activation):
     """y, final state, and the gradients of x, weight and state, by loops over rows and tokens.
 
