@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from lte_jax import retention
+from lte_jax import partition, retention
 from lte_jax.dims import Hidden, SegmentIds, Tokens
 
 CHUNK_TOKENS = 4096
-"""Tokens of the whole batch whose float32 logits are held at a time."""
+"""Tokens of a device's rows whose float32 logits are held at a time."""
 
 Metrics = dict[str, jax.Array]
 
@@ -122,8 +122,12 @@ def cross_entropy_sums(
 
     Differentiable in ``hidden`` and ``weight``. The products run in the dtype of ``hidden`` with float32 accumulation.
     """
-    hidden, labels, steps = _padded(hidden, labels, chunk_tokens)
-    return _chunked(hidden, weight, labels, steps)
+
+    def local(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden, labels, steps = _padded(hidden, labels, chunk_tokens)
+        return _chunked(hidden, weight, labels, steps)
+
+    return partition.sum_over_tokens(local, hidden, weight, labels)
 
 
 def _padded(hidden: Hidden, labels: jax.Array, chunk_tokens: int) -> tuple[jax.Array, jax.Array, int]:

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from lte_jax import partition
 from lte_jax.dims import Hidden, SegmentIds, Tokens
 from lte_jax.inputs import check_tokens, mask_to_segment_ids, zero_padding
 from lte_jax.layers import Embedding, GatedMLP, InitRule, Linear, RMSNorm, document_positions, mlp_width
@@ -93,7 +94,7 @@ class Block(nnx.Module):
     def _finish(self, x: Hidden, y: Hidden, segment_ids: SegmentIds | None) -> Hidden:
         x = x + y
         x = x + self.mlp(self.mlp_norm(x))
-        return zero_padding(x, segment_ids)
+        return partition.constrain(zero_padding(x, segment_ids), "batch", "length", None)
 
 
 class Unit(nnx.Module):
@@ -198,7 +199,7 @@ class LanguageModel(nnx.Module):
 
         repeats = self.config.num_layers // len(self.config.pattern)
         keys = None if key is None else jax.random.split(key, repeats)
-        x = zero_padding(self.embeddings(input_ids), segment_ids)
+        x = partition.constrain(zero_padding(self.embeddings(input_ids), segment_ids), "batch", "length", None)
         x, auxes = jax.lax.scan(checkpointed(step, self.remat), x, (state, keys))
         return self.norm(x), self._stack_routing(auxes)
 

@@ -6,6 +6,7 @@ A dimension is split over its mesh axes if their size divides it, and is whole o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -90,8 +91,13 @@ def device_table(mesh: Mesh) -> str:
     return "\n".join([*lines, "mesh " + " x ".join(f"{name}={size}" for name, size in mesh.shape.items())])
 
 
-def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def spec(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, every: bool = False
+) -> PartitionSpec:
     """The partition of an array with the logical ``axes``; extra leading dimensions (stacked layers) are whole.
+
+    Args:
+      every: name mesh axes of one device too, so that a gradient is not summed over them.
 
     Raises:
       ValueError: a logical axis that the table does not know.
@@ -102,7 +108,8 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Partit
     for name, size in zip(names, shape, strict=True):
         if name is not None and name not in RULES:
             raise ValueError(f"logical axis {name!r} is not in the table; it knows {', '.join(RULES)}")
-        wanted = tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape[axis] > 1 and axis not in used)
+        rule = RULES.get(name or "", ())
+        wanted = tuple(axis for axis in rule if (every or mesh.shape[axis] > 1) and axis not in used)
         if not wanted or size % math.prod(mesh.shape[axis] for axis in wanted):
             entries.append(None)
             continue
@@ -114,6 +121,11 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Partit
 def named(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """``spec`` on its mesh."""
     return NamedSharding(mesh, spec(axes, shape, mesh))
+
+
+def on(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
+    """Inside a function that is being compiled: what follows is for this mesh (``partition`` reads it)."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

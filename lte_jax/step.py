@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from lte_jax import losses, optim, retention, sharding
+from lte_jax import losses, optim, partition, retention, sharding
 from lte_jax.mixers import mixer_name
 from lte_jax.mixers.lte import Config as LTEConfig
 from lte_jax.model import LanguageModel
@@ -72,6 +72,8 @@ class Builder:
 
     def __init__(self, config: StepConfig, mesh: Mesh):
         self.config, self.mesh = config, mesh
+        for mixer in config.model.pattern:
+            partition.check_heads(mixer_name(mixer), mixer, mesh)
         model = nnx.eval_shape(lambda: self._new_model())
         self.graph, state = nnx.split(model)
         self._paths = {}
@@ -142,14 +144,15 @@ class Builder:
         """(params, batch) -> sums {"loss", "correct", "targets"} over the batch's labels, compiled."""
 
         def evaluate(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            loss, correct, _ = losses.token_losses(
-                self.model(params),
-                batch["input_ids"],
-                batch["labels"],
-                segment_ids=batch.get("segment_ids"),
-                reading=reading,
-                chunk_tokens=self.config.compute.chunk_tokens,
-            )
+            with sharding.on(self.mesh):
+                loss, correct, _ = losses.token_losses(
+                    self.model(params),
+                    batch["input_ids"],
+                    batch["labels"],
+                    segment_ids=batch.get("segment_ids"),
+                    reading=reading,
+                    chunk_tokens=self.config.compute.chunk_tokens,
+                )
             targets = jnp.sum(batch["labels"] >= 0, dtype=jnp.float32)
             return {"loss": jnp.sum(loss), "correct": jnp.sum(correct), "targets": targets}
 
@@ -192,6 +195,12 @@ class Builder:
         self, state: TrainState, batch: dict[str, jax.Array], step: jax.Array, select: jax.Array | None
     ) -> tuple[Params, dict[str, jax.Array]]:
         """Gradients and metrics of the whole batch, computed in ``accumulation`` parts one after the other."""
+        with sharding.on(self.mesh):
+            return self._gradients_on_mesh(state, batch, step, select)
+
+    def _gradients_on_mesh(
+        self, state: TrainState, batch: dict[str, jax.Array], step: jax.Array, select: jax.Array | None
+    ) -> tuple[Params, dict[str, jax.Array]]:
         parts = self.config.accumulation
         targets = jnp.sum(batch["labels"] >= 0, dtype=jnp.float32)
         scored = None
@@ -241,4 +250,10 @@ def learned_retention(config: ModelConfig) -> LTEConfig | None:
         for mixer in config.pattern
         if mixer_name(mixer) == "lte" and getattr(mixer, "retention", None) == "learned"
     ]
+    budgets, heads = ({getattr(mixer, name) for mixer in found} for name in ("budget", "kv_heads"))
+    if len(budgets) > 1 or len(heads) > 1:
+        raise ValueError(
+            f"the LTE layers have budgets {sorted(budgets)} and {sorted(heads)} KV heads: the penalty's controller has "
+            "one of each for all layers; make them equal"
+        )
     return found[0] if found else None  # type: ignore[return-value]

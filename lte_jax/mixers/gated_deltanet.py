@@ -22,8 +22,9 @@ from jaxtyping import Array, Float, Float32
 from lte_jax.dims import Hidden, Positions, SegmentIds
 from lte_jax.layers import InitRule, Linear, RMSNorm, parameter
 from lte_jax.mixers.base import Aux, Mixer, MixerConfig, Reading
-from pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
-from pallas_kernels.short_convolution import short_convolution, short_convolution_step
+from lte_jax.partition import gated_delta_rule, short_convolution
+from pallas_kernels.gated_delta_rule import gated_delta_rule_step
+from pallas_kernels.short_convolution import short_convolution_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,8 @@ from lte_jax.mixers.base import Aux, Mixer, Reading
 from lte_jax.mixers.lte_cache import LTECache
 from lte_jax.mixers.lte_config import Config, make_router, needs_shared_router
 from lte_jax.mixers.lte_router import Router
-from pallas_kernels.window_attention.api import NEVER, Columns, window_attention, window_attention_step
+from lte_jax.partition import window_attention
+from pallas_kernels.window_attention.api import NEVER, Columns, window_attention_step
 
 READINGS = ("train", "prompt", "streaming")
 

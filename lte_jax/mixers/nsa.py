@@ -20,7 +20,8 @@ from jaxtyping import Array, Int32
 from lte_jax.dims import Hidden, Positions, SegmentIds
 from lte_jax.layers import InitRule, Linear, rotary
 from lte_jax.mixers.base import Aux, Mixer, MixerConfig, Reading
-from pallas_kernels.block_attention import BlockCache, block_attention, block_attention_extend, init_block_cache
+from lte_jax.partition import block_attention
+from pallas_kernels.block_attention import BlockCache, block_attention_extend, init_block_cache
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int32
 from lte_jax.dims import Hidden, Positions, SegmentIds
 from lte_jax.layers import InitRule, Linear, rotary
 from lte_jax.mixers.base import Aux, Mixer, Reading
-from pallas_kernels.window_attention import NEVER, Columns, window_attention, window_attention_step
+from lte_jax.partition import window_attention
+from pallas_kernels.window_attention import NEVER, Columns, window_attention_step
 
 BEFORE = -(2**29)  # stands for the position of a key that every query of a call has beyond its window
 

@@ -1,6 +1,8 @@
 """Does one table place every array, and does every mesh compute what one device computes?"""
 
 import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lte_jax import LTE, NSA, FullAttention, GatedDeltaNet, WindowAttention, sharding
-from lte_jax.data import Batches
+from lte_jax import LTE, NSA, FullAttention, GatedDeltaNet, WindowAttention, partition, sharding
 from lte_jax.experiment import step_config
+from lte_jax.mixers import mixer_name
 from lte_jax.sharding import MeshConfig, make_mesh
 from lte_jax.step import Builder
+from pallas_kernels.window_attention import NEVER
 from tests.system.tiny import DATA, ROUTER, tiny_experiment, tiny_model
 
 
@@ -48,13 +51,44 @@ def test_batches_that_the_mesh_does_not_divide_are_refused():
         sharding.batch_sharding((8, 7), mesh)
 
 
+@pytest.mark.parametrize(
+    ("mixer", "tensor", "message"),
+    [
+        (FullAttention(num_heads=6, num_kv_heads=2, head_dim=8), 4, "tensor=4 must divide its 6 heads"),
+        (FullAttention(num_heads=12, num_kv_heads=3, head_dim=8), 4, "or be a multiple of, its 3 key/value heads"),
+        (NSA(num_heads=8, num_kv_heads=2, head_dim=8), 4, "nsa: mesh.tensor=4 must divide its 2 key/value heads"),
+        (GatedDeltaNet(num_heads=2, head_dim=4), 4, "gated_deltanet: mesh.tensor=4 must divide its 2 heads"),
+    ],
+)
+def test_heads_that_do_not_fit_the_tensor_axis_are_refused(mixer, tensor, message):
+    with pytest.raises(ValueError, match=message):
+        partition.check_heads(mixer_name(mixer), mixer, make_mesh(MeshConfig(tensor=tensor)))
+    partition.check_heads("full_attention", FullAttention(num_heads=8, num_kv_heads=2), make_mesh(MeshConfig(tensor=4)))
+
+
+def packed_rows(batch=8, length=32):
+    """Documents that begin and end inside shards, on their edges, and last for several; padding before and after."""
+    cuts = np.random.default_rng(0).integers(1, length, (batch, 3))
+    segments = 1 + np.sum(np.arange(length)[None, :, None] >= cuts[:, None, :], axis=2)
+    segments[0], segments[1, :9], segments[2, -9:] = 1, 0, 0
+    segments[3] = np.repeat([4, 5], length // 2)
+    return segments.astype(np.int32)
+
+
+def batch_of(length):
+    rng = np.random.default_rng(1)
+    ids = rng.integers(0, DATA.vocab_size, (8, length)).astype(np.int32)
+    segments = packed_rows(8, length)
+    labels = np.where((segments > 0) & (rng.random(segments.shape) < 0.7), np.roll(ids, -1, 1), -1).astype(np.int32)
+    return {"input_ids": ids, "labels": labels, "segment_ids": segments}
+
+
 def loss_and_gradients(config, mesh_config, devices):
+    """Loss and gradients of packed rows, the state, and the compiled program's text."""
     mesh = make_mesh(mesh_config, devices)
     builder = Builder(step_config(config, DATA.length), mesh)
-    batch = next(Batches(config.data.rows("train"), config.batch_size))
     arrays = {
-        name: jax.device_put(batch[name], sharding.batch_sharding(batch[name].shape, mesh))
-        for name in ("input_ids", "labels")
+        name: jax.device_put(x, sharding.batch_sharding(x.shape, mesh)) for name, x in batch_of(DATA.length).items()
     }
     state = builder.init_state()
     for name, leaf in state.params.items():
@@ -64,12 +98,18 @@ def loss_and_gradients(config, mesh_config, devices):
         gradients, metrics = builder._gradients(state, arrays, jnp.int32(1), None)
         return metrics["loss"], gradients
 
-    return jax.device_get(jax.jit(compute)(state, arrays)), state
+    compiled = jax.jit(compute).lower(state, arrays).compile()
+    return jax.device_get(compiled(state, arrays)), state, compiled.as_text()
 
 
-def check_mesh(config, mesh_config):
-    (expected, gradients), _ = loss_and_gradients(config, MeshConfig(), jax.devices()[:1])
-    (loss, found), state = loss_and_gradients(config, mesh_config, None)
+@functools.cache
+def on_one_device(mixer):
+    return loss_and_gradients(config_of(MIXERS[mixer]), MeshConfig(), jax.devices()[:1])[0]
+
+
+def check_mesh(mixer, mesh_config):
+    expected, gradients = on_one_device(mixer)
+    (loss, found), state, text = loss_and_gradients(config_of(MIXERS[mixer]), mesh_config, None)
     np.testing.assert_allclose(loss, expected, rtol=3e-5)
     for name, gradient in gradients.items():
         scale = np.linalg.norm(gradient)
@@ -77,6 +117,34 @@ def check_mesh(config, mesh_config):
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
     split = [leaf for leaf in state.params.values() if not leaf.sharding.is_fully_replicated]
     assert len([leaf for leaf in moments if not leaf.sharding.is_fully_replicated]) == 2 * len(split)
+    check_collectives(text, mesh_config)
+
+
+def collectives(text):
+    """(kind, shape, where in the program) of each one that moves arrays whole: all but sums."""
+    pattern = r"= (.*?) (all-gather|all-to-all|collective-permute)(?:-start)?\(.*?op_name=\"([^\"]*)"
+    for line in text.splitlines():
+        for shapes, kind, where in re.findall(pattern, line):
+            for shape in re.findall(r"\w+\[([\d,]*)\]", shapes):
+                yield kind, tuple(int(size) for size in shape.split(",") if size), where
+
+
+def check_collectives(text, mesh_config):
+    """Each one that is not of a weight is the attention's keys, a halo, a delta-rule state, or a split of the table."""
+    tokens = DATA.length // mesh_config.sequence
+    for kind, shape, where in collectives(text):
+        if kind == "all-gather" and mesh_config.sequence > 1 and "shard_map/all_gather" in where:
+            assert len(shape) == 2 or tokens not in shape[2:3], (kind, shape, where)  # states, document numbers
+        elif "shard_map/ppermute" in where or kind == "collective-permute":
+            rows_of_q = len(shape) == 4 and shape[2:] == (HEADS // mesh_config.tensor, HEAD_SIZE)
+            assert not (rows_of_q and shape[1] >= tokens), (kind, shape, where)
+        elif len(shape) >= 3 and (DATA.length in shape[:2] or shape[1] == tokens):
+            # Activations: the lookup in a table that is split over width, and the best token over a split vocabulary.
+            lookup, best = "_take" in where, shape[2:] == (mesh_config.tensor,)
+            assert lookup or best, (kind, shape, where)
+
+
+HEADS, HEAD_SIZE = 4, 4
 
 
 def config_of(mixer):
@@ -86,8 +154,8 @@ def config_of(mixer):
 
 
 MIXERS = {
-    "lte": LTE(num_heads=2, window=6, budget=5, sinks=1, dropout=0.0, **ROUTER),
-    "window": WindowAttention(num_heads=2, window=6),
+    "lte": LTE(num_heads=4, num_kv_heads=2, window=6, budget=5, sinks=1, dropout=0.0, **ROUTER),
+    "window": WindowAttention(num_heads=4, num_kv_heads=2, window=6),
     "full": FullAttention(num_heads=4, num_kv_heads=2),
     "nsa": NSA(num_heads=4, num_kv_heads=2, head_dim=8, block_size=4, block_counts=3, window=6),
     "gdn": GatedDeltaNet(num_heads=2, head_dim=4),
@@ -96,17 +164,86 @@ MESHES = {
     "data": MeshConfig(data=8),
     "fsdp": MeshConfig(data=2, fsdp=4),
     "tensor": MeshConfig(data=4, tensor=2),
-    "sequence": MeshConfig(data=4, sequence=2),
+    "sequence": MeshConfig(data=2, sequence=4),
     "all": MeshConfig(data=1, fsdp=2, tensor=2, sequence=2),
 }
 
 
-def test_a_mesh_gives_the_loss_and_gradients_of_one_device():
-    check_mesh(config_of(MIXERS["lte"]), MESHES["all"])
+def test_a_mesh_gives_the_loss_and_gradients_of_one_device_and_never_gathers_queries():
+    check_mesh("lte", MESHES["all"])
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_mesh_gives_the_loss_and_gradients_of_one_device_for_every_mixer(mixer, mesh):
-    check_mesh(config_of(MIXERS[mixer]), MESHES[mesh])
+    check_mesh(mixer, MESHES[mesh])
+
+
+def random(*shape):
+    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
+
+
+def operations(segments):
+    """Name -> (function of arrays that differs with a mesh, its arrays); 4 query heads to one key head."""
+    B, T = segments.shape
+    q, k, v, scores = random(B, T, 8, 6), random(B, T, 2, 6), random(B, T, 2, 6), random(B, T, 2)
+    expiry = jnp.where(scores > 0, jnp.where(scores > 1, NEVER, jnp.arange(T)[:, None] + 17), 0).astype(jnp.int32)
+    g, beta = -jnp.abs(random(B, T, 8)), jax.nn.sigmoid(random(B, T, 8))
+    values = random(B, T, 8, 5)
+    return {
+        "window": (functools.partial(partition.window_attention, window=5, segment_ids=segments), (q, k, v)),
+        "lte": (
+            functools.partial(partition.window_attention, window=5, expiry=expiry, segment_ids=segments),
+            (q, k, v, scores),
+        ),
+        "delta": (
+            lambda *arrays: partition.gated_delta_rule(*arrays, segment_ids=segments)[0],
+            (k, 2 * k + v, values, g, beta),
+        ),
+        "convolution": (
+            lambda x, w: partition.short_convolution(x, w, segment_ids=segments)[0],
+            (random(B, T, 12), random(4, 12)),
+        ),
+    }
+
+
+def check_operation(name, mesh_config):
+    mesh = make_mesh(mesh_config)
+    function, arrays = operations(jnp.asarray(packed_rows(4)))[name]
+    direction = random(*jax.eval_shape(function, *arrays).shape)
+
+    def loss(*arrays):
+        o = function(*arrays)
+        return jnp.sum(o * direction), o
+
+    def on_mesh(*arrays):
+        with sharding.on(mesh):
+            return jax.value_and_grad(loss, argnums=tuple(range(len(arrays))), has_aux=True)(*arrays)
+
+    expected = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(arrays))), has_aux=True))(*arrays)
+    found = jax.jit(on_mesh)(*jax.device_put(arrays, sharding.replicated(mesh)))
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        assert np.linalg.norm(other - one) <= 3e-5 * np.linalg.norm(one) + 1e-9
+
+
+def test_few_key_heads_and_split_tokens_give_what_one_device_gives():
+    check_operation("lte", MeshConfig(data=1, tensor=4, sequence=2))
+    check_operation("delta", MeshConfig(data=1, tensor=2, sequence=4))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mesh", [dict(tensor=4, sequence=2), dict(sequence=8), dict(data=2, sequence=4)], ids=str)
+@pytest.mark.parametrize("name", ["window", "lte", "delta", "convolution"])
+def test_every_operation_on_every_mesh_gives_what_one_device_gives(name, mesh):
+    check_operation(name, MeshConfig(**{"data": 1, **mesh}))
+
+
+def test_lte_layers_of_unlike_budgets_are_refused():
+    model = tiny_model()
+    lte = model.pattern[1]
+    model = dataclasses.replace(
+        model, num_layers=4, pattern=(*model.pattern, model.pattern[0], dataclasses.replace(lte, budget=9))
+    )
+    with pytest.raises(ValueError, match=r"budgets \[5, 9\]"):
+        Builder(step_config(tiny_experiment(model=model), DATA.length), make_mesh(MeshConfig(), jax.devices()[:1]))
