@@ -1,7 +1,9 @@
-"""Scores a checkpoint: on the held-out part of its data, on any data set, or on tasks of lm-evaluation-harness.
+"""Scores a checkpoint: on data, on tasks of our own, or on those of lm-evaluation-harness.
 
 python -m experiments.evaluate --checkpoint=runs/quickstart
 python -m experiments.evaluate --checkpoint=runs/quickstart --data=SymbolNeedles --set length=384
+python -m experiments.evaluate --checkpoint=runs/quickstart --own=needles --lengths=96,192 --num_samples=200
+python -m experiments.evaluate --checkpoint=runs/text --own=bytes --text=corpus/
 python -m experiments.evaluate --checkpoint=lalte-1.4b --tasks=short_context --output=results.json --cache=answers.jsonl
 python -m experiments.evaluate --checkpoint=lalte-1.4b --tasks=niah_single_1 --lengths=1024,2048,4096 --max_length=4224
 python -m experiments.evaluate --checkpoint=lalte-1.4b --tasks=swde_v0,fda_v0 --local_data=documents/
@@ -19,13 +21,17 @@ from absl import app, flags, logging
 
 from lte_jax import configs, restore
 from lte_jax.data.tokenizer import check_fits, load_tokenizer
-from lte_jax.evaluate import heldout
-from lte_jax.evaluate.pictures import scores_picture
+from lte_jax.evaluate import heldout, own
+from lte_jax.evaluate.pictures import result_picture, scores_picture
 from lte_jax.generate import generate
 from lte_jax.model import LanguageModel
 from lte_jax.sampling import Sampling
 
 FLAGS = flags.FLAGS
+
+
+TASK_KINDS = {"needles": ("TextNeedles", "SymbolNeedles"), "mqar": ("MQARMix", "MQAR"), "copying": ("Copying",)}
+"""The data sets that a task of our own can be asked on; the first is the default."""
 
 
 def define_flags() -> None:
@@ -46,7 +52,11 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "tasks", [], "Tasks of lm-evaluation-harness, or short_context, retrieval, needles; needs the eval extra."
     )
-    flags.DEFINE_string("tokenizer", None, "For tasks: 'bytes', a tokenizer.json or its folder; default its own.")
+    flags.DEFINE_enum("own", None, [*TASK_KINDS, "positions", "bytes"], "A task of our own; it needs no download.")
+    flags.DEFINE_integer("num_samples", 200, "For --own: how many samples of each length (or windows of text).")
+    flags.DEFINE_integer("depths", 5, "For --own=needles: in how many ranges of depth needles are asked for.")
+    flags.DEFINE_string("text", None, "For --own=positions and --own=bytes: a file or folder of text.")
+    flags.DEFINE_string("tokenizer", None, "'bytes', a tokenizer.json or its folder; default its own.")
     flags.DEFINE_string("include_path", None, "For tasks: a folder with further task files.")
     flags.DEFINE_integer("num_fewshot", None, "For tasks: examples before each question; default the task's.")
     flags.DEFINE_integer("limit", None, "For tasks: only the first so many questions.")
@@ -55,12 +65,12 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "cache", None, "For tasks: keep answers in this file (JSON lines), so that a killed run goes on."
     )
-    flags.DEFINE_list("lengths", [], "For RULER's tasks: tokens of a sample; default 4096. --limit counts for each.")
+    flags.DEFINE_list("lengths", [], "For --own, and RULER's tasks (default 4096): tokens of a sample.")
     flags.DEFINE_string(
         "local_data", None, "For tasks: documents in place of the hub, as FOLDER/OWNER/NAME/SPLIT.jsonl."
     )
     flags.DEFINE_bool("log_samples", False, "For tasks: write documents, answers and scores to OUTPUT.samples.jsonl.")
-    flags.DEFINE_integer("seed", 0, "For tasks: of drawn samples and examples.")
+    flags.DEFINE_integer("seed", 0, "For --own and tasks: of drawn samples and examples.")
     flags.DEFINE_string("metadata", "{}", "For tasks: JSON of further values that some take.")
     flags.mark_flag_as_required("checkpoint")
 
@@ -136,12 +146,7 @@ def evaluate_tasks(
         from lte_jax.evaluate.tasks import run_tasks, write_samples
     except ImportError as error:
         raise RuntimeError(f"--tasks needs lm-evaluation-harness ({error}): pip install -e '.[eval]'") from None
-    model, found = restore.load_model(checkpoint, step=step, **(types or {}))
-    if tokenizer is not None:
-        found = load_tokenizer(tokenizer)
-        check_fits(found, model.config.vocab_size)
-    if found is None:
-        raise ValueError(f"{checkpoint} holds no tokenizer: name one with --tokenizer ('bytes', a file or a folder)")
+    model, found = load_with_tokenizer(checkpoint, tokenizer, needed=True, step=step, **(types or {}))
     results = run_tasks(HarnessModel(model, found, texts, **(adapter or {})), tasks, **options)
     target = Path(output) if output else restore.find(checkpoint).folder / "tasks.json"
     samples = results.pop("samples", None)
@@ -155,6 +160,83 @@ def evaluate_tasks(
         print(f"warning: {results['truncated']} requests were cut at the left; raise --max_length")
     print(target)
     return results
+
+
+def evaluate_own(
+    checkpoint: str,
+    name: str,
+    output: str | None = None,
+    *,
+    step: int | None = None,
+    kind: str | None = None,
+    assignments: Sequence[str] = (),
+    text: str | None = None,
+    tokenizer: str | None = None,
+    lengths: Sequence[int] = (),
+    depths: int = 5,
+    types: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Runs one of our own tasks, writes JSON and a picture, and returns what was written.
+
+    Needles, MQAR and copying take the settings of the run's own data where that is of their kind.
+    """
+    place = restore.find(checkpoint)
+    model, found = load_with_tokenizer(
+        checkpoint, tokenizer, needed=name in ("positions", "bytes"), step=step, **(types or {})
+    )
+    chosen = own.Options(**options)
+    if name in ("positions", "bytes"):
+        if text is None:
+            raise ValueError(f"--own={name} needs --text, a file or folder of text")
+        length = lengths[0] if lengths else None
+        if name == "bytes":
+            result = own.bytes_perplexity(model, found, text, chosen, length=length)
+        else:
+            result = own.positions(model, found, text, chosen, length=length or model.config.max_length)
+    else:
+        kinds = TASK_KINDS[name]
+        saved = restore.read_settings(place, step)
+        kind = kind or next((k for k in kinds if saved.get("data", {}).get("kind") == k), None)
+        kind = kind or kinds[0]
+        if kind not in kinds:
+            raise ValueError(f"--data={kind}: --own={name} takes {' or '.join(kinds)}")
+        same = saved if saved.get("data", {}).get("kind") == kind else {}
+        data: Any = heldout.data_set(same, None if same else kind, assignments)
+        if name == "needles":
+            result = own.needles(model, data, chosen, lengths=lengths, depths=depths)
+        elif name == "copying":
+            result = own.copying(model, data, chosen, lengths=lengths)
+        else:
+            parts = [(l, p) for l, p, _ in data.test] if kind == "MQARMix" else [(data.length, data.pairs)]
+            parts = [part for part in parts if not lengths or part[0] in lengths]
+            if not parts:
+                raise ValueError(f"--lengths={','.join(map(str, lengths))}: the task has no such length")
+            result = own.mqar(model, chosen, parts=parts, vocabulary=data.vocabulary)
+    target = Path(output) if output else place.folder / f"{name}.json"
+    record = {"checkpoint": str(checkpoint), "step": step, **options, **result.to_dict()}
+    _write_json(target, record)
+    result_picture(result, target.with_suffix(".png"), Path(checkpoint).name)
+    print(own.table(result))
+    print(f"{target}, {target.with_suffix('.png')}")
+    return record
+
+
+def load_with_tokenizer(
+    checkpoint: str, tokenizer: str | None, *, needed: bool, **options: Any
+) -> tuple[LanguageModel, Any]:
+    """The model, and the tokenizer named or its own.
+
+    Raises:
+      ValueError: one is needed and there is none, or it does not fit the vocabulary.
+    """
+    model, found = restore.load_model(checkpoint, **options)
+    if tokenizer is not None:
+        found = load_tokenizer(tokenizer)
+        check_fits(found, model.config.vocab_size)
+    if found is None and needed:
+        raise ValueError(f"{checkpoint} holds no tokenizer: name one with --tokenizer ('bytes', a file or a folder)")
+    return model, found
 
 
 def _whole(flag: str, text: str) -> int:
@@ -174,6 +256,28 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 def _run() -> None:
     types = {"dtype": FLAGS.dtype, "implementation": FLAGS.implementation}
+    lengths = [_whole("lengths", length) for length in FLAGS.lengths]
+    if FLAGS.tasks and FLAGS.own is not None:
+        raise ValueError("give one of --tasks and --own")
+    if FLAGS.own:
+        evaluate_own(
+            FLAGS.checkpoint,
+            FLAGS.own,
+            FLAGS.output,
+            step=FLAGS.step,
+            kind=FLAGS.data,
+            assignments=FLAGS.set,
+            text=FLAGS.text,
+            tokenizer=FLAGS.tokenizer,
+            lengths=lengths,
+            depths=FLAGS.depths,
+            types=types,
+            num_samples=FLAGS.num_samples,
+            seed=FLAGS.seed,
+            batch_size=FLAGS.batch_size,
+            reading=FLAGS.reading or "streaming",
+        )
+        return
     if FLAGS.tasks:
         try:
             metadata = json.loads(FLAGS.metadata)
@@ -197,7 +301,7 @@ def _run() -> None:
             include_path=FLAGS.include_path,
             num_fewshot=FLAGS.num_fewshot,
             limit=FLAGS.limit,
-            lengths=[_whole("lengths", length) for length in FLAGS.lengths],
+            lengths=lengths,
             local_data=FLAGS.local_data,
             metadata=metadata,
             seed=FLAGS.seed,

@@ -91,7 +91,7 @@ def score_batches(
         segment_ids = None if segments is None else jnp.asarray(segments, jnp.int32)
         given = batch.get("labels")
         labels = next_token_labels(ids, segment_ids) if given is None else jnp.asarray(given, jnp.int32)
-        loss, correct = jax.device_get(_score(graph, state, ids, labels, segment_ids, reading=reading))
+        loss, correct = jax.device_get(score_tokens(graph, state, ids, labels, segment_ids, reading=reading))
         asked = np.asarray(labels) >= 0
         losses.append(loss[asked])
         corrects.append(correct[asked])
@@ -120,7 +120,10 @@ def _add(sums: np.ndarray, more: np.ndarray) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="reading")
-def _score(graph: Any, state: Any, ids: jax.Array, labels: jax.Array, segment_ids: jax.Array | None, *, reading: str):
+def score_tokens(
+    graph: Any, state: Any, ids: jax.Array, labels: jax.Array, segment_ids: jax.Array | None, *, reading: str
+) -> tuple[jax.Array, jax.Array]:
+    """(loss, whether argmax is the label), each [B, T]; 0 where the label is negative."""
     model = nnx.merge(graph, state)
     loss, correct, _ = token_losses(model, ids, labels, segment_ids=segment_ids, reading=reading)
     return loss, correct
