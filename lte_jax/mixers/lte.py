@@ -32,7 +32,7 @@ from lte_jax.mixers.lte_cache import LTECache
 from lte_jax.mixers.lte_config import Config, make_router, needs_shared_router
 from lte_jax.mixers.lte_router import Router
 from lte_jax.partition import window_attention
-from pallas_kernels.window_attention.api import NEVER, Columns, window_attention_step
+from pallas_kernels.window_attention.api import NEVER, Columns
 
 READINGS = ("train", "prompt", "streaming")
 
@@ -162,14 +162,15 @@ class LTE(Mixer):
             if active is not None:
                 recent = jnp.where(active[:, None, None, None], recent, cache.recent)
             cache = cache._replace(recent=recent)
-        cache = lte_cache.push(cache, k_rotated[:, 0], v[:, 0], score, reach=reach, sinks=config.sinks, active=active)
-        held = jnp.minimum(cache.length, cache.ring_k.shape[1])[:, None]
-        ring = jnp.broadcast_to(held, (held.shape[0], config.kv_heads))
-        o = window_attention_step(
+        o, cache = lte_cache.push(
+            cache,
             q[:, 0],
-            (cache.ring_k.astype(self.dtype), cache.store.k.astype(self.dtype)),
-            (cache.ring_v.astype(self.dtype), cache.store.v.astype(self.dtype)),
-            (ring, jnp.sum(cache.store.position >= 0, axis=1, dtype=jnp.int32)),
+            k_rotated[:, 0],
+            v[:, 0],
+            score,
+            reach=reach,
+            sinks=config.sinks,
+            active=active,
             implementation=self.implementation,
         )
         y = self.o_proj(o.reshape(o.shape[0], 1, -1))

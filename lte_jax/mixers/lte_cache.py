@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from lte_jax.dims import Keys, Values
 from lte_jax.mixers import lte_store
 from lte_jax.mixers.lte_store import Store
+from pallas_kernels.window_attention import DecodeCache, window_attention_update_step
 
 
 class LTECache(NamedTuple):
@@ -116,6 +117,7 @@ def last_inputs(joined: Float[Array, "B J K C"], count: int, new: Int32[Array, "
 
 def push(
     cache: LTECache,
+    q: Float[Array, "B H N"],
     k: Float[Array, "B K N"],
     v: Float[Array, "B K N"],
     score: Float32[Array, "B K"],
@@ -123,37 +125,27 @@ def push(
     reach: int,
     sinks: int,
     active: Bool[Array, "B"] | None = None,
-) -> LTECache:
-    """One token enters the ring, and the one that it displaces goes through the store (``lte_store.step``).
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B H N"], LTECache]:
+    """One token enters the ring, the one that it displaces goes to the store, and the token's query reads both.
 
     A pure function of fixed shapes, in place where the cache is donated; ``recent`` is left to the caller.
 
     Args:
-      k, v: of the new token, k rotated.
+      q, k, v: of the new token, q and k rotated.
       score: of the token ``reach`` positions before it, whose score is now final.
       active: rows that have a token; the others stay as they are.
     """
-    batch, size = cache.ring_k.shape[:2]
-    rows = jnp.arange(batch)
-    position = cache.length
-    real = jnp.ones(batch, bool) if active is None else active
-    slot = jnp.mod(position, size)
-    leaving = position - size
-    outgoing = lte_store.ranked(cache.ring_score[rows, slot][:, None], leaving[:, None], sinks)[:, 0]
-    outgoing = jnp.where((real & (leaving >= 0))[:, None], outgoing, -jnp.inf)
-    store = lte_store.step(cache.store, cache.ring_k[rows, slot], cache.ring_v[rows, slot], leaving, outgoing)
-
-    here = jnp.where(real, slot, size)  # size: no slot, the write is dropped
-    scored = jnp.where(real & (position >= reach), jnp.mod(position - reach, size), size)
-    ring_score = cache.ring_score
-    if reach:
-        ring_score = ring_score.at[rows, here].set(0.0, mode="drop")
-    return cache._replace(
-        length=position + real.astype(jnp.int32),
-        ring_k=cache.ring_k.at[rows, here].set(k.astype(cache.ring_k.dtype), mode="drop"),
-        ring_v=cache.ring_v.at[rows, here].set(v.astype(cache.ring_v.dtype), mode="drop"),
-        ring_score=ring_score.at[rows, scored].set(score, mode="drop"),
-        store=store,
+    held = DecodeCache(cache.ring_k, cache.ring_v, cache.ring_score, *cache.store)
+    o, held = window_attention_update_step(
+        q, k, v, score, held, cache.length, sinks=sinks, reach=reach, active=active, implementation=implementation
+    )
+    return o, cache._replace(
+        length=cache.length + (1 if active is None else active.astype(jnp.int32)),
+        ring_k=held.ring_k,
+        ring_v=held.ring_v,
+        ring_score=held.ring_score,
+        store=Store(*held[3:]),
     )
 
 

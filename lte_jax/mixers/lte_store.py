@@ -6,9 +6,9 @@ Everything here follows one order and one rule, per document and KV head:
 * a token that leaves the window takes a free slot, or the slot of the last in that order if its own score is strictly
   greater, or is dropped. So the store holds the best M of all candidates that have left the window.
 
-:func:`step` is that rule for one token. :func:`best_of_document` is its outcome at the end of each document, and
-:func:`successors` its whole history at once: for every token the one that takes its slot. The latter needs no loop over
-tokens. With rho_s the rank of token s, the worst rank in the store after token p is a running order statistic,
+``enter_store`` in ``pallas_kernels.window_attention.xla_update`` is that rule for one token. :func:`best_of_document` is
+its outcome at the end of each document, and :func:`successors` its whole history at once: for every token the one that
+takes its slot. The latter needs no loop over tokens. With rho_s the rank of token s, the worst rank in the store after token p is a running order statistic,
 
     theta_p = the M-th smallest of { rho_s : s <= p, same document },
 
@@ -213,7 +213,8 @@ def slots_after(
     """Which token of the sequence each slot holds after those of index < until went through; -1 for an empty slot.
 
     The sequence begins with the M slots themselves (``successors``), so that slot m unchanged is m. Tokens lie where
-    :func:`step` would have put them: an appended token in the next free slot, any other in that of its predecessor.
+    the rule for one token would have put them: an appended token in the next free slot, any other in that of
+    its predecessor.
     """
     scores, successor = scores.swapaxes(1, 2), successor.swapaxes(1, 2)
     batch, heads, count = scores.shape
@@ -265,33 +266,6 @@ def refill(
 
     position = jnp.broadcast_to(position[..., None], score.shape)
     return Store(take(store.k, k), take(store.v, v), take(store.position, position), take(store.score, score))
-
-
-def step(
-    store: Store,
-    k: Float[Array, "B K N"],
-    v: Float[Array, "B K N"],
-    position: Int32[Array, "B"],
-    score: Float32[Array, "B K"],
-) -> Store:
-    """One token leaves the window: it takes a free slot, replaces the last in order if strictly greater, or is dropped.
-
-    ``score`` is as :func:`ranked` gives it: +inf for a sink, -inf for what is no candidate. Writes at most one slot per
-    head, in place where the caller donates the store.
-    """
-    budget = store.position.shape[1]
-    lowest = jnp.min(store.score, axis=1)
-    # Among equal scores the latest position goes first; among empty slots (all -1) the first slot is taken.
-    last = jnp.argmax(jnp.where(store.score == lowest[:, None], store.position, -2), axis=1).astype(jnp.int32)
-    slot = jnp.where(score > lowest, last, budget)  # budget: no slot, the write is dropped
-    rows, columns = jnp.ogrid[: k.shape[0], : k.shape[1]]
-    at = (rows, slot, columns)
-    return Store(
-        k=store.k.at[at].set(k, mode="drop"),
-        v=store.v.at[at].set(v, mode="drop"),
-        position=store.position.at[at].set(jnp.broadcast_to(position[:, None], score.shape), mode="drop"),
-        score=store.score.at[at].set(score, mode="drop"),
-    )
 
 
 def _grid(batch: int, heads: int) -> tuple[Array, Array]:

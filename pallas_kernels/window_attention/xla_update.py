@@ -12,14 +12,31 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from pallas_kernels.window_attention.api import DecodeCache, StepCase, UpdateCase
 
 
-def slot_to_replace(
-    position: Int32[Array, "B M K"], stored: Float32[Array, "B M K"], score: Float32[Array, "B K"]
-) -> Int32[Array, "B K"]:
-    """The slot that a token of this score takes: a free one, or the last in order if strictly better; M for none."""
-    lowest = jnp.min(stored, axis=1)
+def enter_store(
+    store: tuple[Array, Array, Array, Array],
+    k: Float[Array, "B K N"],
+    v: Float[Array, "B K V"],
+    position: Int32[Array, "B"],
+    score: Float32[Array, "B K"],
+) -> tuple[Array, Array, Array, Array]:
+    """A token leaves the window: it takes a free slot, replaces the last in order if strictly better, or is dropped.
+
+    ``store``: (k, v, position, score) as a ``DecodeCache`` has them. ``score`` is +inf for a sink, -inf for what is no
+    candidate. Writes at most one slot per head, in place where the caller donates the store.
+    """
+    stored_k, stored_v, positions, scores = store
+    lowest = jnp.min(scores, axis=1)
     # Among equal scores the latest position goes first; among empty slots (all -1) the first slot is taken.
-    last = jnp.argmax(jnp.where(stored == lowest[:, None], position, -2), axis=1).astype(jnp.int32)
-    return jnp.where(score > lowest, last, stored.shape[1])
+    last = jnp.argmax(jnp.where(scores == lowest[:, None], positions, -2), axis=1).astype(jnp.int32)
+    slot = jnp.where(score > lowest, last, scores.shape[1])  # beyond the last: no slot, the write is dropped
+    rows, columns = jnp.ogrid[: k.shape[0], : k.shape[1]]
+    at = (rows, slot, columns)
+    return (
+        stored_k.at[at].set(k, mode="drop"),
+        stored_v.at[at].set(v, mode="drop"),
+        positions.at[at].set(jnp.broadcast_to(position[:, None], score.shape), mode="drop"),
+        scores.at[at].set(score, mode="drop"),
+    )
 
 
 def take_in(
@@ -33,29 +50,25 @@ def take_in(
     reach: int,
 ) -> DecodeCache:
     """The cache (of one layer) after one token per row, as ``api.window_attention_update_step`` defines it."""
-    batch, size, heads = cache.ring_score.shape
-    rows, columns = jnp.ogrid[:batch, :heads]
-    own = rows[:, 0]
+    batch, size = cache.ring_score.shape[:2]
+    rows = jnp.arange(batch)
     real = jnp.ones(batch, bool) if active is None else active
     slot = jnp.mod(length, size)
-    leaving = (length - size)[:, None]
-    outgoing = cache.ring_score[own, slot]
-    outgoing = jnp.where(leaving < sinks, jnp.inf, jnp.where(outgoing > 0, outgoing, -jnp.inf))
-    outgoing = jnp.where(real[:, None] & (leaving >= 0), outgoing, -jnp.inf)
-    at = (rows, slot_to_replace(cache.store_position, cache.store_score, outgoing), columns)
+    leaving = length - size
+    outgoing = cache.ring_score[rows, slot]
+    outgoing = jnp.where((leaving < sinks)[:, None], jnp.inf, jnp.where(outgoing > 0, outgoing, -jnp.inf))
+    outgoing = jnp.where((real & (leaving >= 0))[:, None], outgoing, -jnp.inf)
+    store = enter_store(cache[3:], cache.ring_k[rows, slot], cache.ring_v[rows, slot], leaving, outgoing)
     here = jnp.where(real, slot, size)  # size: no slot, the write is dropped
     scored = jnp.where(real & (length >= reach), jnp.mod(length - reach, size), size)
     ring_score = cache.ring_score
     if reach:
-        ring_score = ring_score.at[own, here].set(0.0, mode="drop")
+        ring_score = ring_score.at[rows, here].set(0.0, mode="drop")
     return DecodeCache(
-        ring_k=cache.ring_k.at[own, here].set(k, mode="drop"),
-        ring_v=cache.ring_v.at[own, here].set(v, mode="drop"),
-        ring_score=ring_score.at[own, scored].set(score, mode="drop"),
-        store_k=cache.store_k.at[at].set(cache.ring_k[own, slot], mode="drop"),
-        store_v=cache.store_v.at[at].set(cache.ring_v[own, slot], mode="drop"),
-        store_position=cache.store_position.at[at].set(jnp.broadcast_to(leaving, (batch, heads)), mode="drop"),
-        store_score=cache.store_score.at[at].set(outgoing, mode="drop"),
+        cache.ring_k.at[rows, here].set(k, mode="drop"),
+        cache.ring_v.at[rows, here].set(v, mode="drop"),
+        ring_score.at[rows, scored].set(score, mode="drop"),
+        *store,
     )
 
 

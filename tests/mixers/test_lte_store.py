@@ -1,5 +1,6 @@
 """Does the store keep what a plain ring buffer would, token by token, however it is computed?"""
 
+import functools
 import itertools
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from lte_jax.mixers import lte_store
+from pallas_kernels.window_attention.xla_update import enter_store
 
 BATCH, HEADS, SIZE = 2, 3, 2
 
@@ -62,12 +64,17 @@ def test_successors_are_the_plain_store_s_history(budget, ties):
             np.testing.assert_array_equal(successor[b, :, h], expected)
 
 
+@functools.cache
+def one_step():
+    return jax.jit(lambda store, *token: lte_store.Store(*enter_store(tuple(store), *token)))
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_one_step_fills_the_plain_store_s_slots(ties):
     tokens, budget = 41, 5
     scores, positions = draw(3, tokens, ties)
     content = jax.random.normal(jax.random.key(0), (BATCH, tokens, HEADS, SIZE))
-    step = jax.jit(lte_store.step)
+    step = one_step()
     store = lte_store.empty_store(BATCH, budget, HEADS, SIZE, jnp.float32)
     plain = [[PlainStore(budget) for _ in range(HEADS)] for _ in range(BATCH)]
     for t in range(tokens):
@@ -100,7 +107,7 @@ def test_pieces_of_any_length_fill_the_same_slots_as_steps(ties):
         return lte_store.refill(store, slots, content[:, part], -content[:, part], positions[:, part], scores[:, part])
 
     one = whole = lte_store.empty_store(BATCH, budget, HEADS, SIZE, jnp.float32)
-    step = jax.jit(lte_store.step)
+    step = one_step()
     for t in range(tokens):
         one = step(one, content[:, t], -content[:, t], positions[:, t], scores[:, t])
     at = 0
