@@ -6,9 +6,10 @@ Everything here follows one order and one rule, per document and KV head:
 * a token that leaves the window takes a free slot, or the slot of the last in that order if its own score is strictly
   greater, or is dropped. So the store holds the best M of all candidates that have left the window.
 
-``enter_store`` in ``pallas_kernels.window_attention.xla_update`` is that rule for one token. :func:`best_of_document` is
-its outcome at the end of each document, and :func:`successors` its whole history at once: for every token the one that
-takes its slot. The latter needs no loop over tokens. With rho_s the rank of token s, the worst rank in the store after token p is a running order statistic,
+``enter_store`` in ``pallas_kernels.window_attention.xla_update`` is that rule for one token.
+:func:`best_of_document` is its outcome at the end of each document, and :func:`successors` its whole history at once:
+for every token the one that takes its slot. The latter needs no loop over tokens. With rho_s the rank of token s, the
+worst rank in the store after token p is a running order statistic,
 
     theta_p = the M-th smallest of { rho_s : s <= p, same document },
 
