@@ -38,7 +38,7 @@ def _experiment(name: str, attention: MixerConfig) -> ExperimentConfig:
             pattern=(GatedDeltaNet(num_heads=2, head_dim=4), attention),
             intermediate_size=128,
             max_length=256,
-            init_std=0.1,
+            init_std=0.15,
         ),
         data=data,
         steps=900,
