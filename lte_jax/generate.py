@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lte_jax.data.tokenizer import PieceStream
 from lte_jax.decode import LayerCaches, extend_layers, layer_caches, layer_weights
 from lte_jax.inputs import check_tokens
 from lte_jax.mixers.base import Reading
@@ -89,7 +90,7 @@ def generate(
     calls = -(-max_new_tokens // steps)  # the last call may draw more tokens than are wanted: one program for all
     cache = model.init_cache(len(prompts), ids.shape[1] + _round_up(calls * steps))
     logits, cache = read_prompt(graph, state, ids, mask, cache, reading=reading, chunk=chunk)
-    loop = _Loop(
+    loop = Loop(
         cache=layer_caches(cache),
         logits=logits,
         seen=_seen(ids, mask, model.config.vocab_size) if sampling.repetition_penalty != 1.0 else None,
@@ -97,7 +98,7 @@ def generate(
     )
     weights = layer_weights(model)
     for call in range(calls):
-        loop, tokens, log_probs = _run(graph, state, weights, loop, sampling=sampling, steps=steps)
+        loop, tokens, log_probs = decode_steps(graph, state, weights, loop, sampling=sampling, steps=steps)
         wanted = max_new_tokens - call * steps
         rows.add(np.asarray(tokens)[:, :wanted], np.asarray(log_probs)[:, :wanted])
         if rows.done():
@@ -138,14 +139,14 @@ def read_prompt(
     logits = None
     for start, stop in itertools.pairwise(bounds):
         piece = slice(start, stop)
-        logits, cache = _read(graph, state, ids[:, piece], mask[:, piece], cache, reading=reading)
+        logits, cache = read_chunk(graph, state, ids[:, piece], mask[:, piece], cache, reading=reading)
     assert logits is not None
     return logits, cache
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Loop:
+class Loop:
     """What a step reads and writes: the cache, the last logits, the tokens seen, one key a row."""
 
     cache: LayerCaches
@@ -155,23 +156,23 @@ class _Loop:
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="reading", donate_argnames="cache")
-def _read(graph: Any, state: Any, ids: jax.Array, mask: jax.Array, cache: ModelCache, *, reading: Reading):
+def read_chunk(graph: Any, state: Any, ids: jax.Array, mask: jax.Array, cache: ModelCache, *, reading: Reading):
     model = nnx.merge(graph, state)
     hidden, cache, _ = model.extend_hidden(ids, cache, segment_ids=mask, reading=reading)
     return model.logits(hidden[:, -1:])[:, 0], cache
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("sampling", "steps"), donate_argnames="loop")
-def _run(graph: Any, state: Any, weights: tuple[Any, ...], loop: _Loop, *, sampling: Sampling, steps: int):
+def decode_steps(graph: Any, state: Any, weights: tuple[Any, ...], loop: Loop, *, sampling: Sampling, steps: int):
     """Draws ``steps`` tokens a row without the host: (loop, tokens [B, steps], log_probs [B, steps])."""
     model = nnx.merge(graph, state)
 
-    def step(loop: _Loop, _: None) -> tuple[_Loop, tuple[jax.Array, jax.Array]]:
+    def step(loop: Loop, _: None) -> tuple[Loop, tuple[jax.Array, jax.Array]]:
         keys = jax.vmap(jax.random.fold_in)(loop.keys, loop.cache.length)
         token, log_prob = draw(loop.logits, loop.seen, keys, sampling)
         hidden, cache = extend_layers(model, weights, token[:, None], loop.cache)
         seen = None if loop.seen is None else loop.seen.at[jnp.arange(token.shape[0]), token].set(True)
-        return _Loop(cache, model.logits(hidden)[:, 0], seen, loop.keys), (token, log_prob)
+        return Loop(cache, model.logits(hidden)[:, 0], seen, loop.keys), (token, log_prob)
 
     loop, (tokens, log_probs) = jax.lax.scan(step, loop, None, length=steps)
     return loop, tokens.T, log_probs.T
@@ -188,16 +189,16 @@ class StopFilter:
     def __init__(self, stop: Sequence[str]):
         self._stop = tuple(stop)
         self._held = ""
-        self._ended = False
+        self.ended = False
 
     def push(self, text: str) -> str:
         """What of the text so far may be shown and has not been."""
-        if self._ended:
+        if self.ended:
             return ""
         text = self._held + text
         end = _stop_at(text, self._stop)
         if end is not None:
-            self._ended, self._held = True, ""
+            self.ended, self._held = True, ""
             return text[:end]
         starts = [size for string in self._stop for size in range(1, len(string)) if text.endswith(string[:size])]
         shown = len(text) - max(starts, default=0)
@@ -208,6 +209,19 @@ class StopFilter:
         """What was held back, when no more text comes."""
         text, self._held = self._held, ""
         return text
+
+
+class _StopWatch:
+    """Looks for stop strings in a row's text, at a cost per token that does not grow with the row."""
+
+    def __init__(self, stop: Sequence[str], decode: Callable[[Sequence[int]], str]):
+        self._stream, self._filter = PieceStream(decode), StopFilter(stop)
+        self._shown: list[str] = []
+
+    def push(self, token: int) -> str | None:
+        """The row's text, if it ends with this token."""
+        self._shown.append(self._filter.push(self._stream.push(token)))
+        return "".join(self._shown) if self._filter.ended else None
 
 
 class _Rows:
@@ -226,6 +240,7 @@ class _Rows:
         self._reasons: list[Literal["eos", "stop"] | None] = [None] * count
         self._texts: list[str | None] = [None] * count
         self._eos_id, self._stop, self._decode, self._on_tokens = eos_id, stop, decode, on_tokens
+        self._watches = [_StopWatch(stop, decode) for _ in range(count)] if decode is not None and stop else []
 
     def add(self, tokens: np.ndarray, log_probs: np.ndarray) -> None:
         for row in range(len(self._tokens)):
@@ -244,18 +259,10 @@ class _Rows:
             new.append(token)
             self._tokens[row].append(token)
             self._log_probs[row].append(log_prob)
-            if self._stop and self._cut_at_stop(row):
+            if self._watches and (text := self._watches[row].push(token)) is not None:
+                self._reasons[row], self._texts[row] = "stop", text
                 break
         return new
-
-    def _cut_at_stop(self, row: int) -> bool:
-        assert self._decode is not None
-        text = self._decode(self._tokens[row])
-        end = _stop_at(text, self._stop)
-        if end is None:
-            return False
-        self._reasons[row], self._texts[row] = "stop", text[:end]
-        return True
 
     def done(self) -> bool:
         return all(reason is not None for reason in self._reasons)
@@ -267,6 +274,8 @@ class _Rows:
         ):
             if text is None and self._decode is not None:
                 text = self._decode(tokens)
+                if (end := _stop_at(text, self._stop)) is not None:  # before an unfinished character at the end
+                    reason, text = "stop", text[:end]
             results.append(Generation(tokens, log_probs, reason or "length", text))
         return results
 
