@@ -2,13 +2,14 @@
 
 Settings are changed with ``--set steps=500 --set optimizer.learning_rate=1e-3``; the resolved ones are printed and
 saved in the workdir. The same command continues a run that was stopped. Exit codes: 0 finished, 1 an error (one line),
-75 stopped by SIGTERM or SIGUSR1 with everything saved.
+75 stopped by SIGTERM or SIGUSR1 with everything saved. ``experiments.launch`` starts it on many GPUs.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -27,6 +28,7 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", None, "host:port of process 0, where the launcher is neither of these.")
     flags.DEFINE_integer("num_processes", None, "How many processes, with --coordinator.")
     flags.DEFINE_integer("process_id", None, "Which one this is, with --coordinator.")
+    flags.DEFINE_integer("heartbeat_seconds", 60, "The processes end when one has been silent for so long.", 1)
     flags.DEFINE_string(
         "compilation_cache", "~/.cache/lte_jax/xla", "Folder of compiled programs, kept between runs; empty for none."
     )
@@ -39,12 +41,14 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"{argv[1]!r}: no such argument; settings are given as --set name=value")
         _prepare()
         finished = _train()
-    except (ValueError, RuntimeError, OSError) as error:
+    except Exception as error:
         from lte_jax.checkpoint import CheckpointError
         from lte_jax.train import TrainingError
 
-        if isinstance(error, RuntimeError) and not isinstance(error, (CheckpointError, TrainingError)):
+        if not isinstance(error, (ValueError, OSError, CheckpointError, TrainingError)):
+            _leave(traceback.format_exc())
             raise
+        _leave(f"error: {error}")
         sys.exit(f"error: {error}")
     if not finished:
         from lte_jax.train import INTERRUPTED
@@ -52,18 +56,33 @@ def main(argv: list[str]) -> None:
         sys.exit(INTERRUPTED)
 
 
+def _leave(text: str) -> None:
+    """Ends this process of several at once: an orderly exit waits for the others, which wait for this one."""
+    import jax
+
+    if jax.distributed.is_initialized():
+        print(text, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+
+
 def _prepare() -> None:
     """What must be set before jax sees a device."""
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     if FLAGS.deterministic:
+        # No atomic sums and no autotuning by measurement; the Triton kernels have neither.
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
     import jax
 
+    from lte_jax import processes
+
     if FLAGS.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(FLAGS.compilation_cache))
-    if FLAGS.distributed or FLAGS.coordinator:
-        jax.distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    if FLAGS.distributed or FLAGS.coordinator or FLAGS.num_processes or FLAGS.process_id is not None:
+        processes.join(
+            FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, heartbeat_seconds=FLAGS.heartbeat_seconds
+        )
 
 
 def _train() -> bool:

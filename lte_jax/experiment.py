@@ -11,6 +11,7 @@ from lte_jax.model_config import ModelConfig
 from lte_jax.optim import OptimizerConfig
 from lte_jax.retention import PenaltyConfig
 from lte_jax.sharding import MeshConfig
+from lte_jax.spikes import SpikeConfig
 from lte_jax.step import ComputeConfig, StepConfig
 
 
@@ -41,6 +42,7 @@ class ExperimentConfig:
     seed: int = 0
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     penalty: PenaltyConfig = dataclasses.field(default_factory=PenaltyConfig)
+    spikes: SpikeConfig = dataclasses.field(default_factory=SpikeConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
@@ -75,4 +77,5 @@ def step_config(config: ExperimentConfig, length: int) -> StepConfig:
         accumulation=config.accumulation,
         seed=config.seed,
         length=length,
+        spikes=config.spikes,
     )

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from lte_jax.mixers import mixer_name
 from lte_jax.model_config import ModelConfig
+from lte_jax.profiling import Stopwatch
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12}
 """Dense bfloat16 peak of one device, by a word in its name."""
@@ -72,9 +73,21 @@ class Reporter:
       tokens_per_step: of the global batch.
       flops: per token, for MFU.
       start: the step that the run continues from; lines of later steps are removed.
+      watch: the host's clock by what it did, for "seconds".
     """
 
-    def __init__(self, folder: Path, *, start: int, total: int, tokens_per_step: int, flops: float, every: int):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        start: int,
+        total: int,
+        tokens_per_step: int,
+        flops: float,
+        every: int,
+        watch: Stopwatch | None = None,
+    ):
+        self._watch = watch
         self.active = jax.process_index() == 0
         self._every, self._tokens, self._flops = every, tokens_per_step, flops
         self._peak = peak_flops(jax.devices()[0])
@@ -98,13 +111,20 @@ class Reporter:
         if self.active:
             self._bar.set_postfix_str(_short(record), refresh=False)
 
-    def _speed(self, step: int) -> dict[str, float]:
+    def _speed(self, step: int) -> dict[str, Any]:
         now = time.perf_counter()
         before, self._mark = self._mark, (step, now)
-        if before is None or before[0] == step:
+        fresh = before is None or before[0] == step
+        parts = None if self._watch is None else self._watch.read(1 if fresh else step - before[0])  # type: ignore[index]
+        if before is None or fresh:
             return {}  # the first interval holds the compilation
         rate = (step - before[0]) * self._tokens / (now - before[1])
-        speed = {"tokens_per_second": rate, "seconds_per_step": (now - before[1]) / (step - before[0])}
+        speed: dict[str, Any] = {
+            "tokens_per_second": rate,
+            "seconds_per_step": (now - before[1]) / (step - before[0]),
+        }
+        if parts is not None:
+            speed["seconds"] = parts
         if self._peak is not None:
             speed["mfu"] = rate * self._flops / (jax.device_count() * self._peak)
         return speed

@@ -79,6 +79,7 @@ def apply(
     step: jax.Array,
     total_steps: int,
     loss: jax.Array | float = 0.0,
+    hold: jax.Array | None = None,
     freeze_router: jax.Array | None = None,
 ) -> tuple[Any, optax.OptState, dict[str, jax.Array]]:
     """One step of the optimiser; a loss or gradient that is not finite changes nothing.
@@ -86,23 +87,25 @@ def apply(
     Args:
       step: number of this step, 1 for the first. It sets the learning rate, so that skipped steps do not shift the
         schedule; Adam's own count counts applied steps.
+      hold: scalar bool; True changes nothing either.
       freeze_router: scalar bool; True leaves the LTE routers as they are, moments included.
 
     Returns:
-      (params, state, {"grad_norm", "finite", "learning_rate"}).
+      (params, state, {"grad_norm", "finite", "applied", "learning_rate"}).
     """
     if freeze_router is not None:
         gradients = _zero_router(gradients, freeze_router)
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    applied = finite if hold is None else finite & ~hold
     rate = learning_rate(config, step, total_steps)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts with floats
         directions, new_state = adamw(config).update(gradients, state, params)
     if freeze_router is not None:
         directions = _zero_router(directions, freeze_router)
     moved = jax.tree.map(lambda p, d: p - (rate * d.astype(jnp.float32)).astype(p.dtype), params, directions)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
-    report = {"grad_norm": norm, "finite": finite, "learning_rate": rate}
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)  # noqa: E731
+    report = {"grad_norm": norm, "finite": finite, "applied": applied, "learning_rate": rate}
     return keep(moved, params), keep(new_state, state), report
 
 

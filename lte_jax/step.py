@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from lte_jax import losses, optim, partition, retention, sharding
+from lte_jax import losses, optim, partition, retention, sharding, spikes
 from lte_jax.mixers import mixer_name
 from lte_jax.mixers.lte import Config as LTEConfig
 from lte_jax.model import LanguageModel
 from lte_jax.model_config import ModelConfig
 from lte_jax.optim import OptimizerConfig
 from lte_jax.retention import PenaltyConfig, PenaltyState
+from lte_jax.spikes import SpikeConfig, SpikeState
 
 Params = dict[str, jax.Array]
 """Parameters by name, such as "units/blocks/0/mixer/q_proj/weight"; layers of a pattern are stacked."""
@@ -45,11 +46,12 @@ class TrainState:
     optimizer: Any
     penalty: PenaltyState | None
     """None for models without learned retention."""
+    spikes: SpikeState
     key: jax.Array
     """Raw key of dropout; step s draws with fold_in(key, s)."""
     step: jax.Array
     skipped: jax.Array
-    """Steps skipped because a number was not finite."""
+    """Steps that changed nothing, because a number was not finite or the loss a spike."""
     skipped_in_row: jax.Array
 
 
@@ -65,6 +67,7 @@ class StepConfig:
     accumulation: int
     seed: int
     length: int
+    spikes: SpikeConfig = dataclasses.field(default_factory=SpikeConfig)
 
 
 class Builder:
@@ -113,7 +116,8 @@ class Builder:
             penalty = retention.init_state(layers, self.lte.kv_heads, self.config.length)
         key = jax.random.key_data(jax.random.fold_in(jax.random.key(self.config.seed), 1))
         moments = optim.adamw(self.config.optimizer).init(params)
-        return TrainState(params, moments, penalty, key, step=zero, skipped=zero, skipped_in_row=zero)
+        watched = spikes.init_state()
+        return TrainState(params, moments, penalty, watched, key, step=zero, skipped=zero, skipped_in_row=zero)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state; the optimiser's moments lie where their parameters do."""
@@ -165,6 +169,7 @@ class Builder:
         batch = {name: batch[name] for name in ("input_ids", "labels", "segment_ids") if name in batch}
         select = step > schedule.warmup_steps if state.penalty is not None and schedule.warmup_steps else None
         gradients, metrics = self._gradients(state, batch, step, select)
+        watched, spike = spikes.detect(state.spikes, config.spikes, metrics["loss"])
         freeze = step <= schedule.freeze_steps if state.penalty is not None and schedule.freeze_steps else None
         params, optimizer, report = optim.apply(
             config.optimizer,
@@ -174,6 +179,7 @@ class Builder:
             step=step,
             total_steps=config.steps,
             loss=metrics["loss"],
+            hold=spike if config.spikes.skip else None,
             freeze_router=freeze,
         )
         penalty, kept = state.penalty, {}
@@ -182,13 +188,19 @@ class Builder:
             fraction = metrics.pop("selected") / jnp.maximum(metrics["scored"], 1.0)
             rows = batch["input_ids"].shape[0]
             positions = metrics.pop("scored") / rows
-            penalty = retention.update(penalty, schedule, self.lte.budget, fraction, positions, report["finite"])
+            penalty = retention.update(penalty, schedule, self.lte.budget, fraction, positions, report["applied"])
             kept = {"kept": penalty.kept, "penalty_weights": penalty.weights}
-        skipped = 1 - report["finite"].astype(jnp.int32)
+        skipped = 1 - report["applied"].astype(jnp.int32)
         in_row = (state.skipped_in_row + 1) * skipped
-        new = TrainState(params, optimizer, penalty, state.key, step, state.skipped + skipped, in_row)
+        new = TrainState(params, optimizer, penalty, watched, state.key, step, state.skipped + skipped, in_row)
         accuracy = metrics.pop("correct") / jnp.maximum(metrics["targets"], 1.0)
-        counts = {"skipped": new.skipped, "skipped_in_row": in_row, "interrupted": interrupted, "step": step}
+        counts = {
+            "spike": spike,
+            "skipped": new.skipped,
+            "skipped_in_row": in_row,
+            "interrupted": interrupted,
+            "step": step,
+        }
         return new, {**metrics, **report, **kept, **counts, "accuracy": accuracy}
 
     def _gradients(

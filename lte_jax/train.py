@@ -8,10 +8,9 @@ bit for bit on the same devices. SIGTERM and SIGUSR1 save at the current step; t
 from __future__ import annotations
 
 import dataclasses
-import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -19,12 +18,17 @@ import numpy as np
 
 from lte_jax import configs, memory, metrics, plots, restore, runs, sharding
 from lte_jax.checkpoint import Checkpoints
-from lte_jax.data import Batches
+from lte_jax.data import Batches, DataError
 from lte_jax.experiment import ExperimentConfig, step_config
+from lte_jax.profiling import Stopwatch, Trace
+from lte_jax.signals import Signals
 from lte_jax.step import Builder, Params, TrainState
 
 INTERRUPTED = 75
 """Exit code after a signal: everything is saved, run the same command again (EX_TEMPFAIL)."""
+
+KEPT_BATCHES = 3
+"""So many batches are kept of steps that were not finite, and as many of spikes."""
 
 Batch = dict[str, np.ndarray]
 
@@ -62,14 +66,17 @@ def train(
 
     Raises:
       ValueError: settings, data or a folder that cannot be used, before any step.
-      CheckpointError: a save failed. TrainingError: only steps that are not finite.
+      CheckpointError: a save failed. TrainingError: only steps that are not finite. DataError: a row that cannot be
+        read; in a single process, the steps until then are saved.
     """
     config.check()
     run = _Run(config, workdir, devices)
     try:
         state = run.start(init_from)
-        with _Signals() as signals:
-            state = run.loop(state, signals, profile)
+        trace = Trace(run.folder / "profile", profile)
+        trace.check(run.step, config.steps)
+        with Signals() as signals:
+            state = run.loop(state, signals, trace)
         run.finish(state)
         return Result(run.folder, run.step, run.step >= config.steps, run.heldout)
     finally:
@@ -107,7 +114,8 @@ class _Run:
         self.step = 0
         self.heldout: dict[str, float] | None = None
         self.reporter: metrics.Reporter | None = None
-        self.bad_batches = 0
+        self.kept_batches = {"nonfinite": 0, "spike": 0}
+        self.watch = Stopwatch()
 
     def say(self, text: str) -> None:
         if jax.process_index() == 0:
@@ -136,15 +144,20 @@ class _Run:
         state = self.abstract
         wanted = {"params": state.params, "training": _beside_params(state)}
         settings = configs.to_dict(self.config)
+        began = time.perf_counter()
         restored = self.checkpoints.restore(
             wanted, check=lambda meta: runs.check_same(meta["config"], settings, f"checkpoint {meta['step']}")
         )
+        read = time.perf_counter()
         self.compile(self.first_shapes)
         if restored is not None:
             self.step = restored.step
             self.batches.set_state(restored.meta["data"])
             state = _join_state(state, restored.items)
-            self.say(f"continuing {self.folder} from step {self.step}")
+            self.say(
+                f"continuing {self.folder} from step {self.step}; restored and checked in {read - began:.1f} s, "
+                f"compiled in {time.perf_counter() - read:.1f} s"
+            )
         elif init_from is not None:
             state = self.builder.init_state(runs.initial_params(init_from, self.builder))
             self.say(f"starting from the weights of {init_from}")
@@ -163,22 +176,21 @@ class _Run:
             tokens_per_step=config.batch_size * length,
             flops=metrics.flops_per_token(config.model, parameters, length),
             every=config.log_every,
+            watch=self.watch,
         )
 
-    def loop(self, state: TrainState, signals: _Signals, profile: tuple[int, int] | None) -> TrainState:
+    def loop(self, state: TrainState, signals: Signals, trace: Trace) -> TrainState:
         config = self.config
         late: tuple[int, dict[str, Any], Batch] | None = None
         while self.step < config.steps:
-            batch = next(self.batches)
-            if profile is not None and self.step + 1 == profile[0]:
-                jax.profiler.start_trace(str(self.folder / "profile"))
-            state, numbers = self._run_step(state, batch, signals.received)
+            batch = self._next_batch(state)
+            with trace.step(self.step + 1), self.watch("launch"):
+                state, numbers = self._run_step(state, batch, signals.received)
             self.step += 1
             interrupted = self._look(late)
             late = (self.step, numbers, batch)
-            if profile is not None and self.step == sum(profile) - 1:
-                jax.block_until_ready(state)
-                jax.profiler.stop_trace()
+            if trace.after(self.step, state) is not None:
+                self.say(f"trace of the steps up to {self.step}: {trace.folder}")
             if interrupted or (signals.received and jax.process_count() == 1):
                 break
             self.checkpoints.poll()
@@ -192,7 +204,21 @@ class _Run:
                 late = None
                 self._save(state)
         self._look(late)
+        trace.close()
         return state
+
+    def _next_batch(self, state: TrainState) -> Batch:
+        try:
+            with self.watch("data"):
+                return next(self.batches)
+        except DataError as error:
+            # The other processes of a launch wait inside a step for this one: there is no common state to save.
+            if jax.process_count() == 1 and self.step not in self.checkpoints.steps():
+                self._save(state)
+                self.checkpoints.wait()
+            raise DataError(
+                f"step {self.step + 1}: {error}. Or leave such rows out with --set reading.bad_rows=skip"
+            ) from error
 
     def _run_step(self, state: TrainState, batch: Batch, interrupted: bool) -> tuple[TrainState, dict[str, Any]]:
         local = {name: batch[name] for name in ("input_ids", "labels", "segment_ids") if name in batch}
@@ -212,26 +238,33 @@ class _Run:
             return False
         assert self.reporter is not None
         step, numbers, batch = late
+        names = ("skipped_in_row", "interrupted", "spike", "applied")
+        with self.watch("device"):
+            in_row, interrupted, spike, applied = jax.device_get([numbers[name] for name in names])
         self.reporter.step(step, numbers)
-        in_row, interrupted = jax.device_get((numbers["skipped_in_row"], numbers["interrupted"]))
-        if in_row:
-            self._keep_bad_batch(step, batch, numbers)
+        if spike or not applied:
+            self._keep_batch(step, batch, numbers, "spike" if spike else "nonfinite", bool(applied))
         if in_row >= self.config.optimizer.max_skipped:
             raise TrainingError(
                 f"the loss or gradient was not finite in {in_row} steps in a row, up to step {step}: training stops; "
                 "lower optimizer.learning_rate, or look at the batches in nonfinite-*.npz"
+                if not spike
+                else f"the loss was a spike in {in_row} steps in a row, up to step {step}: training stops; look at the "
+                "batches in spike-*.npz, raise spikes.sigmas or set spikes.skip=false"
             )
         return bool(interrupted)
 
-    def _keep_bad_batch(self, step: int, batch: Batch, numbers: dict[str, Any]) -> None:
+    def _keep_batch(self, step: int, batch: Batch, numbers: dict[str, Any], kind: str, applied: bool) -> None:
+        """Writes this process's rows of a step that went wrong, for the first few of each kind."""
         assert self.reporter is not None
         self.reporter.say(
-            f"WARNING: step {step} is skipped: loss {float(numbers['loss'])}, "
+            f"WARNING: step {step} is {'a loss spike' if applied else 'skipped'}: loss {float(numbers['loss'])}, "
             f"gradient norm {float(numbers['grad_norm'])}"
         )
-        if self.bad_batches < 3:
-            np.savez(self.folder / f"nonfinite-{step}-process{jax.process_index()}.npz", **batch)  # type: ignore[arg-type]
-        self.bad_batches += 1
+        if self.kept_batches[kind] < KEPT_BATCHES:
+            place = self.folder / f"{kind}-{step}-process{jax.process_index()}.npz"
+            np.savez(place, **batch)  # type: ignore[arg-type]
+        self.kept_batches[kind] += 1
 
     def _evaluate(self, params: Params) -> None:
         config = self.config
@@ -294,29 +327,6 @@ class _Run:
         if self.reporter is not None:
             self.reporter.close()
         self.checkpoints.close()
-
-
-class _Signals:
-    """Notes SIGTERM and SIGUSR1 while a run is active; a second one has its usual effect."""
-
-    NUMBERS = (signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.received = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        for number in self.NUMBERS:
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        signal.signal(number, self._before[number])
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def _beside_params(state: TrainState) -> dict[str, Any]:

@@ -7,6 +7,7 @@ together: restoring is immediate and may change the number of shards, workers, o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -14,10 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from lte_jax.data.packing import IGNORE, DataError, Row
 
@@ -31,17 +33,21 @@ def mix_seed(*seeds: int) -> int:
 class Reading:
     """How batches are read ahead: in ``workers`` processes if there are any, each with ``threads`` threads.
 
-    ``ahead`` batches wait in memory (per worker). Nothing of this changes the batches or their order.
+    ``ahead`` batches wait in memory (per worker). Nothing of this changes the batches or their order, but for
+    ``bad_rows``: a row that cannot be read stops the run, or becomes one that asks nothing, said loudly.
     """
 
     threads: int = 2
     workers: int = 0
     ahead: int = 4
+    bad_rows: Literal["stop", "skip"] = "stop"
 
     def check(self) -> None:
         for name, least in (("threads", 0), ("workers", 0), ("ahead", 1)):
             if getattr(self, name) < least:
                 raise DataError(f"{name}={getattr(self, name)}: it must be at least {least}; raise it")
+        if self.bad_rows not in ("stop", "skip"):
+            raise DataError(f"bad_rows={self.bad_rows!r}: unknown; use 'stop' or 'skip'")
 
 
 def endless(rows: grain.MapDataset, seed: int, batch_size: int | None = None) -> grain.MapDataset:
@@ -117,9 +123,17 @@ class _ShardRows(grain.MapDataset):
     """
 
     def __init__(
-        self, parent: grain.MapDataset, first: int, batch_size: int, shard_index: int, shard_count: int, pad_last: bool
+        self,
+        parent: grain.MapDataset,
+        first: int,
+        batch_size: int,
+        shard_index: int,
+        shard_count: int,
+        pad_last: bool,
+        skip_bad: bool,
     ):
         super().__init__(parent)
+        self._skip_bad = skip_bad
         self._first, self._batch_size = first, batch_size
         self._local = batch_size // shard_count
         self._offset = shard_index * self._local
@@ -135,7 +149,22 @@ class _ShardRows(grain.MapDataset):
             return self.slice(index)
         batch, inside = divmod(index, self._local)
         row = self._first + batch * self._batch_size + self._offset + inside
-        return self._parent[row] if row < self._total else blank(self._parent[self._total - 1])
+        if row >= self._total:
+            return blank(self._parent[self._total - 1])
+        if not self._skip_bad:
+            return self._parent[row]
+        try:
+            return self._parent[row]
+        except DataError as error:
+            logging.error("row %d of the training order is left out: %s", row, error)
+            return blank(self._whole_row(row))
+
+    def _whole_row(self, bad: int) -> Row:
+        """A row that can be read, for its shapes: the next one in the order."""
+        for row in range(bad + 1, bad + 101):
+            with contextlib.suppress(DataError):
+                return self._parent[row % self._total]
+        raise DataError(f"row {bad} of the training order and the next 100 cannot be read; copy the shards again")
 
 
 def blank(row: Row) -> Row:
@@ -219,7 +248,13 @@ class Batches(Iterator[Row]):
     def _open(self) -> grain.DatasetIterator:
         local = self._batch_size // self._shard_count
         rows = _ShardRows(
-            self._rows, self._consumed, self._batch_size, self._shard_index, self._shard_count, self._pad_last
+            self._rows,
+            self._consumed,
+            self._batch_size,
+            self._shard_index,
+            self._shard_count,
+            self._pad_last,
+            self._reading.bad_rows == "skip",
         )
         options = grain.ReadOptions(num_threads=self._reading.threads, prefetch_buffer_size=self._reading.ahead)
         batches = rows.batch(local, drop_remainder=True).to_iter_dataset(options)

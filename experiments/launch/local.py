@@ -1,0 +1,211 @@
+"""Starts one training run as several processes on this machine, one per GPU, or on simulated CPU devices.
+
+    python -m experiments.launch.local -- --config=lalte_1p4b --workdir=runs/lalte --set mesh.fsdp=8
+    python -m experiments.launch.local --processes=2 --simulate=4 -- --config=text --workdir=runs/text
+
+What follows ``--`` goes to ``experiments.train``. SIGTERM, SIGUSR1 and Ctrl-C are passed on: the run saves and exits
+with 75. When one process fails, the others are ended at once; when this one is killed, none stays behind. Exit codes:
+0 all finished, 75 stopped by a signal with everything saved, otherwise that of the first process that failed (128 + n
+after signal n). Process 0 writes here, process i into ``LOGS/process-i.log``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+INTERRUPTED = 75
+FLAGS = flags.FLAGS
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """What is started."""
+
+    processes: int
+    simulate: int
+    """CPU devices of each process; 0 gives each a GPU."""
+    arguments: tuple[str, ...]
+    module: str = "experiments.train"
+    logs: Path | None = None
+    grace: float = 120.0
+    """Seconds that processes have to save after a signal."""
+
+
+def define_flags() -> None:
+    flags.DEFINE_integer("processes", None, "How many; default the GPUs of this machine.")
+    flags.DEFINE_integer("simulate", 0, "Give each process so many simulated CPU devices instead of a GPU.")
+    flags.DEFINE_string("module", "experiments.train", "The program: it takes --coordinator, --process_id and so on.")
+    flags.DEFINE_string("logs", None, "Folder of the other processes' output; default a temporary one.")
+    flags.DEFINE_float("grace", 120.0, "Seconds to save in after a signal, then the processes are killed.")
+
+
+def main(argv: list[str]) -> None:
+    try:
+        gpus = visible_gpus()
+        launch = Launch(
+            processes=len(gpus) if FLAGS.processes is None else FLAGS.processes,
+            simulate=FLAGS.simulate,
+            arguments=tuple(argv[1:]),
+            module=FLAGS.module,
+            logs=Path(FLAGS.logs) if FLAGS.logs else None,
+            grace=FLAGS.grace,
+        )
+        check(launch, gpus)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    sys.exit(run(launch, gpus))
+
+
+def visible_gpus() -> list[str]:
+    """The names that CUDA_VISIBLE_DEVICES gives, or the numbers of this machine's GPUs."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+    numbers = [path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia*")]
+    return sorted((number for number in numbers if number.isdigit()), key=int)
+
+
+def check(launch: Launch, gpus: Sequence[str]) -> None:
+    """Raises ValueError where the launch cannot work on this machine."""
+    if launch.processes < 1 and not launch.simulate:
+        raise ValueError(f"this machine shows {len(gpus)} GPUs: give --processes and --simulate to run on its CPU")
+    if launch.processes < 1 or launch.simulate < 0:
+        raise ValueError(
+            f"--processes={launch.processes} --simulate={launch.simulate}: at least one process, no fewer than 0 "
+            "devices; change them"
+        )
+    if not launch.simulate and launch.processes > len(gpus):
+        raise ValueError(
+            f"--processes={launch.processes}, but this machine shows {len(gpus)} GPUs ({', '.join(gpus)}): "
+            "lower it, or set CUDA_VISIBLE_DEVICES"
+        )
+
+
+def run(launch: Launch, gpus: Sequence[str]) -> int:
+    """Starts the processes and stays until all have ended; returns the exit code."""
+    logs = launch.logs or Path(tempfile.mkdtemp(prefix="lte_jax-logs-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    group = _Group(launch.grace)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda number, _frame: group.forward(number))
+    coordinator = f"localhost:{_free_port()}"
+    for index in range(launch.processes):
+        group.processes.append(_start(launch, gpus, index, coordinator, logs))
+    code = group.wait()
+    failed = group.first_failed
+    if failed is not None:
+        index, status = failed
+        print(f"process {index} ended with {_describe(status)}; the others were stopped", file=sys.stderr)
+        if index:
+            tail = (logs / f"process-{index}.log").read_text(errors="replace").splitlines()[-20:]
+            print("\n".join([f"--- end of {logs}/process-{index}.log", *tail]), file=sys.stderr, flush=True)
+    return code
+
+
+def _start(launch: Launch, gpus: Sequence[str], index: int, coordinator: str, logs: Path) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ)
+    devices = launch.processes * max(launch.simulate, 1)
+    if launch.simulate:
+        environment["JAX_PLATFORMS"] = "cpu"
+        others = [flag for flag in environment.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
+        environment["XLA_FLAGS"] = " ".join([*others, f"--xla_force_host_platform_device_count={launch.simulate}"])
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[index]
+        environment.setdefault("JAX_PLATFORMS", "cuda")  # a process without its GPU fails instead of taking the CPU
+    command = [
+        *(sys.executable, "-m", launch.module, f"--coordinator={coordinator}"),
+        *(f"--num_processes={launch.processes}", f"--process_id={index}", f"--set=mesh.devices={devices}"),
+        *launch.arguments,
+    ]
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context((logs / f"process-{index}.log").open("wb")) if index else None
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT if index else None,
+            start_new_session=True,  # Ctrl-C reaches the processes once, through this one
+            preexec_fn=_die_with_parent,
+        )
+
+
+def _die_with_parent() -> None:
+    """In the child: the kernel kills it when this launcher is gone, however that ended."""
+    set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGKILL)
+
+
+class _Group:
+    """The processes of one launch."""
+
+    def __init__(self, grace: float):
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.first_failed: tuple[int, int] | None = None
+        self._grace = grace
+        self._deadline: float | None = None
+
+    def forward(self, number: int) -> None:
+        """Tells every process to save and stop."""
+        told = signal.SIGTERM if number == signal.SIGINT else number
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(told)
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._grace
+
+    def wait(self) -> int:
+        """Returns when all have ended, with the exit code of the launch."""
+        while True:
+            codes = [process.poll() for process in self.processes]
+            failed = [
+                (index, code) for index, code in enumerate(codes) if code is not None and code not in (0, INTERRUPTED)
+            ]
+            if failed and self.first_failed is None:
+                # A process that died by a signal explains the others; they wait for it inside a step and are killed.
+                self.first_failed = min(failed, key=lambda found: found[1] > 0)
+                self._kill()
+            if self._deadline is not None and time.monotonic() > self._deadline and None in codes:
+                if self.first_failed is None:
+                    self.first_failed = codes.index(None), -signal.SIGKILL
+                self._kill()
+            if None not in codes:
+                break
+            time.sleep(0.05)
+        if self.first_failed is not None:
+            code = self.first_failed[1]
+            return 128 - code if code < 0 else code
+        return INTERRUPTED if INTERRUPTED in codes else 0
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+
+
+def _describe(status: int) -> str:
+    return f"exit code {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
