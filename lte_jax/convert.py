@@ -67,14 +67,18 @@ class WeightReport:
             ),
         )
 
-    def raise_if_any(self, folder: Path) -> None:
+    def raise_if_any(self, where: str | Path, error: type[ValueError] = ValueError) -> None:
+        """Raises ``error`` with the names, where anything does not match."""
         parts = [
             f"{title}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
             for title, names in (("missing", self.missing), ("extra", self.extra), ("wrong shape", self.mismatched))
             if names
         ]
         if parts:
-            raise ValueError(f"the weights in {folder} are not those of its config.json; {'; '.join(parts)}")
+            raise error(
+                f"{where}: the weights are not those of the model's settings; {'; '.join(parts)}; "
+                "give settings and weights of one model"
+            )
 
 
 def from_pretrained(

@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lte_jax import configs, restore
+from lte_jax.convert import WeightReport
 from lte_jax.data.tokenizer import load_tokenizer
 from lte_jax.model_config import ModelConfig
 from lte_jax.optim import OptimizerConfig
@@ -112,13 +113,6 @@ def initial_params(source: str | Path, builder: Builder) -> Params:
         )
     model, _ = restore.load_model(path)
     found = builder.params_of(model)
-    wrong = [f"missing {name}" for name in builder.param_shapes if name not in found]
-    wrong += [f"extra {name}" for name in found if name not in builder.param_shapes]
-    wrong += [
-        f"{name} {list(found[name].shape)} instead of {list(leaf.shape)}"
-        for name, leaf in builder.param_shapes.items()
-        if name in found and found[name].shape != leaf.shape
-    ]
-    if wrong:
-        raise RunError(f"--init_from={source} is another architecture: {'; '.join(wrong[:4])} ({len(wrong)} in all)")
+    expected, shapes = ({name: leaf.shape for name, leaf in tree.items()} for tree in (builder.param_shapes, found))
+    WeightReport.compare(expected, shapes).raise_if_any(f"--init_from={source}", RunError)
     return {name: np.asarray(jnp.asarray(leaf, builder.param_shapes[name].dtype)) for name, leaf in found.items()}

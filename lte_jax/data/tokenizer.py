@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -184,7 +184,7 @@ class FileTokenizer:
         return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=True)
 
     def stream(self) -> Stream:
-        return _PieceStream(self)
+        return PieceStream(self.decode)
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -213,32 +213,38 @@ class _ByteStream:
         return self._decoder.decode(b"", final=True)
 
 
-class _PieceStream:
-    """Decodes a short tail again with each token; holds text back while it ends in U+FFFD (an unfinished character).
+class PieceStream:
+    """A ``Stream`` over any ``decode``: decodes a short tail again with each token, never the whole text.
 
-    The tail starts at the last piece that was given out, because decoders treat the first piece of a text differently
-    (leading spaces); what is new is what the longer tail decodes to beyond the shorter one.
+    Text that ends in U+FFFD (an unfinished character) is held back, for at most ``PATIENCE`` tokens: no character is
+    that long, so that what follows is no text. The tail starts at the last piece that was given out, because decoders
+    treat the first piece of a text differently (leading spaces); what is new is what the longer tail decodes to beyond
+    the shorter one.
     """
 
-    def __init__(self, tokenizer: FileTokenizer):
-        self._tokenizer = tokenizer
+    PATIENCE = 8
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]):
+        self._decode = decode
         self._tail: list[int] = []
         self._given = 0  # tokens at the start of the tail whose text is out
 
     def push(self, token: int) -> str:
         self._tail.append(int(token))
-        text = self._tokenizer.decode(self._tail)
-        if text.endswith("\ufffd"):
+        text = self._decode(self._tail)
+        if text.endswith("\ufffd") and len(self._tail) - self._given < self.PATIENCE:
             return ""
         return self._release(text)
 
     def finish(self) -> str:
-        return self._release(self._tokenizer.decode(self._tail)) if self._tail else ""
+        return self._release(self._decode(self._tail)) if self._tail else ""
 
     def _release(self, text: str) -> str:
-        before = self._tokenizer.decode(self._tail[: self._given])
-        if len(text) <= len(before):
-            return ""  # a special token, or a piece that shows only with the next one
+        before = self._decode(self._tail[: self._given])
+        if len(text) <= len(before):  # a special token, or a piece that shows only with the next one
+            if len(self._tail) - self._given >= self.PATIENCE:
+                del self._tail[self._given :]
+            return ""
         self._tail = self._tail[self._given :]
         self._given = len(self._tail)
         return text[len(before) :]

@@ -145,6 +145,20 @@ def test_a_stop_string_ends_a_row_before_it():
             assert found.finish_reason == "length" and found.text == text
 
 
+def test_stop_strings_cost_as_much_at_the_end_of_a_text_as_at_its_start():
+    asked: list[int] = []
+
+    def counted(tokens) -> str:
+        asked.append(len(tokens))
+        return decode(tokens)
+
+    assert [found.text for found in run(build(), stop=("never",), decode=counted)] == [
+        decode(plain.tokens) for plain in greedy()
+    ]
+    assert sorted(asked)[-len(LENGTHS) :] == [NEW] * len(LENGTHS), "each whole text is decoded once"
+    assert sorted(asked)[-len(LENGTHS) - 1] <= 2, "at each token, two tokens are"
+
+
 def test_tokens_stream_to_the_caller_as_they_come():
     pieces: list[tuple[int, list[int]]] = []
     found = run(build(), on_tokens=lambda row, tokens: pieces.append((row, tokens)))
