@@ -1,0 +1,216 @@
+"""The scan over the chunks of one head (Pallas, Mosaic GPU): what does each warpgroup do with a chunk?
+
+With A, P and the factors of every chunk from ``pallas_within`` and the state S before the chunk:
+
+    r    = A (v - read_k k S)                 (u = beta r)
+    o    = read_q q S + P r
+    S   <- carry S + (write k)^T r
+
+A program has 64 columns of the values. Its first warpgroup carries S transposed, [64,N] in registers, so that every
+intermediate result is the left operand of the next product and needs no way through shared memory; it publishes S and
+r, from which the second warpgroup forms the outputs a chunk behind; the third brings the inputs by TMA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.gated_delta_rule import pallas_tiles as t
+from pallas_kernels.gated_delta_rule.pallas_tiles import CHUNK, COLUMNS, ROWS, SQUARE, WGMMA
+
+BLOCK_V = 64
+
+
+def stages_for(head_size: int) -> int:
+    """Chunks of inputs in shared memory."""
+    return {64: 4, 128: 2, 256: 1}[head_size]
+
+
+def shared_memory(head_size: int) -> int:
+    """Bytes of shared memory that a program takes."""
+    per_stage = 2 * CHUNK * (2 * head_size + BLOCK_V + 2 * CHUNK) + 2 * 4 * t.FACTORS * CHUNK
+    return stages_for(head_size) * per_stage + 2 * 2 * BLOCK_V * (head_size + 2 * CHUNK) + 4096
+
+
+def _slot(step: Any, count: int) -> Any:
+    return jax.lax.rem(step, jnp.int32(count))
+
+
+def _copies(m: Any, *, chunks: int, stages: int, place: Any) -> None:
+    """The warpgroup that brings every chunk's inputs."""
+    plgpu.set_max_registers(40, action="decrease")
+    b, h, hk, columns = place
+
+    def bring(n, slot):
+        rows, full = pl.ds(n * CHUNK, CHUNK), m.full.at[slot]
+        plgpu.copy_gmem_to_smem(m.k.at[b, rows, hk], m.k_s.at[slot], full)
+        plgpu.copy_gmem_to_smem(m.v.at[b, rows, h, columns], m.v_s.at[slot], full)
+        plgpu.copy_gmem_to_smem(m.inverse.at[b, h, n], m.inverse_s.at[slot], full)
+        plgpu.copy_gmem_to_smem(m.factors.at[b, h, n], m.by_column.at[slot], full)
+        plgpu.copy_gmem_to_smem(m.factors.at[b, h, n], m.by_row.at[slot], full)
+        plgpu.copy_gmem_to_smem(m.q.at[b, rows, hk], m.q_s.at[slot], full)
+        plgpu.copy_gmem_to_smem(m.scores.at[b, h, n], m.scores_s.at[slot], full)
+
+    for n in range(min(stages, chunks)):
+        bring(n, n)
+
+    @pl.loop(stages, chunks)
+    def _(n):
+        slot = _slot(n, stages)
+        plgpu.barrier_wait(m.used.at[slot])
+        bring(n, slot)
+
+    for n in range(max(chunks - stages, 0), chunks):
+        plgpu.barrier_wait(m.used.at[n % stages])
+
+
+def _carry_state(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) -> None:
+    """The warpgroup that carries the state: three products per chunk, each of which needs the one before."""
+    b, h, _, columns = place
+    size = m.k_s.shape[-1]
+    shape, tokens = (BLOCK_V, size), (BLOCK_V, CHUNK)
+    room_state, room = getattr(m, "spare_state", None), getattr(m, "spare", None)
+    state = t.zeros(shape)
+    if m.initial is not None:
+        state = plgpu.load(m.initial.at[b, h, columns], layout=WGMMA, optimized=False)
+
+    def advance(n, state):
+        slot, half = _slot(n, stages), _slot(n, 2)
+        plgpu.barrier_wait(m.full.at[slot])
+        pl.when(n >= 2)(lambda: plgpu.barrier_wait(m.outputs_done.at[half]))
+        low = state.astype(dtype)
+        m.states_s.at[half][...] = low
+        k, inverse, factors = m.k_s.at[slot], m.inverse_s.at[slot], m.by_column.at[slot]
+        read = plgpu.load(factors.at[t.READ_K], layout=COLUMNS)
+        write = plgpu.load(factors.at[t.WRITE], layout=COLUMNS)
+        v = plgpu.load(m.v_s.at[slot].T, layout=WGMMA).astype(jnp.float32)
+        y = v - t.product(t.left(low, room_state), k.T, tokens) * t.along_columns(read, tokens)
+        # The inverse's rows can add many almost cancelling y: 8 more bits of y keep the bound on the error.
+        high, rest = t.split(y, dtype)
+        r = t.product(t.left(high, room), inverse.T, tokens)
+        r = t.product(t.left(rest, room), inverse.T, tokens, r)
+        m.r_s.at[half].T[...] = r.astype(dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(m.published.at[half])
+        written = (r * t.along_columns(write, tokens)).astype(dtype)
+        state = t.product(t.left(written, room), k, shape, state * m.by_column[slot, t.CARRY, 0])
+        plgpu.barrier_arrive(m.used.at[slot])
+        return state
+
+    state = jax.lax.fori_loop(0, chunks, advance, state)
+    for n in range(max(chunks - 2, 0), chunks):
+        plgpu.barrier_wait(m.outputs_done.at[n % 2])
+    m.final[b, h, columns] = state
+
+
+def _form_outputs(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) -> None:
+    """The warpgroup that forms o from the published state and r, and writes all of them."""
+    b, h, _, columns = place
+    shape = (CHUNK, BLOCK_V)
+
+    @pl.loop(0, chunks)
+    def _(n):
+        slot, half, rows = _slot(n, stages), _slot(n, 2), pl.ds(n * CHUNK, CHUNK)
+        plgpu.barrier_wait(m.full.at[slot])
+        plgpu.barrier_wait(m.published.at[half])
+        plgpu.copy_smem_to_gmem(m.r_s.at[half], m.r.at[b, rows, h, columns])
+        if m.states is not None:
+            plgpu.copy_smem_to_gmem(m.states_s.at[half], m.states.at[b, h, n, columns])
+        read = plgpu.load(m.by_row.at[slot, t.READ_Q], layout=ROWS)
+        o = t.product(m.q_s.at[slot], m.states_s.at[half].T, shape)
+        o = t.product(m.scores_s.at[slot], m.r_s.at[half], shape, o * t.along_rows(read, shape))
+        plgpu.barrier_arrive(m.used.at[slot])
+        m.o_s.at[half][...] = o.astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(m.o_s.at[half], m.o.at[b, rows, h, columns])
+        # All but the copy of o have read their buffers, as has the copy of the o before this one.
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        plgpu.barrier_arrive(m.outputs_done.at[half])
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _body(m: Any, *, chunks: int, stages: int, group: int, dtype: Any) -> None:
+    b, h, block = (jax.lax.axis_index(name) for name in ("b", "h", "block"))
+    place = (b, h, jax.lax.div(h, jnp.int32(group)), pl.ds(block * BLOCK_V, BLOCK_V))
+    warpgroup = jax.lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == 0)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        _carry_state(m, chunks=chunks, stages=stages, place=place, dtype=dtype)
+
+    @pl.when(warpgroup == 1)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        _form_outputs(m, chunks=chunks, stages=stages, place=place, dtype=dtype)
+
+    @pl.when(warpgroup == 2)
+    def _():
+        _copies(m, chunks=chunks, stages=stages, place=place)
+
+    # A warpgroup that ends while another still multiplies has made programs fail.
+    plgpu.barrier_arrive(m.end)
+    plgpu.barrier_wait(m.end)
+
+
+def scan_chunks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    inverse: jax.Array,
+    scores: jax.Array,
+    factors: jax.Array,
+    initial_state: jax.Array | None,
+    *,
+    save_states: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """(o, r [B,T,H,V] in the dtype of v, final state [B,H,N,V] float32, states); T whole chunks.
+
+    ``states``: that before each chunk, transposed: [B,H,chunks,V,N] in the dtype of v, or None.
+    """
+    B, T, K, N = k.shape
+    H, V = v.shape[2:]
+    chunks, stages, dtype = T // CHUNK, stages_for(N), v.dtype
+    by_value = jax.ShapeDtypeStruct(v.shape, dtype)
+    results = t.launch(
+        "gated_delta_rule_scan",
+        lambda m: _body(m, chunks=chunks, stages=stages, group=H // K, dtype=dtype),
+        inputs={
+            "q": q, "k": k, "v": v, "inverse": inverse, "scores": scores, "factors": factors,
+            "initial": None if initial_state is None else jnp.swapaxes(initial_state, 2, 3),
+        },
+        outputs={
+            "o": by_value,
+            "r": by_value,
+            "final": jax.ShapeDtypeStruct((B, H, V, N), jnp.float32),
+            "states": jax.ShapeDtypeStruct((B, H, chunks, V, N), dtype) if save_states else None,
+        },
+        scratch={
+            "q_s": t.buffer((stages, CHUNK, N), dtype),
+            "k_s": t.buffer((stages, CHUNK, N), dtype),
+            "v_s": t.buffer((stages, CHUNK, BLOCK_V), dtype),
+            "inverse_s": t.buffer((stages, *SQUARE), dtype),
+            "scores_s": t.buffer((stages, *SQUARE), dtype),
+            "by_row": plgpu.SMEM((stages, t.FACTORS, CHUNK), jnp.float32),
+            "by_column": plgpu.SMEM((stages, t.FACTORS, CHUNK), jnp.float32),
+            "states_s": t.buffer((2, BLOCK_V, N), dtype),
+            "r_s": t.buffer((2, CHUNK, BLOCK_V), dtype),
+            "o_s": t.buffer((2, CHUNK, BLOCK_V), dtype),
+            "full": plgpu.Barrier(num_arrivals=7, num_barriers=stages),
+            "used": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            "published": plgpu.Barrier(num_barriers=2),
+            "outputs_done": plgpu.Barrier(num_barriers=2),
+            "end": plgpu.Barrier(num_arrivals=3),
+            **t.spare((BLOCK_V, CHUNK), dtype),
+            **t.spare((BLOCK_V, N), dtype, "spare_state"),
+        },
+        grid={"b": B, "h": H, "block": V // BLOCK_V},
+        warpgroups=3,
+    )  # fmt: skip
+    return results["o"], results["r"], jnp.swapaxes(results["final"], 2, 3), results.get("states")

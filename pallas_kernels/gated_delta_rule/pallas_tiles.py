@@ -1,0 +1,158 @@
+"""What the gated delta rule's Hopper kernels share: layouts, buffers in shared memory, products and the launch.
+
+A chunk is 64 tokens, the height of a warpgroup's matrix product. A tile in registers has one layout (``WGMMA``); a value
+per row of a tile is in ``ROWS``, one per column in ``COLUMNS``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+CHUNK = 64
+SQUARE = (CHUNK, CHUNK)
+WGMMA = plgpu.Layout.WGMMA
+ROWS = WGMMA.reduce(1)
+COLUMNS = WGMMA.reduce(0)
+
+# Of the factors that the within-chunk kernel writes per token (or the same for all tokens: CARRY).
+READ_K, READ_Q, WRITE, CARRY, WRITE_UNWEIGHTED, NORM_K, NORM_Q = range(7)
+FACTORS = 8
+# Of the gates that it reads.
+COARSE, FINE, BETA, RUN = range(4)
+GATES = 4
+
+_interpret: contextvars.ContextVar[Any] = contextvars.ContextVar("interpret", default=None)
+
+
+@contextlib.contextmanager
+def interpreted(params: Any = None) -> Iterator[None]:
+    """Runs the kernels in Pallas's interpreter, on any device; ``params`` is a ``plgpu.InterpretGPUParams``."""
+    token = _interpret.set(plgpu.InterpretGPUParams() if params is None else params)
+    try:
+        yield
+    finally:
+        _interpret.reset(token)
+
+
+def interpreting() -> bool:
+    return _interpret.get() is not None
+
+
+def buffer(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory for tiles of a 16-bit dtype, in the order that copies and matrix products want."""
+    swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
+    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
+def spare(shape: tuple[int, int], dtype: Any, name: str = "spare") -> dict[str, Any]:
+    """A buffer for ``left`` where one is needed."""
+    return {name: buffer(shape, dtype)} if interpreting() else {}
+
+
+def left(x: jax.Array, room: Any) -> Any:
+    """``x`` in registers as the left operand of a product; the interpreter has such operands in shared memory alone."""
+    if not interpreting():
+        return x
+    room[...] = x
+    plgpu.commit_smem()
+    return room
+
+
+def index(dimension: int, shape: tuple[int, int] = SQUARE) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=WGMMA)
+
+
+def along_rows(x: jax.Array, shape: tuple[int, int] = SQUARE) -> jax.Array:
+    """x[i] at (i, j)."""
+    return jax.lax.broadcast_in_dim(x, shape, [0])
+
+
+def along_columns(x: jax.Array, shape: tuple[int, int] = SQUARE) -> jax.Array:
+    """x[j] at (i, j)."""
+    return jax.lax.broadcast_in_dim(x, shape, [1])
+
+
+def zeros(shape: tuple[int, int]) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
+
+
+def product(a: Any, b: Any, shape: tuple[int, int], start: jax.Array | None = None) -> jax.Array:
+    """a b, or start + a b. ``a`` is in shared memory or registers, ``b`` in shared memory."""
+    return products([(a, b)], shape, start)
+
+
+def products(pairs: list[tuple[Any, Any]], shape: tuple[int, int], start: jax.Array | None = None) -> jax.Array:
+    """The sum of the products of the pairs, and ``start``, in one accumulator.
+
+    The barrier keeps the compiler from moving arithmetic on the result in front of the wait for it, which is not
+    visible as a dependence on the accumulator's registers.
+    """
+
+    def multiply(accumulator):
+        for a, b in pairs:
+            plgpu.wgmma(accumulator, a, b)
+
+    def fresh(accumulator):
+        multiply(accumulator)
+        return accumulator[...]
+
+    if start is not None and not interpreting():
+        return jax.lax.optimization_barrier(pl.run_state(multiply)(plgpu.ACC.init(start)))
+    result = jax.lax.optimization_barrier(pl.run_scoped(fresh, plgpu.ACC(shape, jnp.float32)))
+    return result if start is None else start + result  # the interpreter's accumulators begin at zero
+
+
+def split(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """x as a sum of two numbers of a 16-bit dtype."""
+    high = x.astype(dtype)
+    return high, (x - high.astype(jnp.float32)).astype(dtype)
+
+
+def only(condition: Any) -> Callable[[Callable[[], None]], None]:
+    return pl.when(condition)
+
+
+def launch(
+    name: str,
+    body: Callable[[Any], None],
+    *,
+    inputs: dict[str, Any],
+    outputs: dict[str, Any],
+    scratch: dict[str, Any],
+    grid: dict[str, int],
+    warpgroups: int = 1,
+) -> dict[str, jax.Array]:
+    """Runs ``body`` on every point of ``grid``, with all references by name in one namespace.
+
+    An input or output that is None has no reference: its name is None in the namespace.
+    """
+    given = {key: x for key, x in inputs.items() if x is not None}
+    wanted = {key: x for key, x in outputs.items() if x is not None}
+    names = (*given, *wanted)
+
+    def kernel(*refs, **buffers):
+        body(types.SimpleNamespace(**{**dict.fromkeys((*inputs, *outputs)), **dict(zip(names, refs)), **buffers}))
+
+    threads = {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}
+    results = plgpu.kernel(
+        kernel,
+        out_type=tuple(wanted.values()),
+        scratch_types=scratch,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=_interpret.get(),
+        kernel_name=name,
+        **threads,
+    )(*given.values())
+    return dict(zip(wanted, results))

@@ -1,0 +1,155 @@
+"""What can be computed for every chunk at once: inverse, scores and factors (Pallas, Mosaic GPU).
+
+With c the running sum of the log decays g inside a chunk and rows of q, k divided by their norms:
+
+    A    = (I + L)^-1,  L_ij = exp(c_i - c_j) k_i.k_j beta_j    (i > j)
+    P_ij = scale exp(c_i - c_j) q_i.k_j beta_j                  (i >= j)
+
+and per token the factors of ``pallas_tiles``: what multiplies k S and q S, and what multiplies r before it is written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.gated_delta_rule import pallas_tiles as t
+from pallas_kernels.gated_delta_rule.pallas_tiles import CHUNK, COLUMNS, ROWS, SQUARE, WGMMA
+
+
+def gates(g: jax.Array, beta: jax.Array, runs: jax.Array | None) -> jax.Array:
+    """[B,H,chunks,4,64] float32: two summands of the running log decay, beta, and runs since before the chunk.
+
+    A difference of running sums loses small decays that follow large ones. So the sum comes in two parts: one of
+    multiples of 1/16, exact because logarithms stop at -100 (a decay below that is zero in float32), and the rest.
+    """
+    B, T, H = g.shape
+
+    def by_chunk(x):
+        return jnp.moveaxis(x, 1, 2).reshape(B, H, T // CHUNK, CHUNK)
+
+    g = jnp.maximum(by_chunk(g), -100.0)
+    coarse = jnp.floor(g * 16.0 + 0.5) * 0.0625
+    sums = [jnp.cumsum(x, axis=-1) for x in (coarse, g - coarse)]
+    run = jnp.zeros(g.shape, jnp.float32)
+    if runs is not None:
+        runs = runs.reshape(B, 1, T // CHUNK, CHUNK)
+        before = jnp.concatenate([jnp.zeros_like(runs[:, :, :1, -1:]), runs[:, :, :-1, -1:]], axis=2)
+        run += (runs - before).astype(jnp.float32)
+    return jnp.stack([*sums, by_chunk(beta), run], axis=3)
+
+
+def invert_unit_lower(lower: jax.Array, i: jax.Array, j: jax.Array, left: Any, right: Any) -> jax.Array:
+    """(I + lower)^-1 of a strictly lower [64,64] by doubling diagonal blocks: X <- X - X L X.
+
+    Kept as X = I - Y, so that the products round only corrections to L. Their operands are float16, which has the
+    precision of tf32 at twice its speed; normalised keys and beta at most 2 bound all entries by 2.
+    """
+    apart = i ^ j
+    y = jnp.where(apart < 2, lower, 0.0)
+    for level in range(1, 6):
+        size = 1 << level
+        corner = jnp.where((apart >= size) & (apart < 2 * size), lower, 0.0)
+        low = y.astype(jnp.float16)
+        right[...] = low
+        plgpu.commit_smem()
+        corner -= t.product(t.left(corner.astype(jnp.float16), left), right, SQUARE)
+        right[...] = corner.astype(jnp.float16)
+        plgpu.commit_smem()
+        y += corner - t.product(t.left(low, left), right, SQUARE)
+    return jnp.where(apart == 0, 1.0, 0.0) - y
+
+
+def _body(m: Any, *, group: int, scale: float, runs: bool) -> None:
+    b, n, h = (jax.lax.axis_index(name) for name in ("b", "n", "h"))
+    rows = pl.ds(n * CHUNK, CHUNK)
+    hk = jax.lax.div(h, jnp.int32(group))
+    plgpu.copy_gmem_to_smem(m.k.at[b, rows, hk], m.k_s, m.full)
+    plgpu.copy_gmem_to_smem(m.q.at[b, rows, hk], m.q_s, m.full)
+    plgpu.copy_gmem_to_smem(m.gates.at[b, h, n], m.by_row, m.full)
+    plgpu.copy_gmem_to_smem(m.gates.at[b, h, n], m.by_column, m.full)
+    plgpu.barrier_wait(m.full)
+
+    i, j = t.index(0), t.index(1)
+    coarse, fine, beta = (plgpu.load(m.by_row.at[x], layout=ROWS) for x in (t.COARSE, t.FINE, t.BETA))
+    coarse_j, fine_j, beta_j = (plgpu.load(m.by_column.at[x], layout=COLUMNS) for x in (t.COARSE, t.FINE, t.BETA))
+    apart = (t.along_rows(coarse) - t.along_columns(coarse_j)) + (t.along_rows(fine) - t.along_columns(fine_j))
+    sees = i >= j
+    if runs:
+        run = plgpu.load(m.by_row.at[t.RUN], layout=ROWS)
+        sees &= t.along_rows(run) == t.along_columns(plgpu.load(m.by_column.at[t.RUN], layout=COLUMNS))
+    decay = jnp.exp(jnp.where(sees, apart, -jnp.inf))
+
+    keys = t.product(m.k_s, m.k_s.T, SQUARE)
+    norm_k = jax.lax.rsqrt(jnp.where(i == j, keys, 0.0).sum(axis=1) + 1e-6)
+    m.column[...] = norm_k
+    plgpu.commit_smem()
+    decay *= t.along_columns(beta_j * plgpu.load(m.column, layout=COLUMNS))
+    q = plgpu.load(m.q_s, layout=WGMMA).astype(jnp.float32)
+    norm_q = jax.lax.rsqrt((q * q).sum(axis=1) + 1e-6)
+    scores = t.product(m.q_s, m.k_s.T, SQUARE) * decay * t.along_rows(norm_q * scale)
+    m.scores_s[...] = scores.astype(m.scores_s.dtype)
+
+    coarse_end, fine_end = m.by_row[t.COARSE, CHUNK - 1], m.by_row[t.FINE, CHUNK - 1]
+    read, carry = jnp.exp(coarse + fine), jnp.exp(coarse_end + fine_end)
+    write = jnp.exp((coarse_end - coarse) + (fine_end - fine)) * norm_k
+    if runs:
+        last = m.by_row[t.RUN, CHUNK - 1]
+        read = jnp.where(run == 0.0, read, 0.0)
+        write = jnp.where(run == last, write, 0.0)
+        carry = jnp.where(last == 0.0, carry, 0.0)
+    values = {
+        t.READ_K: read * norm_k, t.READ_Q: read * norm_q * scale, t.WRITE: write * beta, t.CARRY: beta * 0.0 + carry,
+        t.WRITE_UNWEIGHTED: write, t.NORM_K: norm_k, t.NORM_Q: norm_q,
+    }  # fmt: skip
+    for row, value in values.items():
+        m.factors_s.at[row][...] = value
+    m.factors_s.at[t.FACTORS - 1][...] = norm_k  # unused; written so that no copy reads undefined memory
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(m.scores_s, m.scores.at[b, h, n])
+    plgpu.copy_smem_to_gmem(m.factors_s, m.factors.at[b, h, n])
+
+    lower = jnp.where(i > j, keys * decay * t.along_rows(norm_k), 0.0)
+    inverse = invert_unit_lower(lower, i, j, getattr(m, "spare", None), m.half_s)
+    m.inverse_s[...] = inverse.astype(m.inverse_s.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(m.inverse_s, m.inverse.at[b, h, n])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def within_chunks(
+    q: jax.Array, k: jax.Array, gates: jax.Array, *, scale: float, runs: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(A, P [B,H,chunks,64,64] in the dtype of k, factors [B,H,chunks,8,64] float32) of every chunk; T whole chunks."""
+    B, T, K, N = k.shape
+    H, chunks = gates.shape[1:3]
+    square = jax.ShapeDtypeStruct((B, H, chunks, CHUNK, CHUNK), k.dtype)
+    results = t.launch(
+        "gated_delta_rule_within",
+        lambda m: _body(m, group=H // K, scale=scale, runs=runs),
+        inputs={"q": q, "k": k, "gates": gates},
+        outputs={
+            "inverse": square,
+            "scores": square,
+            "factors": jax.ShapeDtypeStruct((B, H, chunks, t.FACTORS, CHUNK), jnp.float32),
+        },
+        scratch={
+            "q_s": t.buffer((CHUNK, N), k.dtype),
+            "k_s": t.buffer((CHUNK, N), k.dtype),
+            "scores_s": t.buffer(SQUARE, k.dtype),
+            "inverse_s": t.buffer(SQUARE, k.dtype),
+            "half_s": t.buffer(SQUARE, jnp.float16),
+            "by_row": plgpu.SMEM((t.GATES, CHUNK), jnp.float32),
+            "by_column": plgpu.SMEM((t.GATES, CHUNK), jnp.float32),
+            "column": plgpu.SMEM((CHUNK,), jnp.float32),
+            "factors_s": plgpu.SMEM((t.FACTORS, CHUNK), jnp.float32),
+            "full": plgpu.Barrier(num_arrivals=4),
+            **t.spare(SQUARE, jnp.float16),
+        },
+        grid={"b": B, "n": chunks, "h": H},
+    )
+    return results["inverse"], results["scores"], results["factors"]
