@@ -4,6 +4,7 @@ python -m experiments.evaluate --checkpoint=runs/quickstart
 python -m experiments.evaluate --checkpoint=runs/quickstart --data=SymbolNeedles --set length=384
 python -m experiments.evaluate --checkpoint=runs/quickstart --own=needles --lengths=96,192 --num_samples=200
 python -m experiments.evaluate --checkpoint=runs/text --own=bytes --text=corpus/
+python -m experiments.evaluate --checkpoint=runs/text --inspect --text=corpus/story.txt --lengths=2048
 python -m experiments.evaluate --checkpoint=lalte-1.4b --tasks=short_context --output=results.json --cache=answers.jsonl
 python -m experiments.evaluate --checkpoint=lalte-1.4b --tasks=niah_single_1 --lengths=1024,2048,4096 --max_length=4224
 python -m experiments.evaluate --checkpoint=lalte-1.4b --tasks=swde_v0,fda_v0 --local_data=documents/
@@ -20,15 +21,17 @@ from typing import Any
 from absl import app, flags, logging
 
 from lte_jax import configs, restore
+from lte_jax.data.sources import find_units, read_documents
 from lte_jax.data.tokenizer import check_fits, load_tokenizer
-from lte_jax.evaluate import heldout, own
+from lte_jax.evaluate import heldout, inspection, own
+from lte_jax.evaluate.answers import write_json
 from lte_jax.evaluate.pictures import result_picture, scores_picture
+from lte_jax.evaluate.probe import probe
 from lte_jax.generate import generate
 from lte_jax.model import LanguageModel
 from lte_jax.sampling import Sampling
 
 FLAGS = flags.FLAGS
-
 
 TASK_KINDS = {"needles": ("TextNeedles", "SymbolNeedles"), "mqar": ("MQARMix", "MQAR"), "copying": ("Copying",)}
 """The data sets that a task of our own can be asked on; the first is the default."""
@@ -53,9 +56,10 @@ def define_flags() -> None:
         "tasks", [], "Tasks of lm-evaluation-harness, or short_context, retrieval, needles; needs the eval extra."
     )
     flags.DEFINE_enum("own", None, [*TASK_KINDS, "positions", "bytes"], "A task of our own; it needs no download.")
+    flags.DEFINE_bool("inspect", False, "Show what LTE keeps of --text, or of a row of data: pictures and a page.")
     flags.DEFINE_integer("num_samples", 200, "For --own: how many samples of each length (or windows of text).")
     flags.DEFINE_integer("depths", 5, "For --own=needles: in how many ranges of depth needles are asked for.")
-    flags.DEFINE_string("text", None, "For --own=positions and --own=bytes: a file or folder of text.")
+    flags.DEFINE_string("text", None, "For --inspect, --own=positions and --own=bytes: a file or folder of text.")
     flags.DEFINE_string("tokenizer", None, "'bytes', a tokenizer.json or its folder; default its own.")
     flags.DEFINE_string("include_path", None, "For tasks: a folder with further task files.")
     flags.DEFINE_integer("num_fewshot", None, "For tasks: examples before each question; default the task's.")
@@ -65,7 +69,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "cache", None, "For tasks: keep answers in this file (JSON lines), so that a killed run goes on."
     )
-    flags.DEFINE_list("lengths", [], "For --own, and RULER's tasks (default 4096): tokens of a sample.")
+    flags.DEFINE_list("lengths", [], "For --own, --inspect, and RULER's tasks (default 4096): tokens of a sample.")
     flags.DEFINE_string(
         "local_data", None, "For tasks: documents in place of the hub, as FOLDER/OWNER/NAME/SPLIT.jsonl."
     )
@@ -100,7 +104,7 @@ def evaluate_data(
         **scores.to_dict(),
         **({} if chance is None else {"chance": chance}),
     }
-    _write_json(target, record)
+    write_json(target, record)
     scores_picture(scores, target.with_suffix(".png"), type(data).__name__)
     print(f"loss {scores.loss:.4f}, perplexity {scores.perplexity:.4g}, accuracy {scores.accuracy:.4f}", end="")
     print(f" ({scores.targets:,} targets{'' if chance is None else f', chance {chance:.4f}'})")
@@ -152,7 +156,7 @@ def evaluate_tasks(
     samples = results.pop("samples", None)
     if samples is not None:
         write_samples(samples, target.with_suffix(".samples.jsonl"))
-    _write_json(target, {"checkpoint": str(checkpoint), "step": step, **(adapter or {}), **options, **results})
+    write_json(target, {"checkpoint": str(checkpoint), "step": step, **(adapter or {}), **options, **results})
     for task, numbers in results["results"].items():
         shown = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items() if isinstance(value, float))
         print(f"{task}: {shown}")
@@ -215,11 +219,57 @@ def evaluate_own(
             result = own.mqar(model, chosen, parts=parts, vocabulary=data.vocabulary)
     target = Path(output) if output else place.folder / f"{name}.json"
     record = {"checkpoint": str(checkpoint), "step": step, **options, **result.to_dict()}
-    _write_json(target, record)
+    write_json(target, record)
     result_picture(result, target.with_suffix(".png"), Path(checkpoint).name)
     print(own.table(result))
     print(f"{target}, {target.with_suffix('.png')}")
     return record
+
+
+def inspect(
+    checkpoint: str,
+    output: str | None = None,
+    *,
+    step: int | None = None,
+    kind: str | None = None,
+    assignments: Sequence[str] = (),
+    text: str | None = None,
+    tokenizer: str | None = None,
+    length: int | None = None,
+    types: dict[str, Any] | None = None,
+) -> list[Path]:
+    """Writes pictures and a page on what LTE keeps of one text, or, without one, of the data's first held-out row.
+
+    Args:
+      output: the folder; default ``inspect`` in the run's folder.
+      length: tokens to look at; default the text's, at most the model's ``max_length``.
+    """
+    place = restore.find(checkpoint)
+    model, found = load_with_tokenizer(checkpoint, tokenizer, needed=text is not None, step=step, **(types or {}))
+    length = model.config.max_length if length is None else length
+    if text is not None:
+        document = next((part for unit in find_units(text) for part in read_documents(unit) if part.strip()), None)
+        if document is None:
+            raise ValueError(f"--text={text}: the files hold no text; give others")
+        tokens = found.encode(document, add_bos=found.bos_id is not None)[:length]
+    else:
+        data = heldout.data_set(restore.read_settings(place, step), kind, assignments)
+        rows = data.rows("heldout", batch_size=1)
+        if not len(rows):
+            raise ValueError(f"{type(data).__name__} holds out no rows: give --text, or set heldout")
+        tokens = rows[0]["input_ids"][:length].tolist()
+    if text is not None or (found is not None and max(tokens) < found.vocab_size):
+        stream = found.stream()
+        pieces = [stream.push(token) for token in tokens]
+    else:
+        pieces = [f"{token} " for token in tokens]
+    seen = probe(model, tokens)
+    folder = Path(output) if output else place.folder / "inspect"
+    title = f"{Path(checkpoint).name}: what LTE keeps of {len(tokens)} tokens"
+    written = inspection.write(seen, folder, title, pieces)
+    print(inspection.table(seen))
+    print(", ".join(map(str, written)))
+    return written
 
 
 def load_with_tokenizer(
@@ -245,20 +295,24 @@ def _whole(flag: str, text: str) -> int:
     return int(text)
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    """The file appears whole or not at all."""
-    text = json.dumps(values, indent=2, default=str) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def _run() -> None:
     types = {"dtype": FLAGS.dtype, "implementation": FLAGS.implementation}
     lengths = [_whole("lengths", length) for length in FLAGS.lengths]
-    if FLAGS.tasks and FLAGS.own is not None:
-        raise ValueError("give one of --tasks and --own")
+    if bool(FLAGS.tasks) + (FLAGS.own is not None) + FLAGS.inspect > 1:
+        raise ValueError("give one of --tasks, --own and --inspect")
+    if FLAGS.inspect:
+        inspect(
+            FLAGS.checkpoint,
+            FLAGS.output,
+            step=FLAGS.step,
+            kind=FLAGS.data,
+            assignments=FLAGS.set,
+            text=FLAGS.text,
+            tokenizer=FLAGS.tokenizer,
+            length=lengths[0] if lengths else None,
+            types=types,
+        )
+        return
     if FLAGS.own:
         evaluate_own(
             FLAGS.checkpoint,

@@ -103,7 +103,7 @@ class LTE(Mixer):
             scores = self._router(router)(self._router_input(k, v, select), segment_ids, key)
             ranks = scores
         else:
-            ranks = _rule_scores(self.config, positions, context)
+            ranks = rule_scores(self.config, positions, context)
         q, k = (rotary(part, positions, self.config.rope_theta) for part in (q, k))
         real = None if segment_ids is None else segment_ids != 0
         ranks = lte_store.ranked(jax.lax.stop_gradient(ranks), positions, self.config.sinks, real)
@@ -156,7 +156,7 @@ class LTE(Mixer):
             scores = self._router(router)(joined, known.astype(jnp.int32))
             score, own = scores[:, reach], scores[:, -1:]
         else:
-            score, own = _rule_scores(self.config, position, context)[:, 0], None
+            score, own = rule_scores(self.config, position, context)[:, 0], None
         if cache.recent is not None:
             recent = lte_cache.last_inputs(joined, 2 * reach, 1).astype(cache.recent.dtype)
             if active is not None:
@@ -261,7 +261,7 @@ class LTE(Mixer):
         ``new``: tokens per row; None where no token is padding.
         """
         if self.config.retention != "learned":
-            scores = _rule_scores(self.config, position, context)
+            scores = rule_scores(self.config, position, context)
             joined = scores if past is None else jnp.concatenate([past.score, scores], axis=1)
             return joined, jnp.zeros_like(scores), cache.recent
         reach = self.config.reach
@@ -380,7 +380,7 @@ def _check_reading(reading: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"lte: reading={reading!r} is not one of {', '.join(known)} here")
 
 
-def _rule_scores(config: Config, positions: Positions, context: Aux | None) -> Scores:
+def rule_scores(config: Config, positions: Positions, context: Aux | None) -> Scores:
     """Scores by a rule without a router."""
     if config.retention == "recency":
         return lte_store.recency_scores(positions, config.kv_heads)
