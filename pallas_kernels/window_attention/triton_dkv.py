@@ -9,31 +9,34 @@ import jax.numpy as jnp
 
 from pallas_kernels.triton_call import jit, tl, triton_call
 from pallas_kernels.window_attention.api import Case, Operands
-from pallas_kernels.window_attention.triton_tiles import load_rows, options, plan_arguments, tiles_for, window_of
+from pallas_kernels.window_attention.triton_tiles import (
+    load_rows,
+    options,
+    plan_arguments,
+    span_of,
+    tiles_for,
+    window_of,
+)
 
 
 @jit
 def _add_queries(
-    keys, values, position, low, high, q_head, do_head, delta_row, lse2_row, begin, t_first, T, U, dk, dv,
+    keys, values, position, low, span, q_head, do_head, delta_row, lse2_row, begin, t_first, masked, T, U, dk, dv,
     H: tl.constexpr, N: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr, SEGMENTS: tl.constexpr,
     QUERIES: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv with one more tile of queries of one head, from t_first on."""
+    """dk and dv with one more tile of queries of one head, from t_first on; those beyond T are masked."""
     t = t_first + tl.arange(0, QUERIES)
-    q_tile = load_rows(q_head, t, H * N, t < T, N, N_BLOCK, MASKED)
-    do_tile = load_rows(do_head, t, H * V, t < T, V, V_BLOCK, MASKED)
-    if MASKED:
-        lse2 = tl.load(lse2_row + t, mask=t < T, other=1e30)
-        delta = tl.load(delta_row + t, mask=t < T, other=0.0)
-    else:
-        lse2 = tl.load(lse2_row + t)
-        delta = tl.load(delta_row + t)
+    row = tl.minimum(t, T - 1)
+    q_tile = load_rows(q_head, row, H * N, None, N, N_BLOCK, False)
+    do_tile = load_rows(do_head, row, H * V, None, V, V_BLOCK, False)
+    lse2 = tl.load(lse2_row + row)
+    delta = tl.load(delta_row + row)
     logits = tl.dot(keys, tl.trans(q_tile), input_precision=PRECISION)
     p = tl.exp2(logits * SCALE - lse2[None, :])
-    if MASKED:
+    if masked:
         i = U - T + t
-        mask = (i[None, :] >= low[:, None]) & (i[None, :] < high[:, None]) & (t < T)[None, :]
+        mask = ((i[None, :] - low[:, None]).to(tl.uint32) < span[:, None]) & (t < T)[None, :]
         if SEGMENTS:
             begins = tl.load(begin + i, mask=t < T, other=2**30)
             mask = mask & (begins[None, :] <= position[:, None])
@@ -108,15 +111,13 @@ def _gradients(
     QUERIES: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys: every head of the group goes through the queries that see one of them."""
-    # From query indices to query numbers t, in tiles: masked, whole from whole to whole_end, masked to the end.
+    # From query indices to query numbers t, in tiles; those from whole to whole_end need no mask.
     skip = U - T
     first = tl.maximum(i_first - skip, 0)
-    end_t = tl.maximum(i_end - skip, first)
-    before = tl.cdiv(tl.maximum(tl.minimum(whole - skip, end_t) - first, 0), QUERIES)
-    whole = first + before * QUERIES
-    whole_tiles = tl.maximum(tl.minimum(whole_end - skip, end_t) - whole, 0) // QUERIES
-    whole_end = whole + whole_tiles * QUERIES
-    masked_tiles = before + tl.cdiv(tl.maximum(end_t - whole_end, 0), QUERIES)
+    end_t = i_end - skip
+    whole = whole - skip
+    whole_end = tl.minimum(whole_end - skip, end_t)
+    span = span_of(low, high)
     begin_row = begin + b * U
     for g in range(0, H // K):
         head = h * (H // K) + g
@@ -124,17 +125,11 @@ def _gradients(
         do_head = do + b * T * H * V + head * V
         delta_row = delta_rows + (b * H + head) * T
         lse2_row = lse2_rows + (b * H + head) * T
-        for n in range(0, masked_tiles):
-            t_first = tl.where(n < before, first + n * QUERIES, whole_end + (n - before) * QUERIES)
+        for t_first in range(first, end_t, QUERIES):
+            masked = (t_first < whole) | (t_first + QUERIES > whole_end)
             dk, dv = _add_queries(
-                keys, values, position, low, high, q_head, do_head, delta_row, lse2_row, begin_row, t_first, T, U,
-                dk, dv, H, N, V, SCALE, SEGMENTS, QUERIES, N_BLOCK, V_BLOCK, PRECISION, True,
-            )  # fmt: skip
-        for n in range(0, whole_tiles):
-            t_first = whole + n * QUERIES
-            dk, dv = _add_queries(
-                keys, values, position, low, high, q_head, do_head, delta_row, lse2_row, begin_row, t_first, T, U,
-                dk, dv, H, N, V, SCALE, SEGMENTS, QUERIES, N_BLOCK, V_BLOCK, PRECISION, False,
+                keys, values, position, low, span, q_head, do_head, delta_row, lse2_row, begin_row, t_first, masked,
+                T, U, dk, dv, H, N, V, SCALE, SEGMENTS, QUERIES, N_BLOCK, V_BLOCK, PRECISION,
             )  # fmt: skip
     return dk * (SCALE * 0.6931471805599453), dv
 

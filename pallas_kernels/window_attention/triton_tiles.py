@@ -7,7 +7,7 @@ indices that see it,
     key of the window: [j, j + window)        retained key or column: [position + window, expiry)
 
 and a query has the first index of its document (``begin``), so one mask serves all three. Tiles in which every query
-sees every key skip the mask. The bounds are data, so the time follows the number of keys that are seen.
+sees every key branch around it. The bounds are data, so the time follows the number of keys that are seen.
 """
 
 from __future__ import annotations
@@ -92,19 +92,31 @@ def query_begins(begin, i, U, SEGMENTS: tl.constexpr):
 
 
 @jit
-def visible(i, begins, position, low, high, SEGMENTS: tl.constexpr):
-    """Which of the queries i (rows) see which keys (columns): low <= i < high, and the key lies in the document."""
-    mask = (i[:, None] >= low[None, :]) & (i[:, None] < high[None, :])
+def visible(i, begins, position, low, span, SEGMENTS: tl.constexpr):
+    """Which of the queries i (rows) see which keys (columns): low <= i < low + span, and the key lies in the document.
+
+    ``span`` is unsigned: one comparison serves both ends.
+    """
+    mask = (i[:, None] - low[None, :]).to(tl.uint32) < span[None, :]
     if SEGMENTS:
         mask = mask & (begins[:, None] <= position[None, :])
     return mask
 
 
 @jit
-def _attend(q, keys, values, mask, acc, m, l, SCALE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def span_of(low, high):
+    """high - low as an unsigned number, 0 where high is not above low."""
+    return tl.where(high > low, (high - low).to(tl.uint32), 0)
+
+
+@jit
+def _attend(
+    q, keys, values, i, begins, position, low, span, masked, acc, m, l,
+    SCALE: tl.constexpr, SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
-    if MASKED:
-        logits = tl.where(mask, logits, float("-inf"))
+    if masked:
+        logits = tl.where(visible(i, begins, position, low, span, SEGMENTS), logits, float("-inf"))
     # m starts at a finite number, so a row that has seen nothing gives exp2(-inf) = 0 and not NaN.
     m_new = tl.maximum(m, tl.max(logits, 1) * SCALE)
     p = tl.exp2(logits * SCALE - m_new[:, None])
@@ -116,12 +128,13 @@ def _attend(q, keys, values, mask, acc, m, l, SCALE: tl.constexpr, MASKED: tl.co
 
 @jit
 def _differentiate(
-    q, do, keys, values, mask, dq, lse2, delta, SCALE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):
+    q, do, keys, values, i, begins, position, low, span, masked, dq, lse2, delta,
+    SCALE: tl.constexpr, SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
     p = tl.exp2(logits * SCALE - lse2[:, None])
-    if MASKED:
-        p = tl.where(mask, p, 0.0)
+    if masked:
+        p = tl.where(visible(i, begins, position, low, span, SEGMENTS), p, 0.0)
     dp = tl.dot(do, tl.trans(values), input_precision=PRECISION)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
@@ -129,17 +142,20 @@ def _differentiate(
 
 @jit
 def _meet(
-    q, do, k_head, v_head, row, exists, mask, acc, m, l,
-    K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr, N_BLOCK: tl.constexpr,
-    V_BLOCK: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, DQ: tl.constexpr,
+    q, do, k_head, v_head, row, i, begins, position, low, span, masked, acc, m, l,
+    K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr, SEGMENTS: tl.constexpr,
+    N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr, DQ: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys joins a pass: (acc, m, l) of the online softmax, or if DQ (dq, lse2, delta)."""
-    keys = load_rows(k_head, row, K * N, exists, N, N_BLOCK, MASKED)
-    values = load_rows(v_head, row, K * V, exists, V, V_BLOCK, MASKED)
+    """One tile of keys, in rows that exist, joins a pass: (acc, m, l) of the softmax, or if DQ (dq, lse2, delta)."""
+    keys = load_rows(k_head, row, K * N, None, N, N_BLOCK, False)
+    values = load_rows(v_head, row, K * V, None, V, V_BLOCK, False)
     if DQ:
-        return _differentiate(q, do, keys, values, mask, acc, m, l, SCALE, MASKED, PRECISION), m, l
+        acc = _differentiate(
+            q, do, keys, values, i, begins, position, low, span, masked, acc, m, l, SCALE, SEGMENTS, PRECISION
+        )
+        return acc, m, l
     else:
-        return _attend(q, keys, values, mask, acc, m, l, SCALE, MASKED, PRECISION)
+        return _attend(q, keys, values, i, begins, position, low, span, masked, acc, m, l, SCALE, SEGMENTS, PRECISION)
 
 
 @jit
@@ -150,25 +166,24 @@ def stream(
     RETAINED: tl.constexpr, KEYS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, DQ: tl.constexpr,
 ):  # fmt: skip
-    """All the keys that a tile of queries sees go through the pass."""
+    """All the keys that a tile of queries sees go through the pass.
+
+    The window has one loop, which branches around the mask: a second one would begin with loads to wait for. Retained
+    keys have two, because those without a mask need no expiry. Rows beyond the end of a stream stand for some row that
+    exists, and are masked.
+    """
     group = b * K + h
     lane = tl.arange(0, KEYS)
     k_head = k + b * U * K * N + h * N
     v_head = v + b * U * K * V + h * V
     first, whole, whole_end, end = window_tiles(i_first, i_last, begin_low, begin_high, window, KEYS)
-    for j_first in range(whole, whole_end, KEYS):
+    for j_first in range(first, end, KEYS):
         j = j_first + lane
+        masked = (j_first < whole) | (j_first >= whole_end)
+        span = tl.zeros_like(j).to(tl.uint32) + window
         acc, m, l = _meet(
-            q_tile, do_tile, k_head, v_head, j, None, None, acc, m, l,
-            K, N, V, SCALE, N_BLOCK, V_BLOCK, PRECISION, False, DQ,
-        )  # fmt: skip
-    before = (whole - first) // KEYS
-    for n in range(0, before + tl.cdiv(end - whole_end, KEYS)):
-        j = tl.where(n < before, first + n * KEYS, whole_end + (n - before) * KEYS) + lane
-        mask = visible(i, begins, j, j, j + window, SEGMENTS)
-        acc, m, l = _meet(
-            q_tile, do_tile, k_head, v_head, j, j < U, mask, acc, m, l,
-            K, N, V, SCALE, N_BLOCK, V_BLOCK, PRECISION, True, DQ,
+            q_tile, do_tile, k_head, v_head, tl.minimum(j, U - 1), i, begins, j, j, span, masked, acc, m, l,
+            K, N, V, SCALE, SEGMENTS, N_BLOCK, V_BLOCK, PRECISION, DQ,
         )  # fmt: skip
 
     if RETAINED:
@@ -178,17 +193,16 @@ def stream(
         for c_first in range(first, whole_end, KEYS):
             j = tl.load(index + group * U + c_first + lane)
             acc, m, l = _meet(
-                q_tile, do_tile, k_head, v_head, j, None, None, acc, m, l,
-                K, N, V, SCALE, N_BLOCK, V_BLOCK, PRECISION, False, DQ,
+                q_tile, do_tile, k_head, v_head, j, None, None, None, None, None, False, acc, m, l,
+                K, N, V, SCALE, SEGMENTS, N_BLOCK, V_BLOCK, PRECISION, DQ,
             )  # fmt: skip
         for c_first in range(whole_end, end, KEYS):
             c = c_first + lane
-            j = tl.load(index + group * U + c, mask=c < end, other=0)
-            high = tl.load(expiry + group * U + c, mask=c < end, other=0)
-            mask = visible(i, begins, j, j + window, high, SEGMENTS)
+            j = tl.load(index + group * U + tl.minimum(c, end - 1))
+            high = tl.where(c < end, tl.load(expiry + group * U + tl.minimum(c, end - 1)), 0)
             acc, m, l = _meet(
-                q_tile, do_tile, k_head, v_head, j, c < end, mask, acc, m, l,
-                K, N, V, SCALE, N_BLOCK, V_BLOCK, PRECISION, True, DQ,
+                q_tile, do_tile, k_head, v_head, j, i, begins, j, j + window, span_of(j + window, high), True,
+                acc, m, l, K, N, V, SCALE, SEGMENTS, N_BLOCK, V_BLOCK, PRECISION, DQ,
             )  # fmt: skip
 
     if C > 0:
@@ -197,17 +211,16 @@ def stream(
         v_head = cache_v + b * C * K * V + h * V
         for c_first in range(0, whole_end, KEYS):
             acc, m, l = _meet(
-                q_tile, do_tile, k_head, v_head, c_first + lane, None, None, acc, m, l,
-                K, N, V, SCALE, N_BLOCK, V_BLOCK, PRECISION, False, DQ,
+                q_tile, do_tile, k_head, v_head, c_first + lane, None, None, None, None, None, False, acc, m, l,
+                K, N, V, SCALE, SEGMENTS, N_BLOCK, V_BLOCK, PRECISION, DQ,
             )  # fmt: skip
         for c_first in range(whole_end, end, KEYS):
             c = c_first + lane
             low = tl.load(cache_position + (b * C + c) * K + h, mask=c < end, other=0) + window
             high = tl.load(cache_expiry + (b * C + c) * K + h, mask=c < end, other=0)
-            mask = visible(i, begins, tl.zeros_like(low) + document, low, high, SEGMENTS)
             acc, m, l = _meet(
-                q_tile, do_tile, k_head, v_head, c, c < end, mask, acc, m, l,
-                K, N, V, SCALE, N_BLOCK, V_BLOCK, PRECISION, True, DQ,
+                q_tile, do_tile, k_head, v_head, tl.minimum(c, C - 1), i, begins, tl.zeros_like(low) + document, low,
+                span_of(low, high), True, acc, m, l, K, N, V, SCALE, SEGMENTS, N_BLOCK, V_BLOCK, PRECISION, DQ,
             )  # fmt: skip
     return acc, m, l
 
@@ -294,13 +307,13 @@ class Tiles:
 
 # (pass, padded head size) -> tiles for 16-bit numbers; the rows were measured on an H200.
 TILES = {
-    ("forward", 64): Tiles(128, 64, 4, 3),
+    ("forward", 64): Tiles(64, 64, 4, 3),
     ("forward", 128): Tiles(128, 64, 8, 3),
     ("forward", 256): Tiles(64, 64, 4, 2),
-    ("dq", 64): Tiles(128, 64, 8, 3),
+    ("dq", 64): Tiles(64, 64, 4, 2),
     ("dq", 128): Tiles(64, 64, 4, 2),
     ("dq", 256): Tiles(64, 32, 8, 2),
-    ("dkv", 64): Tiles(64, 64, 4, 2),
+    ("dkv", 64): Tiles(64, 64, 4, 3),
     ("dkv", 128): Tiles(64, 64, 8, 2),
     ("dkv", 256): Tiles(32, 64, 8, 2),
 }
