@@ -8,14 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.benchmarks import peers
 from experiments.benchmarks.cases import Case, Options, Setup
 from experiments.benchmarks.clock import Contender
 from experiments.benchmarks.torch_attention import attend_sdpa, authors_prompt, flex_contenders
-from pallas_kernels.window_attention.api import NEVER, window_attention, window_attention_step
+from pallas_kernels.window_attention.api import NEVER, DecodeCache, window_attention, window_attention_update_step
 
 NAMES = ("o", "dq", "dk", "dv", "dscores")
+REACH = 6  # how many tokens later a score becomes final, as with the router of three convolutions
 LONGEST_CHECKED = 16384  # the float32 path of longer rows takes longer than all else together
 
 
@@ -60,10 +62,19 @@ def cases(tiny: bool) -> list[Case]:
         Case(name, f"{size}, {'forward + backward' if backward else 'forward'}", size.dtype, _bind(size, backward))
         for name, (size, backward) in named.items()
     ]
-    for batch in batches:
-        size = dataclasses.replace(base, B=batch, T=1, kept=budget)
-        make = functools.partial(_decode, size)
-        found.append(Case(f"decode-{batch}", f"decode step, {size}", size.dtype, make))
+    many, few = (
+        dataclasses.replace(base, T=1, kept=budget),
+        dataclasses.replace(base, T=1, kept=budget, H=heads, K=kv_heads),
+    )
+    late = 4 * (base.W + budget) if tiny else 100_000
+    steps = [(f"{batch}", dataclasses.replace(many, B=batch), late) for batch in batches]
+    steps += [(f"{batch}-grouped", dataclasses.replace(few, B=batch), late) for batch in batches]
+    steps += [
+        (f"{batch}-step-{at}", dataclasses.replace(many, B=batch), at) for batch in batches[::2] for at in (100, 2_000)
+    ]
+    for name, size, position in steps:
+        make = functools.partial(_decode, size, position)
+        found.append(Case(f"decode-{name}", f"decode step at position {position}, {size}", size.dtype, make))
     return found
 
 
@@ -176,47 +187,74 @@ def _mark(contender: Contender, same: bool) -> Contender:
     return dataclasses.replace(contender, other=True, values=None, note="another pattern: for orientation")
 
 
-def _decode(size: Size, options: Options) -> Setup:
-    """The step over full ring and store; every slot is valid, as after a long prompt."""
-    groups = (size.W, size.kept or 0)
+def _decode(size: Size, position: int, options: Options) -> Setup:
+    """One token goes into ring and store, as ``position`` tokens leave them; each call is one further on."""
+    ring, slots = size.W + 1, size.kept or 1
+    stored = min(slots, max(position - ring, 0))
 
     @jax.jit
     def make(key: jax.Array) -> Any:
-        keys = iter(jax.random.split(key, 5))
-        q = jax.random.normal(next(keys), (size.B, size.H, size.N)).astype(size.dtype)
-        held = [
-            tuple(jax.random.normal(next(keys), (size.B, slots, size.K, size.N)).astype(size.dtype) for slots in groups)
-            for _ in range(2)
-        ]
-        return q, *held
+        def normal(*shape: int) -> Any:
+            return jax.random.normal(next(keys), shape).astype(size.dtype)
 
-    q, k, v = make(jax.random.key(options.seed))
-    valid = tuple(jnp.full((size.B, size.K), slots, jnp.int32) for slots in groups)
+        keys = iter(jax.random.split(key, 10))
+        token = (normal(size.B, size.H, size.N), normal(size.B, size.K, size.N), normal(size.B, size.K, size.N))
+        score = jax.random.uniform(next(keys), (size.B, size.K), minval=0.1)
+        slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None, :, None], (size.B, slots, size.K))
+        cache = DecodeCache(
+            normal(size.B, ring, size.K, size.N),
+            normal(size.B, ring, size.K, size.N),
+            jax.random.uniform(next(keys), (size.B, ring, size.K), minval=0.1),
+            normal(size.B, slots, size.K, size.N),
+            normal(size.B, slots, size.K, size.N),
+            jnp.where(slot < stored, slot, -1),
+            jnp.where(slot < stored, jax.random.uniform(next(keys), slot.shape), -jnp.inf),
+        )
+        return (*token, score), cache, jnp.full(size.B, position, jnp.int32)
 
-    def step(name: str, *arrays: Any) -> Any:
-        return window_attention_step(*arrays, valid, implementation=name)
+    def step(name: str, cache: Any, length: Any, *token: Any) -> Any:
+        o, cache = window_attention_update_step(*token, cache, length, sinks=4, reach=REACH, implementation=name)
+        return o, cache, length + 1
+
+    token, cache, length = make(jax.random.key(options.seed))
 
     def ours(name: str) -> Contender:
-        return peers.jax_contender(name, functools.partial(step, name), (q, k, v), None, ("o",))
+        held = [*jax.tree.map(jnp.copy, (cache, length))]
+        program = jax.jit(functools.partial(step, name), donate_argnums=(0, 1))
+        compiled = program.lower(*held, *token).compile()
+
+        def call() -> Any:
+            o, *held[:] = compiled(*held, *token)
+            return o
+
+        def first(_: Any) -> dict[str, Any]:
+            return {"o": np.asarray(compiled(*jax.tree.map(jnp.copy, (cache, length)), *token)[0], np.float32)}
+
+        return Contender(name, call, first, note="cache in place, token taken in")
 
     def reference() -> dict[str, Any]:
         with jax.default_matmul_precision("highest"):
-            wide = jax.tree.map(lambda x: x.astype(jnp.float32), (q, k, v))
-            contender = peers.jax_contender("", functools.partial(step, "xla"), wide, None, ("o",))
-            assert contender.values is not None
-            return contender.values(contender.call())
+            wide = jax.tree.map(
+                lambda x: x.astype(jnp.float32) if x.dtype == size.dtype else x, (cache, length, *token)
+            )
+            return {"o": np.asarray(jax.jit(functools.partial(step, "xla"))(*wide)[0])}
 
     def dense() -> Contender:
         torch = peers.torch_on_gpu()
-        joined = [jnp.concatenate(x, axis=1) for x in (k, v)]
-        one, keys, values = peers.to_torch(q[:, None], *joined)
+        seen = (min(position + 1, ring), stored or 1)
+        pairs = ((cache.ring_k, cache.store_k), (cache.ring_v, cache.store_v))
+        joined = [jnp.concatenate([x[:, :n] for x, n in zip(pair, seen, strict=True)], axis=1) for pair in pairs]
+        one, keys, values = peers.to_torch(token[0][:, None], *joined)
 
         def forward(*tensors: Any) -> Any:
             moved = (x.transpose(1, 2) for x in tensors)
             attend = torch.nn.functional.scaled_dot_product_attention
             return attend(*moved, enable_gqa=size.H != size.K).transpose(1, 2)[:, 0]
 
-        return peers.torch_contender("torch: dense slots", forward, (one, keys, values), None, ("o",))
+        contender = peers.torch_contender("torch: dense slots", forward, (one, keys, values), None, ("o",))
+        return dataclasses.replace(contender, other=True, values=None, note="attention alone over as many slots")
 
-    moved = 2 * q.nbytes + sum(x.nbytes for x in (*k, *v))
+    item = token[0].dtype.itemsize
+    slots_read = min(position + 1, ring) + stored
+    moved = 2 * token[0].nbytes + size.B * size.K * (2 * slots_read * size.N * item + slots * 8)
     return Setup(ours, {"torch: dense slots": dense}, reference, moved)
