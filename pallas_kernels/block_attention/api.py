@@ -10,6 +10,9 @@ r"""What block attention (native sparse attention) computes, which arguments it 
 ``attend(case, q, k, v, pooled_k, pooled_v, position) -> (o_compressed, o_selected)``
     The same for queries at ``position`` [B,T] (-1: padding) of the one document of their row, whose U tokens are keys
     and whose complete blocks are pooled already: the cached form, where ``case.cached`` is set.
+``step(case, q, k, v, gates, cache, active, window) -> (o, cache)``
+    Optional: the whole operation for T = 1, cache and window branch included. ``active`` [B] int32, 0 for padding, or
+    None: all are tokens.
 
 All of them work under ``vmap``.
 
@@ -144,6 +147,9 @@ def block_attention_extend(
     """
     case = _check(q, k, v, gates, segment_ids, window, block_size, block_counts, scale, cache)
     module = OPERATION.select(implementation, case)
+    if case.T == 1 and hasattr(module, "step"):
+        active = None if segment_ids is None else (segment_ids[:, 0] > 0).astype(jnp.int32)
+        return _call(module, "step", case)(q, k, v, gates, cache, active, window)
     before = cache.length
     valid = None if segment_ids is None else segment_ids > 0
     cache, position = append(cache, k, v, valid, block_size)

@@ -1,8 +1,8 @@
 """Block attention in triton.language, through jax-triton: the forward pass and the cached form.
 
 Two kernels. The first owns a tile of query tokens with all heads of one KV head: attention over block means, then the
-blocks again for their importance, of which a running list keeps the best; no importance is written out. The second
-reads, for the same tile, each block that any of its tokens selected once, and masks the tokens that did not.
+blocks again for their importance, of which it keeps the best; importances are in memory for the tiles under way alone.
+The second reads, for the same tile, each block that any of its tokens selected once, and masks the tokens that did not.
 """
 
 from __future__ import annotations
@@ -65,10 +65,19 @@ def finish(o, lse, acc, m, l, token, head, exists, H: tl.constexpr, V: tl.conste
 
 
 @jit
-def candidate(importance, number):
-    """One integer that orders blocks: the importance's bits (not negative, so they order as integers do), then the
-    number counted down, so that of equal ones the smaller number wins."""
-    return (importance.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - number).to(tl.int64)
+def chosen(bits, wanted, ROWS: tl.constexpr):
+    """Which columns of each row [ROWS, columns] are the ``wanted`` [ROWS] largest; of equal ones, the first.
+
+    bits: those of numbers that are not negative, which order as integers do; -1 is no candidate. The largest bound that
+    enough of them reach is found bit by bit: counts alone, where a sort would move every number.
+    """
+    bound = tl.zeros([ROWS], tl.int32)
+    for i in range(31):
+        trial = bound | (1 << (30 - i))
+        bound = tl.where(tl.sum((bits >= trial[:, None]).to(tl.int32), 1) >= wanted, trial, bound)
+    above, at = bits > bound[:, None], bits == bound[:, None]
+    left = wanted - tl.sum(above.to(tl.int32), 1)
+    return above | (at & (tl.cumsum(at.to(tl.int32), 1) <= left[:, None]))
 
 
 @jit
@@ -84,44 +93,12 @@ def importances(
 
 
 @jit
-def _select_kernel(
-    q,
-    pooled_k,
-    pooled_v,
-    position,
-    base,
-    T,
-    o,
-    lse,
-    indices,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    N: tl.constexpr,
-    V: tl.constexpr,
-    S: tl.constexpr,
-    M: tl.constexpr,
-    SCALE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    N_BLOCK: tl.constexpr,
-    V_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first_token = tl.program_id(0) * TOKENS
-    q += batch * T * (H * N)
-    o += batch * T * (H * V)
-    lse += batch * T * H
-    indices += batch * T * (K * M)
-    position += batch * T
-    base += batch * T
-    pooled_k += (batch * C * K + head) * N
-    pooled_v += (batch * C * K + head) * V
-
+def _look(
+    q, pooled_k, pooled_v, position, base, first_token, T, C, head, o, lse, scratch, H: tl.constexpr, K: tl.constexpr,
+    G: tl.constexpr, N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr,
+    HEADS: tl.constexpr, BLOCKS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The compressed branch of a tile of tokens; leaves the importance of each visible block in scratch [TOKENS, C]."""
     token, query_head, exists = tile_rows(first_token, T, head, TOKENS, HEADS, G)
     row_base, row_end, lowest, highest = visible_means(position, base, token, T, C, S, BLOCKS)
     queries = load_heads(q, token, query_head, exists, H, N, N_BLOCK)
@@ -135,28 +112,61 @@ def _select_kernel(
         mask = (entry[None, :] >= row_base[:, None]) & (entry[None, :] < row_end[:, None])
         acc, m, l = online(queries, keys, values, mask, acc, m, l, SCALE, PRECISION)
     log_sum = finish(o, lse, acc, m, l, token, query_head, exists, H, V, V_BLOCK)
-
-    # Second look: the blocks before the token's own, which comes first because it may be incomplete and in no table.
-    t = first_token + tl.arange(0, TOKENS)
-    t_base = tl.load(base + t, mask=t < T, other=0)
-    t_position = tl.load(position + t, mask=t < T, other=-1)
-    current = tl.where(t_position >= 0, t_position // S, -1)[:, None]
-    slot = tl.arange(0, SLOTS)[None, :]
-    own = candidate(tl.full([TOKENS, SLOTS], G, tl.float32), current)
-    best = tl.where((slot == 0) & (current >= 0), own, -1)
+    line = tl.arange(0, TOKENS)[:, None]
     for start in range(lowest, highest, BLOCKS):
         entry = start + tl.arange(0, BLOCKS)
         keys = load_keys(pooled_k, entry, C, K, N, N_BLOCK)
         mask = (entry[None, :] >= row_base[:, None]) & (entry[None, :] < row_end[:, None]) & exists[:, None]
         importance = importances(queries, keys, log_sum, mask, TOKENS, HEADS, G, SCALE, PRECISION)
-        number = entry[None, :] - t_base[:, None]
-        importance = tl.where((number == 0) | (number == current - 1), G * 1.0, importance)
-        key = tl.where((number >= 0) & (number < current), candidate(importance, number), -1)
-        better = tl.reshape(tl.join(best, tl.topk(key, SLOTS)), [TOKENS, 2 * SLOTS])
-        best = tl.topk(better, SLOTS)
-    number = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
-    pointer = indices + (t[:, None] * K + head) * M + slot
-    tl.store(pointer, tl.where(best < 0, -1, number), mask=(t < T)[:, None] & (slot < M))
+        tl.store(scratch + line * C + entry[None, :], importance, mask=(entry < C)[None, :])
+
+
+@jit
+def _select_kernel(
+    q, pooled_k, pooled_v, position, base, T, C, tiles, o, lse, indices, scratch, C_BLOCK: tl.constexpr,
+    PICK: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, N: tl.constexpr, V: tl.constexpr,
+    S: tl.constexpr, M: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    BLOCKS: tl.constexpr, SLOTS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # A program takes one tile after another, so that the scratch for importances does not grow with the tokens.
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    q += batch * T * (H * N)
+    o += batch * T * (H * V)
+    lse += batch * T * H
+    indices += batch * T * (K * M)
+    position += batch * T
+    base += batch * T
+    pooled_k += (batch * C * K + head) * N
+    pooled_v += (batch * C * K + head) * V
+    scratch += ((batch * K + head) * tl.num_programs(0) + tl.program_id(0)) * TOKENS * C
+    entry, slot = tl.arange(0, C_BLOCK)[None, :], tl.arange(0, SLOTS)[None, :]
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        _look(
+            q, pooled_k, pooled_v, position, base, tile * TOKENS, T, C, head, o, lse, scratch, H, K, G, N, V, S, SCALE,
+            TOKENS, HEADS, BLOCKS, N_BLOCK, V_BLOCK, PRECISION,
+        )  # fmt: skip
+        tl.debug_barrier()  # what other threads left in scratch is read below
+        for line in range(0, TOKENS, PICK):
+            row = line + tl.arange(0, PICK)
+            t = tile * TOKENS + row
+            number = entry - tl.load(base + t, mask=t < T, other=0)[:, None]
+            at = tl.load(position + t, mask=t < T, other=-1)
+            current = tl.where(at >= 0, at // S, -1)
+            earlier = (number >= 0) & (number < current[:, None])
+            forced = (number == 0) | (number == current[:, None] - 1)
+            value = tl.load(scratch + row[:, None] * C + entry, mask=earlier & (entry < C), other=0.0)
+            bits = tl.where(earlier, tl.where(forced, G * 1.0, value).to(tl.int32, bitcast=True), -1)
+            # The token's own block may be incomplete and so in no table: it has the most there is and the last number.
+            most = tl.full([PICK, C_BLOCK], G, tl.float32).to(tl.int32, bitcast=True)
+            own = (at >= 0) & (tl.sum((bits == most).to(tl.int32), 1) < M)
+            take = chosen(bits, M - own.to(tl.int32), PICK)
+            pointer = indices + (t * K + head)[:, None] * M
+            place = tl.cumsum(take.to(tl.int32), 1)
+            tl.store(pointer + place - 1, number, mask=take)
+            count = tl.sum(take.to(tl.int32), 1)[:, None]
+            last = tl.where((slot == count) & own[:, None], current[:, None], -1)
+            tl.store(pointer + slot, last, mask=(t < T)[:, None] & (slot >= count) & (slot < M))
+        tl.debug_barrier()  # and only then written again
 
 
 @jit
@@ -171,6 +181,7 @@ def _selected_kernel(
     count,
     T,
     U,
+    L,
     o,
     lse,
     H: tl.constexpr,
@@ -179,7 +190,6 @@ def _selected_kernel(
     N: tl.constexpr,
     V: tl.constexpr,
     S: tl.constexpr,
-    L: tl.constexpr,
     SCALE: tl.constexpr,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -220,9 +230,11 @@ def _selected_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Block means read at a time, warps and stages of both kernels."""
+    """Block means read at a time, programs for the selection and numbers that it holds, warps and stages."""
 
     blocks: int = 64
+    programs: int = 1056
+    numbers: int = 4096
     select_warps: int = 4
     select_stages: int = 2
     warps: int = 4
@@ -271,6 +283,13 @@ def backward(*arguments: Any) -> Any:
     return run(*arguments)
 
 
+def step(*arguments: Any) -> Any:
+    """See ``triton_step.step``."""
+    from pallas_kernels.block_attention.triton_step import step as run
+
+    return run(*arguments)
+
+
 def _forward(q: Array, k: Array, v: Array, layout: Layout | None, *, case: Any) -> Any:
     case = dataclasses.replace(case, B=q.shape[0])
     pooled_k, pooled_v = pool(k, layout, case.block_size), pool(v, layout, case.block_size)
@@ -298,26 +317,32 @@ def _both(
 def select(
     case: Any, q: Array, pooled_k: Array, pooled_v: Array, layout: Layout
 ) -> tuple[Array, Float32[Array, "B T H"], Int32[Array, "B T K M"]]:
-    """The compressed branch, its logsumexp, and the selected block numbers (best first, -1 fills up)."""
-    M = slots(case)
+    """The compressed branch, its logsumexp, and the selected block numbers (ascending, -1 fills up)."""
+    M, C = slots(case), pooled_k.shape[1]
     constants = shared_constants(case)
-    return triton_call(
+    tiles = ceil_div(case.T, constants["TOKENS"])
+    programs = min(tiles, ceil_div(TILES.programs, case.B * case.K))
+    C_BLOCK = power_of_2(C, 16)
+    *results, _ = triton_call(
         _select_kernel,
-        *(q, pooled_k, pooled_v, layout.position, layout.base, case.T),
+        *(q, pooled_k, pooled_v, layout.position, layout.base, case.T, C, tiles),
         out_shape=(
             jax.ShapeDtypeStruct((case.B, case.T, case.H, case.V), q.dtype),
             jax.ShapeDtypeStruct((case.B, case.T, case.H), jnp.float32),
             jax.ShapeDtypeStruct((case.B, case.T, case.K, M), jnp.int32),
+            jax.ShapeDtypeStruct((case.B, case.K, programs, constants["TOKENS"], C), jnp.float32),
         ),
-        grid=(ceil_div(case.T, constants["TOKENS"]), case.K, case.B),
+        grid=(programs, case.K, case.B),
         num_warps=TILES.select_warps,
         num_stages=TILES.select_stages,
-        C=pooled_k.shape[1],
+        C_BLOCK=C_BLOCK,
+        PICK=max(1, min(constants["TOKENS"], TILES.numbers // C_BLOCK)),
         M=M,
         SLOTS=power_of_2(M, 2),
         BLOCKS=TILES.blocks,
         **constants,
     )
+    return tuple(results)
 
 
 def selected(
@@ -326,7 +351,8 @@ def selected(
     """The selected branch and its logsumexp."""
     return triton_call(
         _selected_kernel,
-        *(q, k, v, layout.start, layout.position, together.first, together.bits, together.size, case.T, case.U),
+        *(q, k, v, layout.start, layout.position, together.first, together.bits, together.size),
+        *(case.T, case.U, together.first.shape[-1]),
         out_shape=(
             jax.ShapeDtypeStruct((case.B, case.T, case.H, case.V), q.dtype),
             jax.ShapeDtypeStruct((case.B, case.T, case.H), jnp.float32),
@@ -334,6 +360,5 @@ def selected(
         grid=(together.size.shape[-1], case.K, case.B),
         num_warps=TILES.warps,
         num_stages=TILES.stages,
-        L=together.first.shape[-1],
         **shared_constants(case),
     )

@@ -58,9 +58,9 @@ def _pieces_kernel(
     begin,
     end,
     T,
+    E,
     dk,
     dv,
-    E: tl.constexpr,
     GRADIENT_SCALE: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -111,9 +111,8 @@ def _sum_kernel(
     first,
     ordinal,
     T,
+    P,
     total,
-    BLOCKS: tl.constexpr,
-    P: tl.constexpr,
     K: tl.constexpr,
     S: tl.constexpr,
     SIZE: tl.constexpr,
@@ -121,7 +120,7 @@ def _sum_kernel(
 ):
     """Adds the pieces of a block in order; writes the tokens of the block alone."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    edge = pieces + (batch * K + head) * (BLOCKS + 1) + block
+    edge = pieces + (batch * K + head) * (tl.num_programs(0) + 1) + block
     at, stop = tl.load(edge), tl.load(edge + 1)
     if at < stop:
         row, n = tl.arange(0, S), tl.arange(0, BLOCK)
@@ -149,9 +148,9 @@ def _means_kernel(
     first,
     T,
     tokens_each,
+    C,
     dk,
     dv,
-    C: tl.constexpr,
     BLOCKS: tl.constexpr,
     GRADIENT_SCALE: tl.constexpr,
     H: tl.constexpr,
@@ -268,12 +267,11 @@ def _selected_keys(
     constants = shared_constants(case)
     partial = triton_call(
         _pieces_kernel,
-        *(q, k, v, do, lse, delta, lists.token, lists.first, lists.begin, lists.end, T),
+        *(q, k, v, do, lse, delta, lists.token, lists.first, lists.begin, lists.end, T, lists.token.shape[-1]),
         out_shape=[jax.ShapeDtypeStruct((B, K, P, S, size), jnp.float32) for size in (case.N, case.V)],
         grid=(P, K, B),
         num_warps=TILES.warps,
         num_stages=TILES.stages,
-        E=lists.token.shape[-1],
         GRADIENT_SCALE=case.scale,
         **constants,
     )
@@ -282,11 +280,9 @@ def _selected_keys(
     dk, dv = (
         triton_call(
             _sum_kernel,
-            *(part, lists.pieces, lists.first, ordinal, T),
+            *(part, lists.pieces, lists.first, ordinal, T, P),
             out_shape=jax.ShapeDtypeStruct((B, T, K, size), jnp.float32),
             grid=(blocks, K, B),
-            BLOCKS=blocks,
-            P=P,
             K=K,
             S=S,
             SIZE=size,
@@ -309,12 +305,11 @@ def _means(
     shape = (case.B, case.K, parts, chunks * TILES.blocks)
     partial = triton_call(
         _means_kernel,
-        *(q, *pooled, do, lse, delta, place.position, place.base, place.first_token, case.T, tokens_each),
+        *(q, *pooled, do, lse, delta, place.position, place.base, place.first_token, case.T, tokens_each, C),
         out_shape=[jax.ShapeDtypeStruct((*shape, size), jnp.float32) for size in (case.N, case.V)],
         grid=(chunks, parts, case.B * case.K),
         num_warps=TILES.warps,
         num_stages=TILES.stages,
-        C=C,
         BLOCKS=TILES.blocks,
         GRADIENT_SCALE=case.scale,
         **constants,

@@ -44,7 +44,7 @@ def load_keys(base, token, end, K: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.c
 
 
 @jit
-def visible_means(position, base, token, T, C: tl.constexpr, S: tl.constexpr, BLOCKS: tl.constexpr):
+def visible_means(position, base, token, T, C, S: tl.constexpr, BLOCKS: tl.constexpr):
     """(first, end) of the table entries that each row sees, and (lowest, highest) for the tile, in steps of BLOCKS."""
     begin = tl.load(base + token, mask=token < T, other=0)
     end = begin + (tl.load(position + token, mask=token < T, other=-1) + 1) // S

@@ -227,6 +227,28 @@ def test_any_split_gives_the_whole(pieces, implementation):
     assert np.all(np.asarray(cache.length) == T)
 
 
+def test_single_tokens_complete_blocks(implementation):
+    """Steps behind two prompts of which one ends just before a block does: its mean counts at once."""
+    S = 4 if implementation == "xla" else 16
+    options = dict(block_size=S, block_counts=4, window=7)
+    lengths = (5 * S - 2, 3 * S + 1)
+    T = max(lengths) + 4
+    arrays = draw(13, 2, T, 6, 2, 8, 5)
+    whole, _ = expected(arrays, None, options)
+    extend = extender(tuple(options.items()), implementation)
+    cache = init_block_cache(2, 6 * S - 1, 2, 8, 5, S, jnp.float32)
+    real = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    _, cache = extend(*(x[:, : max(lengths)] for x in arrays), cache, segment_ids=jnp.asarray(real, jnp.int32))
+    for _ in range(4):
+        at = np.asarray(cache.length)
+        o, cache = extend(*(x[np.arange(2), at][:, None] for x in arrays), cache)
+        assert_close(o[:, 0], whole[np.arange(2), at], "block attention")
+    k = np.asarray(arrays[1], np.float64)
+    for b, blocks in enumerate(np.asarray(cache.length) // S):
+        means = k[b, : blocks * S].reshape(blocks, S, 2, 8).mean(1)
+        assert_close(cache.pooled_k[b, :blocks], means, "block attention")
+
+
 def test_rows_that_are_all_padding_leave_the_cache_alone(implementation):
     S = 4 if implementation == "xla" else 16
     options = dict(block_size=S, block_counts=3, window=6)
