@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import UnsupportedCase
-from pallas_kernels.gated_delta_rule import pallas_scan, pallas_within
+from pallas_kernels.gated_delta_rule import pallas_bwd, pallas_gradients, pallas_scan, pallas_within
 from pallas_kernels.gated_delta_rule.pallas_tiles import CHUNK
 
 
@@ -38,3 +38,20 @@ def forward(q, k, v, g, beta, runs, initial_state, *, scale, normalize, return_u
     )
     updates = (r.astype(jnp.float32) * beta[..., None])[:, :T] if return_updates else None
     return o[:, :T], final_state, updates, (gates, inverse, scores, factors, r, states)
+
+
+def backward(q, k, v, g, beta, runs, initial_state, residuals, do, dfinal_state, *, scale, normalize):
+    """dq, dk, dv, dg, dbeta, dinitial_state; the protocol is in ``api``. v itself is not needed: r stands for it."""
+    del v, g, beta
+    gates, inverse, scores, factors, r, states = residuals
+    T = q.shape[1]
+    groups = (*q.shape[:3], -1, q.shape[3])
+    q, k, do = (_whole_chunks(x) for x in (q, k, do))
+    dstates, dv, dinitial = pallas_bwd.scan_back(q, k, do, inverse, scores, factors, dfinal_state)
+    gradients = pallas_gradients.gradients_within(
+        q, k, gates, factors, r, do, dv, states, dstates, scale=scale, runs=runs is not None
+    )
+    dq, dk, dv, dg, dbeta = (x[:, :T] for x in (*gradients[:2], dv, *gradients[2:]))
+    if dq.dtype != q.dtype:
+        dq, dk = (x.reshape(groups).sum(3).astype(q.dtype) for x in (dq, dk))
+    return dq, dk, dv, dg, dbeta, None if initial_state is None else dinitial

@@ -88,6 +88,7 @@ def _carry_state(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) ->
         k, inverse, factors = m.k_s.at[slot], m.inverse_s.at[slot], m.by_column.at[slot]
         read = plgpu.load(factors.at[t.READ_K], layout=COLUMNS)
         write = plgpu.load(factors.at[t.WRITE], layout=COLUMNS)
+        carry = m.by_column[slot, t.CARRY, 0]
         v = plgpu.load(m.v_s.at[slot].T, layout=WGMMA).astype(jnp.float32)
         y = v - t.product(t.left(low, room_state), k.T, tokens) * t.along_columns(read, tokens)
         # The inverse's rows can add many almost cancelling y: 8 more bits of y keep the bound on the error.
@@ -98,7 +99,7 @@ def _carry_state(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) ->
         plgpu.commit_smem()
         plgpu.barrier_arrive(m.published.at[half])
         written = (r * t.along_columns(write, tokens)).astype(dtype)
-        state = t.product(t.left(written, room), k, shape, state * m.by_column[slot, t.CARRY, 0])
+        state = t.product(t.left(written, room), k, shape, state * carry)
         plgpu.barrier_arrive(m.used.at[slot])
         return state
 
@@ -124,9 +125,9 @@ def _form_outputs(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) -
         read = plgpu.load(m.by_row.at[slot, t.READ_Q], layout=ROWS)
         o = t.product(m.q_s.at[slot], m.states_s.at[half].T, shape)
         o = t.product(m.scores_s.at[slot], m.r_s.at[half], shape, o * t.along_rows(read, shape))
-        plgpu.barrier_arrive(m.used.at[slot])
         m.o_s.at[half][...] = o.astype(dtype)
         plgpu.commit_smem()
+        plgpu.barrier_arrive(m.used.at[slot])
         plgpu.copy_smem_to_gmem(m.o_s.at[half], m.o.at[b, rows, h, columns])
         # All but the copy of o have read their buffers, as has the copy of the o before this one.
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)

@@ -1,0 +1,165 @@
+"""The reverse scan of the gated delta rule's backward pass (Pallas, Mosaic GPU).
+
+With the forward pass's A, P, factors, r and state S before the chunk, D the gradient of the state after it, and dy that
+of y = v - read_k k S (which is dv):
+
+    w  = P^T do + write k D
+    dy = A^T w
+    D <- carry D + (read_q q)^T do - (read_k k)^T dy
+
+A program has 64 columns of the values and carries D transposed, [64,N], as ``pallas_scan`` does S; what remains can be
+computed for every chunk at once (``pallas_gradients``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.gated_delta_rule import pallas_tiles as t
+from pallas_kernels.gated_delta_rule.pallas_scan import BLOCK_V
+from pallas_kernels.gated_delta_rule.pallas_tiles import CHUNK, COLUMNS, SQUARE, WGMMA
+
+
+def stages_for(head_size: int) -> int:
+    """Chunks of inputs in shared memory."""
+    return {64: 4, 128: 3, 256: 1}[head_size]
+
+
+def _copies(m: Any, *, chunks: int, stages: int, place: Any) -> None:
+    """The warpgroup that brings every chunk's inputs, the last chunk first."""
+    plgpu.set_max_registers(40, action="decrease")
+    b, h, hk, columns = place
+
+    def bring(step, slot):
+        n = chunks - 1 - step
+        rows, full = pl.ds(n * CHUNK, CHUNK), m.full.at[slot]
+        plgpu.copy_gmem_to_smem(m.k.at[b, rows, hk], m.k_s.at[slot], full)
+        plgpu.copy_gmem_to_smem(m.do.at[b, rows, h, columns], m.do_s.at[slot], full)
+        plgpu.copy_gmem_to_smem(m.scores.at[b, h, n], m.scores_s.at[slot], full)
+        plgpu.copy_gmem_to_smem(m.factors.at[b, h, n], m.factors_s.at[slot], full)
+        plgpu.copy_gmem_to_smem(m.inverse.at[b, h, n], m.inverse_s.at[slot], full)
+        plgpu.copy_gmem_to_smem(m.q.at[b, rows, hk], m.q_s.at[slot], full)
+
+    for step in range(min(stages, chunks)):
+        bring(step, step)
+
+    @pl.loop(stages, chunks)
+    def _(step):
+        slot = jax.lax.rem(step, jnp.int32(stages))
+        plgpu.barrier_wait(m.used.at[slot])
+        bring(step, slot)
+
+    for step in range(max(chunks - stages, 0), chunks):
+        plgpu.barrier_wait(m.used.at[step % stages])
+
+
+def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) -> None:
+    """The warpgroup that carries the gradient of the state."""
+    b, h, _, columns = place
+    size = m.k_s.shape[-1]
+    shape, tokens = (BLOCK_V, size), (BLOCK_V, CHUNK)
+    room_state, room = getattr(m, "spare_state", None), getattr(m, "spare", None)
+
+    def retreat(step, dstate):
+        n, slot, half = chunks - 1 - step, jax.lax.rem(step, jnp.int32(stages)), jax.lax.rem(step, jnp.int32(2))
+        low = dstate.astype(dtype)
+        # All but the copies of the step before have read their buffers.
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        m.dstates_s.at[half][...] = low
+        plgpu.barrier_wait(m.full.at[slot])
+        q, k, do, inverse = m.q_s.at[slot], m.k_s.at[slot], m.do_s.at[slot], m.inverse_s.at[slot]
+        read_k, read_q, write = (
+            t.along_columns(plgpu.load(m.factors_s.at[slot, x], layout=COLUMNS), tokens)
+            for x in (t.READ_K, t.READ_Q, t.WRITE)
+        )
+        carry = m.factors_s[slot, t.CARRY, 0]
+        w = t.product(t.left(low, room_state), k.T, tokens) * write
+        w = t.product(do.T, m.scores_s.at[slot], tokens, w)
+        # The inverse's columns can add many almost cancelling w: 8 more bits of w keep the bound on the error.
+        high, rest = t.split(w, dtype)
+        dy = t.product(t.left(high, room), inverse, tokens)
+        dy = t.product(t.left(rest, room), inverse, tokens, dy)
+        m.dv_s.at[half].T[...] = dy.astype(dtype)
+        read = (plgpu.load(do.T, layout=WGMMA).astype(jnp.float32) * read_q).astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(m.dv_s.at[half], m.dv.at[b, pl.ds(n * CHUNK, CHUNK), h, columns], commit_group=False)
+        plgpu.copy_smem_to_gmem(m.dstates_s.at[half], m.dstates.at[b, h, n, columns], commit_group=False)
+        plgpu.commit_smem_to_gmem_group()
+        dstate = t.product(t.left(read, room), q, shape, dstate * carry)
+        erased = (dy * -read_k).astype(dtype)
+        dstate = t.product(t.left(erased, room), k, shape, dstate)
+        plgpu.barrier_arrive(m.used.at[slot])
+        return dstate
+
+    dstate = plgpu.load(m.dfinal.at[b, h, columns], layout=WGMMA, optimized=False)
+    m.dinitial[b, h, columns] = jax.lax.fori_loop(0, chunks, retreat, dstate)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _body(m: Any, *, chunks: int, stages: int, group: int, dtype: Any) -> None:
+    b, h, block = (jax.lax.axis_index(name) for name in ("b", "h", "block"))
+    place = (b, h, jax.lax.div(h, jnp.int32(group)), pl.ds(block * BLOCK_V, BLOCK_V))
+    warpgroup = jax.lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == 0)
+    def _():
+        plgpu.set_max_registers(240, action="increase")
+        _carry_gradient(m, chunks=chunks, stages=stages, place=place, dtype=dtype)
+
+    @pl.when(warpgroup == 1)
+    def _():
+        _copies(m, chunks=chunks, stages=stages, place=place)
+
+    plgpu.barrier_arrive(m.end)
+    plgpu.barrier_wait(m.end)
+
+
+def scan_back(
+    q: jax.Array,
+    k: jax.Array,
+    do: jax.Array,
+    inverse: jax.Array,
+    scores: jax.Array,
+    factors: jax.Array,
+    dfinal_state: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(gradient of the state after each chunk, transposed [B,H,chunks,V,N]; dv [B,T,H,V]; dinitial_state)."""
+    B, T, K, N = k.shape
+    H, V = do.shape[2:]
+    chunks, stages, dtype = T // CHUNK, stages_for(N), k.dtype
+    results = t.launch(
+        "gated_delta_rule_scan_back",
+        lambda m: _body(m, chunks=chunks, stages=stages, group=H // K, dtype=dtype),
+        inputs={
+            "q": q, "k": k, "do": do, "inverse": inverse, "scores": scores, "factors": factors,
+            "dfinal": jnp.swapaxes(dfinal_state, 2, 3),
+        },
+        outputs={
+            "dstates": jax.ShapeDtypeStruct((B, H, chunks, V, N), dtype),
+            "dv": jax.ShapeDtypeStruct(do.shape, dtype),
+            "dinitial": jax.ShapeDtypeStruct((B, H, V, N), jnp.float32),
+        },
+        scratch={
+            "q_s": t.buffer((stages, CHUNK, N), dtype),
+            "k_s": t.buffer((stages, CHUNK, N), dtype),
+            "do_s": t.buffer((stages, CHUNK, BLOCK_V), dtype),
+            "inverse_s": t.buffer((stages, *SQUARE), dtype),
+            "scores_s": t.buffer((stages, *SQUARE), dtype),
+            "factors_s": plgpu.SMEM((stages, t.FACTORS, CHUNK), jnp.float32),
+            "dstates_s": t.buffer((2, BLOCK_V, N), dtype),
+            "dv_s": t.buffer((2, CHUNK, BLOCK_V), dtype),
+            "full": plgpu.Barrier(num_arrivals=6, num_barriers=stages),
+            "used": plgpu.Barrier(num_barriers=stages),
+            "end": plgpu.Barrier(num_arrivals=2),
+            **t.spare((BLOCK_V, CHUNK), dtype),
+            **t.spare((BLOCK_V, N), dtype, "spare_state"),
+        },
+        grid={"b": B, "h": H, "block": V // BLOCK_V},
+        warpgroups=2,
+    )  # fmt: skip
+    return results["dstates"], results["dv"], jnp.swapaxes(results["dinitial"], 2, 3)

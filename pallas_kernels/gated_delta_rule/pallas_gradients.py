@@ -1,0 +1,264 @@
+"""The gradients of one chunk, from the states at its ends (Pallas, Mosaic GPU).
+
+With E = do r^T and F = dy r^T over the pairs of tokens, and W_ij = exp(c_i - c_j) beta_j times the inverse norms and the
+scale, so that raw q and k stand in all products:
+
+    Q = W E (i >= j),  M = -W F (i > j)
+    dq' = read_q do S^T + Q k
+    dk' = -read_k dy S^T + write r D^T + Q^T q + (M + M^T) k
+
+where dq' and dk' are the gradients of the normalised rows times their inverse norms: dq = dq' - q (q.dq') / |q|^2.
+E_ij q_i.k_j and F_ij k_i.k_j without beta sum to dbeta by columns; with it they are the gradients of c_i - c_j, and dg_t
+is their sum over the pairs i >= t > j.
+
+One warpgroup forms E, F, Q, M and dq, another dk; both read the states 64 values at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.gated_delta_rule import pallas_tiles as t
+from pallas_kernels.gated_delta_rule.pallas_tiles import CHUNK, COLUMNS, ROWS, SQUARE, WGMMA
+
+BLOCK_V = 64
+STAGES = 2
+# Of the vectors that the warpgroup of dk hands over.
+DREAD, WRITTEN, BETA_WRITTEN, DCARRY = range(4)
+
+
+def _undo_norm(x: jax.Array, dx: jax.Array, norm: jax.Array) -> jax.Array:
+    """The gradient of raw rows x from that of the normalised rows times ``norm``, 1 / |x| per row."""
+    along = (x * dx).sum(axis=1) * norm * norm
+    return dx - x * t.along_rows(along, x.shape)
+
+
+def _blocks(m: Any, blocks: int, starts: tuple[Any, ...], multiply: Any) -> tuple[Any, ...]:
+    """Sums over the blocks of values, each accumulated by ``multiply(slot, sums)``."""
+
+    def step(block, sums):
+        slot = jax.lax.rem(block, jnp.int32(STAGES))
+        plgpu.barrier_wait(m.full.at[slot])
+        sums = multiply(slot, sums)
+        plgpu.commit_smem()  # what was read here is written next by a copy
+        plgpu.barrier_arrive(m.used.at[slot])
+        return sums
+
+    return jax.lax.fori_loop(0, blocks, step, starts)
+
+
+def _of_queries(m: Any, *, place: Any, blocks: int, scale: float, runs: bool, normalize: bool) -> None:
+    """E, F, Q, M, then dq, dg and dbeta."""
+    b, n, h = place
+    dtype = m.q_s.dtype
+    shape = m.q_s.shape
+    plgpu.barrier_wait(m.inputs_full)
+    i, j = t.index(0), t.index(1)
+
+    def multiply(slot, sums):
+        do, r, dv, state = m.do_s.at[slot], m.r_s.at[slot], m.dv_s.at[slot], m.states_s.at[slot]
+        queries, keys, read = sums
+        return (
+            t.product(do, r.T, SQUARE, queries),
+            t.product(dv, r.T, SQUARE, keys),
+            t.product(do, state, shape, read),
+        )
+
+    queries, keys, read = _blocks(m, blocks, (t.zeros(SQUARE), t.zeros(SQUARE), t.zeros(shape)), multiply)
+
+    coarse, fine = (plgpu.load(m.by_row.at[x], layout=ROWS) for x in (t.COARSE, t.FINE))
+    coarse_j, fine_j, beta_j = (plgpu.load(m.by_column.at[x], layout=COLUMNS) for x in (t.COARSE, t.FINE, t.BETA))
+    apart = (t.along_rows(coarse) - t.along_columns(coarse_j)) + (t.along_rows(fine) - t.along_columns(fine_j))
+    sees = i >= j
+    if runs:
+        run = plgpu.load(m.by_row.at[t.RUN], layout=ROWS)
+        sees &= t.along_rows(run) == t.along_columns(plgpu.load(m.by_column.at[t.RUN], layout=COLUMNS))
+    norm_k_j = plgpu.load(m.factors_column.at[t.NORM_K], layout=COLUMNS)
+    decay = jnp.exp(jnp.where(sees, apart, -jnp.inf)) * t.along_columns(norm_k_j)
+    norm_q, norm_k = (plgpu.load(m.factors_row.at[x], layout=ROWS) for x in (t.NORM_Q, t.NORM_K))
+    beta_j = t.along_columns(beta_j)
+    queries *= decay * t.along_rows(norm_q * scale)
+    keys *= jnp.where(i > j, decay, 0.0) * t.along_rows(-norm_k)
+    m.queries_s[...] = (queries * beta_j).astype(dtype)
+    m.keys_s[...] = (keys * beta_j).astype(dtype)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(m.pairs_ready)
+
+    pairs = queries * t.product(m.q_s, m.k_s.T, SQUARE) + keys * t.product(m.k_s, m.k_s.T, SQUARE)
+    dbeta = pairs.sum(axis=0)
+    pairs = jnp.where(i > j, pairs * beta_j, 0.0)
+    from_column = pairs.sum(axis=0)
+
+    read *= t.along_rows(plgpu.load(m.factors_row.at[t.READ_Q], layout=ROWS), shape)
+    q = plgpu.load(m.q_s, layout=WGMMA).astype(jnp.float32)
+    m.column[...] = pairs.sum(axis=1) + (q * read).sum(axis=1)
+    dq = t.product(m.queries_s, m.k_s, shape, read)
+    if normalize:
+        dq = _undo_norm(q, dq, norm_q)
+    m.dq_s[...] = dq.astype(m.dq_s.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(m.dq_s, m.dq.at[b, pl.ds(n * CHUNK, CHUNK), h])
+
+    plgpu.barrier_wait(m.handed)
+    later = plgpu.load(m.column, layout=COLUMNS) - from_column + plgpu.load(m.hand.at[DREAD], layout=COLUMNS)
+    before = plgpu.load(m.hand.at[BETA_WRITTEN], layout=COLUMNS)
+    always = plgpu.load(m.hand.at[DCARRY], layout=COLUMNS)
+    dg = jnp.where(j >= i, t.along_columns(later), t.along_columns(before)) + t.along_columns(always)
+    m.dg_s[...] = dg.sum(axis=1)
+    m.dbeta_s[...] = dbeta + plgpu.load(m.hand.at[WRITTEN], layout=COLUMNS)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(m.dg_s, m.dg.at[b, h, n])
+    plgpu.copy_smem_to_gmem(m.dbeta_s, m.dbeta.at[b, h, n])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _of_keys(m: Any, *, place: Any, blocks: int, normalize: bool) -> None:
+    """dk, and the gradients of what multiplies the states."""
+    b, n, h = place
+    shape = m.k_s.shape
+    plgpu.barrier_wait(m.inputs_full)
+
+    def multiply(slot, sums):
+        r, dv, state, dstate = m.r_s.at[slot], m.dv_s.at[slot], m.states_s.at[slot], m.dstates_s.at[slot]
+        read, write, carried = sums
+        read, write = t.product(dv, state, shape, read), t.product(r, dstate, shape, write)
+        both = plgpu.load(state, layout=WGMMA).astype(jnp.float32) * plgpu.load(dstate, layout=WGMMA)
+        return read, write, carried + both.sum(axis=1)
+
+    nothing = plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.float32), ROWS)
+    read, write, carried = _blocks(m, blocks, (t.zeros(shape), t.zeros(shape), nothing), multiply)
+
+    factors = [plgpu.load(m.factors_row.at[x], layout=ROWS) for x in range(t.FACTORS - 1)]
+    k = plgpu.load(m.k_s, layout=WGMMA).astype(jnp.float32)
+    dread = (k * read).sum(axis=1) * -factors[t.READ_K]
+    written = (k * write).sum(axis=1)
+    m.hand.at[DREAD][...] = dread
+    m.hand.at[WRITTEN][...] = written * factors[t.WRITE_UNWEIGHTED]
+    m.hand.at[BETA_WRITTEN][...] = written * factors[t.WRITE]
+    m.hand.at[DCARRY][...] = carried * factors[t.CARRY]
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(m.handed)
+    dk = write * t.along_rows(factors[t.WRITE], shape) - read * t.along_rows(factors[t.READ_K], shape)
+    plgpu.barrier_wait(m.pairs_ready)
+    dk = t.products([(m.queries_s.T, m.q_s), (m.keys_s, m.k_s), (m.keys_s.T, m.k_s)], shape, dk)
+    if normalize:
+        dk = _undo_norm(k, dk, factors[t.NORM_K])
+    m.dk_s[...] = dk.astype(m.dk_s.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(m.dk_s, m.dk.at[b, pl.ds(n * CHUNK, CHUNK), h])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _copies(m: Any, *, place: Any, blocks: int, group: int) -> None:
+    """The warpgroup that brings the chunk's inputs, then the blocks of values."""
+    plgpu.set_max_registers(40, action="decrease")
+    b, n, h = place
+    hk, rows = jax.lax.div(h, jnp.int32(group)), pl.ds(n * CHUNK, CHUNK)
+
+    def bring(block, slot):
+        columns, full = pl.ds(block * BLOCK_V, BLOCK_V), m.full.at[slot]
+        plgpu.copy_gmem_to_smem(m.do.at[b, rows, h, columns], m.do_s.at[slot], full)
+        plgpu.copy_gmem_to_smem(m.dv.at[b, rows, h, columns], m.dv_s.at[slot], full)
+        plgpu.copy_gmem_to_smem(m.r.at[b, rows, h, columns], m.r_s.at[slot], full)
+        plgpu.copy_gmem_to_smem(m.states.at[b, h, n, columns], m.states_s.at[slot], full)
+        plgpu.copy_gmem_to_smem(m.dstates.at[b, h, n, columns], m.dstates_s.at[slot], full)
+
+    for block in range(min(STAGES, blocks)):
+        bring(block, block)
+    plgpu.copy_gmem_to_smem(m.gates.at[b, h, n], m.by_row, m.inputs_full)
+    plgpu.copy_gmem_to_smem(m.gates.at[b, h, n], m.by_column, m.inputs_full)
+    plgpu.copy_gmem_to_smem(m.factors.at[b, h, n], m.factors_row, m.inputs_full)
+    plgpu.copy_gmem_to_smem(m.factors.at[b, h, n], m.factors_column, m.inputs_full)
+    plgpu.copy_gmem_to_smem(m.q.at[b, rows, hk], m.q_s, m.inputs_full)
+    plgpu.copy_gmem_to_smem(m.k.at[b, rows, hk], m.k_s, m.inputs_full)
+    for block in range(STAGES, blocks):
+        plgpu.barrier_wait(m.used.at[block % STAGES])
+        bring(block, block % STAGES)
+    for block in range(max(blocks - STAGES, 0), blocks):
+        plgpu.barrier_wait(m.used.at[block % STAGES])
+
+
+def _body(m: Any, *, blocks: int, group: int, scale: float, runs: bool, normalize: bool) -> None:
+    place = tuple(jax.lax.axis_index(name) for name in ("b", "n", "h"))
+    warpgroup = jax.lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == 0)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        _of_queries(m, place=place, blocks=blocks, scale=scale, runs=runs, normalize=normalize)
+
+    @pl.when(warpgroup == 1)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        _of_keys(m, place=place, blocks=blocks, normalize=normalize)
+
+    @pl.when(warpgroup == 2)
+    def _():
+        _copies(m, place=place, blocks=blocks, group=group)
+
+    plgpu.barrier_arrive(m.end)
+    plgpu.barrier_wait(m.end)
+
+
+def _scratch(size: int, dtype: Any, out_dtype: Any) -> dict[str, Any]:
+    vector = plgpu.SMEM((CHUNK,), jnp.float32)
+    gates, factors = plgpu.SMEM((t.GATES, CHUNK), jnp.float32), plgpu.SMEM((t.FACTORS, CHUNK), jnp.float32)
+    values, states = t.buffer((STAGES, CHUNK, BLOCK_V), dtype), t.buffer((STAGES, BLOCK_V, size), dtype)
+    rows, pairs = t.buffer((CHUNK, size), dtype), t.buffer(SQUARE, dtype)
+    out = (
+        t.buffer((CHUNK, size), out_dtype)
+        if jnp.dtype(out_dtype).itemsize == 2
+        else plgpu.SMEM((CHUNK, size), out_dtype)
+    )
+    return {
+        "q_s": rows, "k_s": rows, "do_s": values, "dv_s": values, "r_s": values,
+        "states_s": states, "dstates_s": states, "queries_s": pairs, "keys_s": pairs, "dq_s": out, "dk_s": out,
+        "by_row": gates, "by_column": gates, "factors_row": factors, "factors_column": factors,
+        "hand": plgpu.SMEM((4, CHUNK), jnp.float32), "column": vector, "dg_s": vector, "dbeta_s": vector,
+        "full": plgpu.Barrier(num_arrivals=5, num_barriers=STAGES),
+        "used": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+        "inputs_full": plgpu.Barrier(num_arrivals=6),
+        "pairs_ready": plgpu.Barrier(), "handed": plgpu.Barrier(), "end": plgpu.Barrier(num_arrivals=3),
+    }  # fmt: skip
+
+
+def gradients_within(
+    q: jax.Array,
+    k: jax.Array,
+    gates: jax.Array,
+    factors: jax.Array,
+    r: jax.Array,
+    do: jax.Array,
+    dv: jax.Array,
+    states: jax.Array,
+    dstates: jax.Array,
+    *,
+    scale: float,
+    runs: bool,
+    normalize: bool = True,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(dq, dk [B,T,H,N] of each value head, dg, dbeta [B,T,H] float32); T whole chunks."""
+    B, T, K, N = k.shape
+    H, V = r.shape[2:]
+    chunks = T // CHUNK
+    per_head = jax.ShapeDtypeStruct((B, T, H, N), k.dtype if H == K else jnp.float32)
+    per_token = jax.ShapeDtypeStruct((B, H, chunks, CHUNK), jnp.float32)
+    results = t.launch(
+        "gated_delta_rule_gradients",
+        lambda m: _body(m, blocks=V // BLOCK_V, group=H // K, scale=scale, runs=runs, normalize=normalize),
+        inputs={
+            "q": q, "k": k, "gates": gates, "factors": factors, "r": r, "do": do, "dv": dv,
+            "states": states, "dstates": dstates,
+        },
+        outputs={"dq": per_head, "dk": per_head, "dg": per_token, "dbeta": per_token},
+        scratch=_scratch(N, k.dtype, per_head.dtype),
+        grid={"b": B, "n": chunks, "h": H},
+        warpgroups=3,
+    )  # fmt: skip
+    dg, dbeta = (jnp.moveaxis(results[x].reshape(B, H, T), 1, 2) for x in ("dg", "dbeta"))
+    return results["dq"], results["dk"], dg, dbeta
