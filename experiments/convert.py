@@ -3,6 +3,10 @@
 python -m experiments.convert --source=lalte-1.4b --check
 python -m experiments.convert --source=lalte-1.4b --target=runs/lalte
 python -m experiments.convert --source=runs/lalte --target=exported
+
+Weights, settings, tokenizer and LTE's penalty (its schedule, weights and counts of kept tokens) travel both ways. The
+optimiser's state, the data's position, and the penalty's counters of steps and updates do not: the authors' folder has
+no place for them.
 """
 
 from __future__ import annotations
@@ -41,14 +45,20 @@ def convert(source: str, target: str, step: int | None = None, tokenizer: str | 
     model, found = restore.load_model(source, step=step)
     if tokenizer is not None:
         found = load_tokenizer(tokenizer)
+    penalty = restore.load_penalty(source, step)
+    if penalty is not None:
+        print(
+            f"penalty: schedule, weights (up to {penalty.weights.max():.3g}) and kept tokens (up to "
+            f"{penalty.kept.max():.4g}) go along; how many steps and updates it has seen does not"
+        )
     if restore.find(source).checkpoints is None:
-        restore.save_model(model, target, tokenizer=found)
+        restore.save_model(model, target, tokenizer=found, penalty=penalty)
         print(f"{target}: a checkpoint, for --init_from, experiments.generate and experiments.evaluate")
         return
     with tempfile.TemporaryDirectory() as folder:
         if found is not None:
             found.save(folder)
-        save_pretrained(model, target, tokenizer_folder=folder)
+        save_pretrained(model, target, tokenizer_folder=folder, penalty=penalty)
     print(f"{target}: a Hugging Face folder of the authors' format")
 
 

@@ -23,10 +23,12 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lte_jax import penalty_files
 from lte_jax.hf_config import model_config_from_hf, model_config_to_hf
 from lte_jax.mixers import lte
 from lte_jax.model import LanguageModel
 from lte_jax.model_config import ModelConfig
+from lte_jax.penalty_files import SavedPenalty
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,9 +38,6 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "generation_config.json",
 )
-
-# What the authors' files hold beside weights: the penalty's state.
-_STATE_NAMES = ("model.l1_lambda", "model.num_kept")
 
 Path_ = tuple[Any, ...]
 Shape = tuple[int, ...]
@@ -118,8 +117,7 @@ def save_pretrained(
     folder: str | os.PathLike[str],
     *,
     tokenizer_folder: str | os.PathLike[str] | None = None,
-    lte_training: dict[str, Any] | None = None,
-    penalty_weights: Any = None,
+    penalty: SavedPenalty | None = None,
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
     """Writes a folder that the authors' code loads: config.json, safetensors, and the tokenizer's files.
@@ -128,8 +126,7 @@ def save_pretrained(
 
     Args:
       tokenizer_folder: where to copy tokenizer files from.
-      lte_training: the authors' ``l1_*`` settings to write for LTE models; default their published ones.
-      penalty_weights: LTE's penalty weights [layers, K]; default 0.
+      penalty: of an LTE model: schedule, weights and counts; default the published schedule and zeros.
       max_shard_bytes: weights beyond this size are split over several files with an index.
 
     Raises:
@@ -139,12 +136,12 @@ def save_pretrained(
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; name a new folder")
-    values = model_config_to_hf(model.config, lte_training)
+    values = model_config_to_hf(model.config, None if penalty is None else penalty.schedule)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         (partial / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-        _write_shards(_authors_tensors(model, penalty_weights), partial, max_shard_bytes)
+        _write_shards(_authors_tensors(model, penalty), partial, max_shard_bytes)
         if tokenizer_folder is not None:
             copy_tokenizer(tokenizer_folder, partial)
         partial.chmod(0o755)
@@ -188,6 +185,21 @@ def check_folder(folder: str | os.PathLike[str]) -> tuple[ModelConfig, WeightRep
     return config, check_weights(config, weights)
 
 
+def read_penalty(folder: str | os.PathLike[str]) -> SavedPenalty | None:
+    """LTE's penalty as a folder holds it; None for other models, and where its weights file leaves it out.
+
+    Raises:
+      ValueError: arrays or settings that do not fit each other.
+    """
+    weights = _Weights(Path(folder))
+    layers = read_config(folder, weights).layer_names().count("lte")
+    if not layers or not {penalty_files.WEIGHTS, penalty_files.KEPT} <= weights.names:
+        return None
+    attn = json.loads((Path(folder) / "config.json").read_text())["attn"]
+    tensors = {name: weights.read(name) for name in (penalty_files.WEIGHTS, penalty_files.KEPT)}
+    return SavedPenalty.from_authors(attn, tensors, layers)
+
+
 def abstract_model(config: ModelConfig, **kwargs: Any) -> LanguageModel:
     """The model with shapes in place of arrays."""
     return nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0), **kwargs))
@@ -196,7 +208,7 @@ def abstract_model(config: ModelConfig, **kwargs: Any) -> LanguageModel:
 def check_weights(config: ModelConfig, weights: _Weights) -> WeightReport:
     """Compares the names and shapes of a folder's weights with the model's."""
     expected: dict[str, Shape] = {}
-    ignored = {*_STATE_NAMES, *(("lm_head.weight",) if config.tie_embeddings else ())}
+    ignored = {penalty_files.WEIGHTS, penalty_files.KEPT, *(("lm_head.weight",) if config.tie_embeddings else ())}
     for path, variable in nnx.to_flat_state(nnx.split(abstract_model(config))[1]):
         shape = variable.get_value().shape
         for names in weight_names(path, config):
@@ -281,7 +293,7 @@ def _read_parameter(path: Path_, abstract: Any, config: ModelConfig, weights: _W
     return np.stack([from_authors(path, weights.read(name), abstract.shape[1:]) for name in names])
 
 
-def _authors_tensors(model: LanguageModel, penalty_weights: Any) -> Iterator[tuple[str, np.ndarray]]:
+def _authors_tensors(model: LanguageModel, penalty: SavedPenalty | None) -> Iterator[tuple[str, np.ndarray]]:
     config = model.config
     for path, variable in nnx.to_flat_state(nnx.split(model)[1]):
         value = np.asarray(jax.device_get(variable.get_value()), np.float32)
@@ -292,9 +304,8 @@ def _authors_tensors(model: LanguageModel, penalty_weights: Any) -> Iterator[tup
                 yield alias, np.ascontiguousarray(to_authors(path, layer))
     routed = [mixer for mixer in config.pattern if isinstance(mixer, lte.Config)]
     if routed:
-        zeros = np.zeros((config.layer_names().count("lte"), routed[0].kv_heads), np.float32)
-        yield "model.l1_lambda", zeros if penalty_weights is None else np.asarray(penalty_weights, np.float32)
-        yield "model.num_kept", zeros
+        penalty = penalty or SavedPenalty.none(config.layer_names().count("lte"), routed[0].kv_heads)
+        yield from penalty.to_authors().items()
 
 
 def _write_shards(tensors: Iterator[tuple[str, np.ndarray]], folder: Path, max_shard_bytes: int) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 from lte_jax.mixers import full_attention, gated_deltanet, lte, mixer_name, nsa, window_attention
 from lte_jax.mixers.base import MixerConfig
 from lte_jax.model_config import ModelConfig
+from lte_jax.penalty_files import schedule_to_authors
+from lte_jax.retention import PenaltyConfig
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +45,6 @@ _IGNORED = frozenset(
     _name_or_path auto_map""".split()
 )
 
-LTE_TRAINING_DEFAULTS: dict[str, Any] = dict(
-    routing_freeze_steps=0, l1_lambda_init=1e-9, l1_lambda_min=1e-9, l1_lambda_max=1.0, l1_alpha=1.5, l1_alpha_neg=2,
-    l1_warmup_steps=0, l1_lambda_initial_steps=0, l1_lambda_update_steps=32, l1_lambda_shared="head",
-    l1_lambda_tolerate=[0.95, 1.0],
-)  # fmt: skip
-
 
 def model_config_from_hf(values: dict[str, Any], nsa_head_dim: int | None = None) -> ModelConfig:
     """The model that a config.json describes.
@@ -67,7 +63,7 @@ def model_config_from_hf(values: dict[str, Any], nsa_head_dim: int | None = None
     for name in sorted(set(values) - set(_COMMON_DEFAULTS) - _IGNORED):
         logger.warning("config.json: %s=%r is not read", name, values[name])
     get = {**_COMMON_DEFAULTS, **_DEFAULTS[model_type], **values}
-    for name, only in (("hidden_act", ("swish", "silu")), ("elementwise_affine", (True,)), ("qk_norm", (False, None))):
+    for name, only in (("hidden_act", ("swish", "silu")), ("elementwise_affine", (True,))):
         if get[name] not in only:
             raise ValueError(f"config.json: {name}={get[name]!r} is not supported; only {only[0]!r} is")
     return ModelConfig(
@@ -98,7 +94,7 @@ def _mixers(model_type: str, get: dict[str, Any], nsa_head_dim: int | None) -> t
     linear = gated_deltanet.Config(
         num_heads=get["num_heads"],
         head_dim=get["head_dim"],
-        num_v_heads=get["num_v_heads"],
+        num_v_heads=get["num_v_heads"] if model_type == "gated_deltanet" else None,
         expand_v=get["expand_v"],
         use_gate=get["use_gate"],
         use_short_conv=get["use_short_conv"],
@@ -112,7 +108,8 @@ def _mixers(model_type: str, get: dict[str, Any], nsa_head_dim: int | None) -> t
     for name in ("layers", "num_heads"):
         if name not in attn:
             raise ValueError(f"config.json: attn has no {name}; hybrid models must name it")
-    attn = {"qkv_bias": False, "window_size": None, "rope_theta": 10000.0, "num_kv_heads": attn["num_heads"], **attn}
+    defaults = {"qkv_bias": False, "window_size": None, "rope_theta": 10000.0, "num_kv_heads": attn["num_heads"]}
+    attn = {**defaults, **attn, "qk_norm": False}  # their hybrid blocks do not pass it on
     kind = attn.get("attn_type", "attn") if model_type == "hybrid_gated_deltanet" else "attn"
     if kind not in ("attn", "lte", "nsa"):
         raise ValueError(f"config.json: attn_type={kind!r} is not one of attn, lte, nsa")
@@ -126,6 +123,7 @@ def _attention(get: dict[str, Any]) -> MixerConfig:
         num_kv_heads=get["num_kv_heads"],
         rope_theta=get["rope_theta"],
         qkv_bias=get["qkv_bias"],
+        qk_norm=bool(get["qk_norm"]),
     )
     if get["window_size"] is None:
         return full_attention.Config(**shared)
@@ -171,11 +169,11 @@ def _shortest_period(layers: tuple[MixerConfig, ...]) -> tuple[MixerConfig, ...]
     raise AssertionError("the whole list repeats once")
 
 
-def model_config_to_hf(config: ModelConfig, lte_training: dict[str, Any] | None = None) -> dict[str, Any]:
+def model_config_to_hf(config: ModelConfig, penalty: PenaltyConfig | None = None) -> dict[str, Any]:
     """The config.json that the authors' code would build this model from.
 
     Args:
-      lte_training: the authors' settings of LTE's penalty (``l1_*``), no part of a model here; default theirs.
+      penalty: LTE's schedule, no part of a model here; default the published one.
 
     Raises:
       ValueError: their code has no such model (other mixers, mixed settings); the message says which.
@@ -205,11 +203,11 @@ def model_config_to_hf(config: ModelConfig, lte_training: dict[str, Any] | None 
         raise ValueError(
             "the authors' config.json holds one setting for all Gated DeltaNet layers and one for the others"
         )
+    if not linear and names[0] == "lte":
+        linear = {gated_deltanet.Config()}  # their hybrid with LTE in every layer; these settings build nothing
     if not linear:
         model_type, other = ("nsa" if names[0] == "nsa" else "transformer"), _other_to_hf(others.pop())
-        other.pop("layers", None)
-        if other.pop("attn_type") == "lte":
-            raise ValueError("the authors' code has no model of LTE layers alone")
+        del other["attn_type"]
         values.update(other)
     else:
         model_type = "gated_deltanet"
@@ -218,13 +216,15 @@ def model_config_to_hf(config: ModelConfig, lte_training: dict[str, Any] | None 
             attn = _other_to_hf(others.pop())
             attn["layers"] = [index for index, name in enumerate(names) if name != "gated_deltanet"]
             if attn["attn_type"] == "lte":
-                attn.update({**LTE_TRAINING_DEFAULTS, **(lte_training or {})})
+                attn.update(schedule_to_authors(penalty or PenaltyConfig()))
             if attn["attn_type"] in ("lte", "nsa"):
                 model_type = "hybrid_gated_deltanet"
                 if values.pop("allow_neg_eigval") or values.pop("num_v_heads") is not None:
                     raise ValueError("the authors' hybrid_gated_deltanet has no allow_neg_eigval and no num_v_heads")
             else:
                 del attn["attn_type"]
+                if attn.pop("qk_norm"):
+                    raise ValueError("the authors' hybrid models have no qk_norm; only their transformer has")
             values["attn"] = attn
     return {"architectures": [MODEL_TYPES[model_type]], "model_type": model_type, **values}
 
@@ -254,6 +254,8 @@ def _other_to_hf(mixer: Any) -> dict[str, Any]:
         rope_theta=mixer.rope_theta,
         window_size=getattr(mixer, "window", None),
     )
+    if name in ("full_attention", "window_attention"):
+        values["qk_norm"] = mixer.qk_norm
     if name == "nsa":
         values.update(head_dim=mixer.head_dim, block_size=mixer.block_size, block_counts=mixer.block_counts)
     if name == "lte":

@@ -17,20 +17,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from lte_jax.checkpoint import CheckpointError, Checkpoints
-from lte_jax.convert import WeightReport, abstract_model, from_pretrained
+from lte_jax import configs
+from lte_jax.checkpoint import CheckpointError, Checkpoints, checksums
+from lte_jax.convert import WeightReport, abstract_model, from_pretrained, read_penalty
 from lte_jax.data.tokenizer import ByteTokenizer, Tokenizer, check_fits, load_tokenizer
 from lte_jax.model import LanguageModel
 from lte_jax.model_config import ModelConfig
+from lte_jax.penalty_files import SavedPenalty
+from lte_jax.retention import PenaltyConfig
 
 logger = logging.getLogger(__name__)
 
 CONFIG, CHECKPOINTS, TOKENIZER = "config.json", "checkpoints", "tokenizer"
-PARAMS = "params"
+PARAMS, TRAINING = "params", "training"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +95,13 @@ def save_model(
     folder: str | os.PathLike[str],
     *,
     tokenizer: Tokenizer | None = None,
+    penalty: SavedPenalty | None = None,
     name: str = "converted",
 ) -> None:
     """Writes step 0 of a new run's folder, which ``load_model`` and training's ``--init_from`` read.
+
+    Args:
+      penalty: kept beside the weights for ``load_penalty``; training that starts from the weights begins its own.
 
     Raises:
       FileExistsError: the folder exists and is not empty.
@@ -106,10 +114,42 @@ def save_model(
         tokenizer.save(folder / TOKENIZER)
     settings = {"name": name, "model": model.config.to_dict(), "compute": {"dtype": model.dtype.name}}
     params = {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.split(model)[1])}
+    items: dict[str, Any] = {PARAMS: params}
+    if penalty is not None:
+        settings["penalty"] = configs.to_dict(penalty.schedule)
+        items[TRAINING] = {"penalty": {"weights": jnp.asarray(penalty.weights), "kept": jnp.asarray(penalty.kept)}}
     checkpoints = Checkpoints(folder / CHECKPOINTS, asynchronous=False)
-    checkpoints.save(0, {PARAMS: params}, {"config": settings})
+    checkpoints.save(0, items, {"config": settings})
     checkpoints.close()
     (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def load_penalty(folder: str | os.PathLike[str], step: int | None = None) -> SavedPenalty | None:
+    """LTE's penalty as a folder of either format holds it; None where there is none. Arguments as for ``load_model``.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
+    place = find(folder)
+    if place.checkpoints is None:
+        return read_penalty(place.folder)
+    settings, chosen = _read_settings(place, step)
+    path = place.checkpoints / str(chosen)
+    if "penalty" not in settings or not (path / TRAINING).is_dir():
+        return None
+    saved = _saved_shapes(path, TRAINING).get("penalty")
+    if not saved:
+        return None
+    wanted = {"penalty": {name: saved[name] for name in ("weights", "kept")}}
+    options: dict[str, Any] = dict(restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        arguments = ocp.args.PyTreeRestore(wanted, partial_restore=True, **options)
+        found = checkpointer.restore((path / TRAINING).absolute(), args=arguments)
+    expected = Checkpoints(place.checkpoints, read_only=True).read_meta(chosen)["checksums"][TRAINING]
+    if any(expected.get(name) != value for name, value in checksums(found).items()):
+        raise CheckpointError(f"{path}: the checksum of the penalty is wrong; take another step")
+    schedule = configs.from_dict(PenaltyConfig, settings["penalty"], "penalty")
+    return SavedPenalty(schedule, *(np.asarray(found["penalty"][name]) for name in ("weights", "kept")))
 
 
 def find(folder: str | os.PathLike[str]) -> Place:
@@ -215,14 +255,14 @@ def _restore(folder: Path, step: int | None) -> tuple[dict[str, Any], dict[str, 
         checkpoints.close()
 
 
-def _saved_shapes(step: Path) -> Any:
-    """The tree of parameters as it was saved, to be restored onto this process's first device."""
+def _saved_shapes(step: Path, item: str = PARAMS) -> Any:
+    """An item's tree as it was saved, to be restored onto this process's first device."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            saved = checkpointer.metadata(step.absolute() / PARAMS).item_metadata.tree
+            saved = checkpointer.metadata(step.absolute() / item).item_metadata.tree
     except Exception as error:  # whatever orbax makes of damaged files
-        raise CheckpointError(f"{step}: {PARAMS} cannot be read ({type(error).__name__})") from error
+        raise CheckpointError(f"{step}: {item} cannot be read ({type(error).__name__})") from error
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), saved)
 
 

@@ -22,6 +22,7 @@ class Config(MixerConfig):
       head_dim: width / num_heads by default.
       rope_theta: base of the rotary positions.
       qkv_bias: biases on the three input projections.
+      qk_norm: an RMSNorm over each head of q and of k, before the rotation.
     """
 
     num_heads: int = 16
@@ -29,6 +30,7 @@ class Config(MixerConfig):
     head_dim: int | None = None
     rope_theta: float = 10000.0
     qkv_bias: bool = False
+    qk_norm: bool = False
 
     def validate(self, width: int) -> None:
         validate_heads("full_attention", width, self.num_heads, self.num_kv_heads, self.head_dim)

@@ -2,6 +2,8 @@
 
     q, k, v = x Wq, x Wk, x Wv;    q, k rotated by their position in the document;    y = attention(q, k, v) Wo
 
+With ``qk_norm``, each head of q and of k goes through an RMSNorm before the rotation.
+
 The cache of a row is a ring of S slots: token p of the document is in slot p mod S, already rotated, and ``length``
 counts the tokens seen. It takes batch * (2 S K N * itemsize + 4) bytes.
 """
@@ -17,11 +19,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from lte_jax.dims import Hidden, Positions, SegmentIds
-from lte_jax.layers import InitRule, Linear, rotary
+from lte_jax.layers import InitRule, Linear, RMSNorm, rotary
 from lte_jax.mixers.base import Aux, Mixer, Reading
 from lte_jax.partition import window_attention
 from pallas_kernels.window_attention import NEVER, Columns, window_attention_step
 
+QK_NORM_EPS = 1e-5  # the authors' layer leaves its norms' default, whatever norm_eps says
 BEFORE = -(2**29)  # stands for the position of a key that every query of a call has beyond its window
 
 
@@ -60,6 +63,7 @@ class SoftmaxAttention(Mixer):
         window: int | None,
         rope_theta: float,
         qkv_bias: bool,
+        qk_norm: bool,
         init: InitRule,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
@@ -84,6 +88,12 @@ class SoftmaxAttention(Mixer):
         self.k_proj = linear(width, kv, ("embed", "kv_heads"), init.normal(), qkv_bias)
         self.v_proj = linear(width, kv, ("embed", "kv_heads"), init.normal(), qkv_bias)
         self.o_proj = linear(inner, width, ("heads", "embed"), init.residual(inner))
+
+        def norm() -> RMSNorm | None:
+            options: dict[str, Any] = dict(eps=QK_NORM_EPS, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            return RMSNorm(self.N, **options) if qk_norm else None
+
+        self.q_norm, self.k_norm = norm(), norm()
 
     def __call__(
         self,
@@ -171,6 +181,8 @@ class SoftmaxAttention(Mixer):
             linear(x).reshape(B, T, heads, self.N)
             for linear, heads in ((self.q_proj, self.H), (self.k_proj, self.K), (self.v_proj, self.K))
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return rotary(q, positions, self.rope_theta), rotary(k, positions, self.rope_theta), v
 
     def _slots(self, max_length: int | None) -> int:

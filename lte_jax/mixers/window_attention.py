@@ -23,6 +23,7 @@ class Config(MixerConfig):
       window: W, the keys that a token sees with itself (LTE's window does not count the token itself).
       rope_theta: base of the rotary positions.
       qkv_bias: biases on the three input projections.
+      qk_norm: an RMSNorm over each head of q and of k, before the rotation.
     """
 
     num_heads: int = 16
@@ -31,6 +32,7 @@ class Config(MixerConfig):
     window: int = 1024
     rope_theta: float = 10000.0
     qkv_bias: bool = False
+    qk_norm: bool = False
 
     def validate(self, width: int) -> None:
         validate_heads("window_attention", width, self.num_heads, self.num_kv_heads, self.head_dim)

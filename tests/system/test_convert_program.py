@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import lte_jax
 from experiments import convert
-from lte_jax import restore, runs
+from lte_jax import configs, restore, runs
 from lte_jax.checkpoint import CheckpointError, Checkpoints
 from lte_jax.data.packing import DataError
 from lte_jax.evaluate.inventory import inventory
+from lte_jax.retention import PenaltyConfig, PenaltyState
 
 REFERENCE = Path(__file__).parent.parent / "data" / "reference"
 FOLDERS = ["gdn", "gdn_attn", "gdn_lte", "gdn_nsa", "gdn_swa", "transformer", "nsa", "decode_lte"]
@@ -53,6 +55,52 @@ def test_there_and_back_is_the_same_file(name, tmp_path, capsys):
     for ours in (between, back):
         jax.tree.map(np.testing.assert_array_equal, nnx.split(ours)[1], nnx.split(original)[1])
     assert "a checkpoint" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shared", ["head", "layer", "all"])
+def test_the_penalty_goes_there_and_back(shared, tmp_path, capsys):
+    shutil.copytree(REFERENCE / "gdn_lte", tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    config["attn"].update(l1_lambda_shared=shared, l1_alpha=1.25, l1_lambda_tolerate=[0.9, 1.1], l1_warmup_steps=7)
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "theirs" / "model.safetensors")
+    heads = np.array([[0.5, 0.25, 0, 1e-9], [0.125, 1e-3, 0, 1]], np.float32)
+    tensors["model.l1_lambda"] = np.array({"head": heads, "layer": heads[:, 0], "all": heads[0, 0]}[shared])
+    tensors["model.num_kept"] = 10 * heads + 1
+    save_file(tensors, tmp_path / "theirs" / "model.safetensors")
+
+    convert.convert(str(tmp_path / "theirs"), str(tmp_path / "run"))
+    convert.convert(str(tmp_path / "run"), str(tmp_path / "back"))
+    assert "kept tokens (up to 11) go along; how many steps and updates it has seen does not" in capsys.readouterr().out
+    between = restore.load_penalty(tmp_path / "run")
+    broadcast = {"head": heads, "layer": heads[:, :1], "all": heads[:1, :1]}[shared] + np.zeros_like(heads)
+    np.testing.assert_array_equal(between.weights, broadcast)
+    assert (between.schedule.shared, between.schedule.raise_factor, between.schedule.warmup_steps) == (shared, 1.25, 7)
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert set(back) == set(tensors)
+    jax.tree.map(np.testing.assert_array_equal, back, tensors)
+    attn = json.loads((tmp_path / "back" / "config.json").read_text())["attn"]
+    assert attn == {**attn, **{name: value for name, value in config["attn"].items() if "l1" in name}}
+
+    config["attn"]["l1_lambda_shared"] = "all" if shared == "head" else "head"
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="do not fit 2 LTE layers with l1_lambda_shared"):
+        restore.load_penalty(tmp_path / "theirs")
+
+
+def test_the_penalty_of_a_run_goes_to_the_authors_format(tmp_path):
+    model = lte_jax.from_pretrained(REFERENCE / "gdn_lte")
+    state = PenaltyState(*(jnp.full((2, 4), value) for value in (0.5, 9.0)), jnp.int32(64), jnp.int32(2))
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", asynchronous=False)
+    settings = {"model": model.config.to_dict(), "penalty": configs.to_dict(PenaltyConfig(period=4))}
+    training = {"optimizer": {"count": jnp.ones(3)}, "penalty": state}
+    checkpoints.save(64, {"params": parameters(model), "training": training}, {"config": settings})
+    checkpoints.close()
+    convert.convert(str(tmp_path / "run"), str(tmp_path / "out"))
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    np.testing.assert_array_equal(tensors["model.l1_lambda"], np.full((2, 4), 0.5))
+    np.testing.assert_array_equal(tensors["model.num_kept"], np.full((2, 4), 9.0))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["attn"]["l1_lambda_update_steps"] == 4
 
 
 def test_the_program_runs_from_the_shell(run, tmp_path):

@@ -1,0 +1,127 @@
+"""Are folders right that the reference does not hold? Other heads, windows, dilations, routing, and padding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import lte_jax
+from lte_jax.convert import abstract_model
+from lte_jax.hf_config import model_config_from_hf
+from tests.system import authors_truth
+
+REFERENCE = Path(__file__).parent.parent / "data" / "reference"
+FOLDERS = ["gdn", "gdn_swa", "gdn_attn", "gdn_lte", "gdn_nsa", "transformer", "nsa"]
+TOKENS, PADDING = 43, 6
+
+SMALL = dict(hidden_size=24, num_hidden_layers=2, vocab_size=61, intermediate_size=40, max_position_embeddings=64)
+LTE = dict(attn_type="lte", layers=[1], num_heads=6, num_kv_heads=2, window_size=10, buffer_size=5, sink_size=1)
+SIMILAR = {
+    "LTE: one KV head, two unlike convolutions, relu, wide values, biases": (
+        "gdn_lte",
+        dict(expand_v=2, head_dim=6, num_heads=3, num_v_heads=6),  # the last is of no effect in their hybrid
+        dict(LTE, num_kv_heads=1, conv_size=[3, 5], conv_dilation=[1, 2], routing_method="relu", qkv_bias=True),
+    ),
+    "LTE: a router for the layer, one wide convolution, no sinks, odd value size": (
+        "gdn_lte",
+        dict(expand_v=1.5, head_dim=6, num_heads=2, use_gate=False),
+        dict(LTE, conv_size=[3], conv_dilation=[4], routing_shared="layer", sink_size=0, l1_lambda_shared="layer"),
+    ),
+    "GDN: more value heads, negative eigenvalues, no convolution; full attention below, few KV heads": (
+        "gdn_attn",
+        dict(num_heads=2, num_v_heads=4, head_dim=6, allow_neg_eigval=True, use_short_conv=False),
+        dict(layers=[0], num_heads=4, num_kv_heads=1, window_size=None, qk_norm=True),  # the last is not read either
+    ),
+    "transformer: normalised queries and keys, few KV heads, a window, biases, an untied head": (
+        "transformer",
+        dict(num_heads=4, num_kv_heads=2, qk_norm=True, window_size=7, qkv_bias=True, tie_word_embeddings=False),
+        None,
+    ),
+    "NSA: other groups, blocks and counts": (
+        "nsa",
+        dict(num_heads=6, num_kv_heads=2, block_size=5, block_counts=3, window_size=7),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_second_opinion_agrees_with_the_authors(folder):
+    golden = load_file(REFERENCE / folder / "golden.safetensors")
+    logits, scores = authors_truth.forward(REFERENCE / folder, golden["input_ids"][0])
+    np.testing.assert_allclose(logits, golden["logits"][0], atol=1e-4, rtol=0)
+    for layer, found in scores.items():
+        np.testing.assert_allclose(found[:-6], golden[f"score.{layer}"][0], atol=1e-5, rtol=0)
+
+
+def make_folder(folder: Path, base: str, changes: dict, attn: dict | None) -> None:
+    """A folder like ``base`` with other settings, and weights drawn so that every branch and mask matters."""
+    values = {**json.loads((REFERENCE / base / "config.json").read_text()), **SMALL, **changes}
+    if attn is not None:
+        values["attn"] = {**values["attn"], **attn}
+    model = lte_jax.LanguageModel(model_config_from_hf(values), rngs=nnx.Rngs(0))
+    lte_jax.save_pretrained(model, folder)
+    tensors, rng = load_file(folder / "model.safetensors"), np.random.default_rng(5)
+    above = 0.15 * ("relu" in (attn or {}).values())
+    for name, value in tensors.items():
+        scale = 0.3 if value.ndim < 2 or "router" in name else value[0].size ** -0.5
+        drawn = rng.normal(size=value.shape) * scale + ("norm" in name) + above * name.endswith("conv_stack.proj.bias")
+        tensors[name] = drawn.astype(np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("name", SIMILAR)
+def test_a_similar_folder_is_read_right_with_padding_at_the_left_and_written_back(name, tmp_path):
+    make_folder(tmp_path / "in", *SIMILAR[name])
+    model = lte_jax.from_pretrained(tmp_path / "in")
+    ids = np.random.default_rng(1).integers(0, 61, (2, TOKENS))
+    mask = np.ones_like(ids)
+    mask[1, :PADDING] = 0
+    output = model(ids, mask)
+    for row, start in ((0, 0), (1, PADDING)):
+        logits, scores = authors_truth.forward(tmp_path / "in", ids[row, start:])
+        assert logits.std() > 0.1
+        np.testing.assert_allclose(output.logits[row, start:], logits, atol=1e-4, rtol=0)
+        for layer, found in scores.items():
+            assert 0.1 < (found > 0).mean() < 0.9, "the router keeps everything or nothing: the case pins nothing down"
+            np.testing.assert_allclose(output.scores[layer][row, start:], found, atol=1e-5, rtol=0)
+
+    lte_jax.save_pretrained(model, tmp_path / "out")
+    ours, theirs = (load_file(tmp_path / part / "model.safetensors") for part in ("out", "in"))
+    assert set(ours) == set(theirs)
+    for key, value in theirs.items():
+        if "l1_lambda" not in key and "num_kept" not in key:
+            np.testing.assert_array_equal(ours[key], value, err_msg=key)
+    assert lte_jax.from_pretrained(tmp_path / "out").config == model.config
+
+
+def test_one_router_for_all_layers_is_read_from_one_copy_or_from_many(tmp_path):
+    attn = dict(LTE, layers=[0, 1], conv_size=[3], conv_dilation=[4], routing_shared="all")
+    make_folder(tmp_path / "in", "gdn_lte", dict(num_heads=2, head_dim=6, expand_v=1), attn)
+    many = load_file(tmp_path / "in" / "model.safetensors")
+    copies = [name for name in many if ".1.attn.router" in name]
+    assert copies
+    for name in copies:
+        many[name] = many[name.replace(".1.attn", ".0.attn")]
+    save_file(many, tmp_path / "in" / "model.safetensors")
+    whole = lte_jax.from_pretrained(tmp_path / "in")
+    save_file({name: value for name, value in many.items() if name not in copies}, tmp_path / "in/model.safetensors")
+    one = lte_jax.from_pretrained(tmp_path / "in")
+    for ours, theirs in zip(jax.tree.leaves(nnx.state(one)), jax.tree.leaves(nnx.state(whole)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_hybrids_of_ours_that_the_authors_do_not_have_are_refused(tmp_path):
+    attention = lte_jax.FullAttention(num_heads=2, qk_norm=True)
+    mixers = (lte_jax.GatedDeltaNet(num_heads=2, head_dim=8), attention)
+    config = lte_jax.ModelConfig(vocab_size=7, width=16, num_layers=2, pattern=mixers)
+    with pytest.raises(ValueError, match="hybrid models have no qk_norm; only their transformer has"):
+        lte_jax.save_pretrained(abstract_model(config), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
