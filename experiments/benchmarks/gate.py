@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib
 import json
 import subprocess
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "experiments/results/gpu_tests.json"
+IMPLEMENTATIONS = ("pallas", "triton", "xla")
 _SHARED = ("dispatch.py", "tiles.py", "triton_call.py")
 _NEEDS = {"block_attention": ("block_attention", "window_attention")}  # its window branch is the other operation
 
@@ -24,11 +26,16 @@ class TestsRed(RuntimeError):
 
 
 def digest(operation: str) -> str:
-    """Of the operation's source files and those that all kernels share."""
+    """Of the operation's source files and those that all kernels share.
+
+    Files of an implementation that the operation does not offer do not count: no test and no benchmark runs them.
+    """
     folder = ROOT / "pallas_kernels"
     files = [folder / name for name in _SHARED]
     for name in _NEEDS.get(operation, (operation,)):
-        files += sorted((folder / name).glob("*.py"))
+        offered = importlib.import_module(f"pallas_kernels.{name}.api").OPERATION.implementations
+        absent = tuple(other for other in IMPLEMENTATIONS if other not in offered)
+        files += [file for file in sorted((folder / name).glob("*.py")) if not file.name.startswith(absent)]
     total = hashlib.sha256()
     for file in files:
         total.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")

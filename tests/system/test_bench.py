@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.benchmarks import clock, gate, operations, report
+from experiments.benchmarks import clock, gate, model_page, models, operations, report
 from experiments.benchmarks.cases import Options
 from experiments.benchmarks.peers import PEERS, PeerMissing, authors_file
 
@@ -34,7 +34,7 @@ def run(operation, patterns):
     "operation, patterns, outputs",
     [
         ("gated_delta_rule", ["*-backward", "decode*"], {"o", "dq", "dk", "dv", "dg", "dbeta"}),
-        ("window_attention", ["train-12.5%", "decode*"], {"o", "dq", "dk", "dv", "dscores"}),
+        ("window_attention", ["train-12.5%", "decode-2"], {"o", "dq", "dk", "dv", "dscores"}),
         ("block_attention", ["tiny-forward", "decode*"], {"o"}),
     ],
 )
@@ -184,3 +184,45 @@ def test_missing_authors_are_explained(tmp_path):
         authors_file(None, "x.py")
     with pytest.raises(PeerMissing, match="there is no x"):
         authors_file(str(tmp_path), "x.py")
+
+
+def test_whole_models_are_timed_at_every_length_and_batch(monkeypatch):
+    monkeypatch.setattr(models, "WHOLE", 100)  # the batched prompts of 96 tokens are sampled
+    monkeypatch.setattr(models, "SAMPLES", 2)
+    bench = models.Bench(models.Plan("lalte", "tiny", (16, 48), (1, 3), chunk=16, steps=2, rounds=1))
+    bench.compile()
+    bench.allocate()
+    rows = list(bench.rows())
+    assert [(row["length"], row["batch"]) for row in rows] == [(16, 1), (16, 3), (48, 1), (48, 3)]
+    assert [(row["timed_chunks"], row["chunks"]) for row in rows] == [(1, 1), (1, 1), (3, 3), (2, 3)]
+    for row in rows:
+        assert row["prompt"] > 0 and row["token"] > 0 and row["who"] == "ours"
+        assert row["token_bytes"] > row["weights_bytes"] + row["cache_bytes"]
+    assert rows[1]["cache_bytes"] == 3 * rows[0]["cache_bytes"] == 3 * rows[2]["cache_bytes"]
+    with pytest.raises(ValueError, match="--model=gdm: there is gdn, gdn_swa"):
+        models.Plan("gdm", "0.4B")
+    with pytest.raises(ValueError, match="--lengths=5000: it must be a multiple of --chunk=4096"):
+        models.Plan("gdn", "0.4B", lengths=(5000,))
+
+
+def test_costs_of_models_make_a_page_and_the_newest_line_counts(tmp_path):
+    case = {"who": "ours", "model": "lalte", "size": "0.4B", "length": 4096, "batch": 16, "run": "a GPU"}
+    old = {**case, "prompt": 9.0, "token": 1.0, "chunks": 1, "timed_chunks": 1}
+    new = {**case, "prompt": 0.25, "token": 0.002, "chunks": 4, "timed_chunks": 2, "token_bytes": 3 * 2**30}
+    theirs = {**case, "who": "authors", "prompt": 0.5, "token": 0.02}
+    wide = {**case, "model": "transformer", "length": 131072, "missing": "needs 210 GiB"}
+    log = tmp_path / "log.txt"
+    log.write_text("".join(f"{text}\n" for text in ("READY", json.dumps(theirs), json.dumps(new), json.dumps(wide))))
+    model_page.write([old], tmp_path)
+    page = tmp_path / "inference_cost.md"
+    page.write_text(page.read_text().replace("# What", "Words of a person.\n\n# What"))
+    written = model_page.write(model_page.read_lines(log), tmp_path)
+    text = page.read_text()
+    assert "| lalte | 4,096 | 250 ms (2 of 4) | 2.00 ms | 8,000 | 3.00 GiB | - | a GPU |" in text
+    assert "| lalte, authors | 4,096 | 500 ms | 20.00 ms | 800 | - | - | a GPU |" in text
+    assert "| transformer | 131,072 | - | needs 210 GiB | - |" in text and "9.00 s" not in text
+    assert text.startswith("Words of a person.") and text.count("### 0.4B, batch 16") == 1
+    assert "![inference_cost_0.4B](inference_cost_0.4B.png)" in text and written[-1].read_bytes()[1:4] == b"PNG"
+    with pytest.raises(ValueError, match="no line of a model's cost"):
+        (tmp_path / "none.txt").write_text("READY\n")
+        model_page.read_lines(tmp_path / "none.txt")
