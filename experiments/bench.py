@@ -2,6 +2,8 @@
 
 python -m experiments.bench --operation=gated_delta_rule --implementations=triton,xla --peers=fla,jax_linear_attention
 python -m experiments.bench --operation=window_attention --shapes='prompt*' --peers=cudnn,authors --authors_path=DIR
+python -m experiments.bench --model=lalte,gdn_attn --lengths=4096,131072 --batches=1,16 --json=cost.jsonl
+python -m experiments.bench --lines=cost.jsonl
 
 Sides take turns; times are medians. "device" is the time in which the device ran the call's kernels, from one trace
 that holds JAX and torch alike; "calls" is many calls over one synchronisation (CUDA events for torch, the host's clock
@@ -30,6 +32,13 @@ root-mean-square error ratio of output and gradients against float32."""
 
 
 def define_flags() -> None:
+    flags.DEFINE_list(
+        "model", [], "Whole models with random weights: gdn, gdn_swa, lalte, lansa, gdn_attn, transformer."
+    )
+    flags.DEFINE_list("sizes", None, "For --model: 0.4B, 1.4B; default 0.4B, and tiny without a GPU.")
+    flags.DEFINE_list("lengths", None, "For --model: tokens before; default 4096,16384,65536,131072.")
+    flags.DEFINE_list("batches", ["1", "16"], "For --model: rows at a time.")
+    flags.DEFINE_string("lines", None, "Time nothing: put the lines that --model --json wrote into --results.")
     flags.DEFINE_string("operation", None, "gated_delta_rule, window_attention or block_attention.")
     flags.DEFINE_list("shapes", [], "Names of cases, * for anything; default all. --list shows them.")
     flags.DEFINE_bool("list", False, "Show the names of the operation's cases and stop.")
@@ -40,7 +49,9 @@ def define_flags() -> None:
     flags.DEFINE_bool("errors", True, "Compare outputs and gradients with float32.")
     flags.DEFINE_integer("rounds", 5, "Turns that each side has.")
     flags.DEFINE_bool("write", False, "Write JSON and page into --results.")
-    flags.DEFINE_string("json", None, "Also write this run's rows into this file, for --merge elsewhere.")
+    flags.DEFINE_string(
+        "json", None, "Also write this run's rows into this file, for --merge (of --model: add lines, for --lines)."
+    )
     flags.DEFINE_string("merge", None, "Time nothing: put the rows of a file written by --json into --results.")
     flags.DEFINE_bool("unverified", False, "Time kernels whose tests are not green; nothing can be written then.")
     flags.DEFINE_string("results", "experiments/results", "The folder of the pages, and of gpu_tests.json.")
@@ -52,9 +63,10 @@ def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise ValueError(f"{argv[1]!r}: no such argument")
-        if FLAGS.operation is None and FLAGS.merge is None:
-            raise ValueError("give --operation")
-        _merge() if FLAGS.merge else _operation()
+        chosen = [name for name in ("operation", "merge", "model", "lines") if FLAGS[name].value]
+        if len(chosen) != 1:
+            raise ValueError("give one of --operation, --model, --merge and --lines")
+        {"operation": _operation, "merge": _merge, "model": _models, "lines": _lines}[chosen[0]]()
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -104,6 +116,53 @@ def _operation() -> None:
         Path(FLAGS.json).write_text(json.dumps({"operation": FLAGS.operation, "rows": rows}) + "\n")
     if FLAGS.write:
         _write(FLAGS.operation, rows)
+
+
+def _models() -> None:
+    import jax
+
+    from experiments.benchmarks import gate, report
+    from experiments.benchmarks.models import LENGTHS, Bench, Plan
+
+    gpu = jax.default_backend() == "gpu"
+    tiny = not gpu if FLAGS.tiny is None else FLAGS.tiny
+    sizes = FLAGS.sizes or (["tiny"] if tiny else ["0.4B"])
+    lengths = _numbers("lengths") if FLAGS.lengths else ((32, 64) if tiny else LENGTHS)
+    small = {"chunk": 16, "steps": 4} if tiny else {}
+    implementation = FLAGS.implementations[0] if FLAGS.implementations else None
+    plans = [
+        Plan(name, size, lengths, _numbers("batches"), implementation=implementation, **small)
+        for size in sizes
+        for name in FLAGS.model
+    ]
+    about = report.environment(FLAGS.commit or gate.commit())
+    run = f"{about['hardware']}, {about['date'][:10]}, {about['commit']}"
+    for plan in plans:
+        bench = Bench(plan)
+        bench.compile()
+        bench.allocate()
+        for row in bench.rows():
+            line = json.dumps({**row, "run": run})
+            print(line, flush=True)
+            if FLAGS.json:
+                with Path(FLAGS.json).open("a") as file:
+                    file.write(line + "\n")
+
+
+def _numbers(flag: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(value) for value in FLAGS[flag].value)
+    except ValueError:
+        raise ValueError(f"--{flag}={','.join(FLAGS[flag].value)}: not whole numbers") from None
+
+
+def _lines() -> None:
+    from experiments.benchmarks import model_page
+
+    lines = model_page.read_lines(FLAGS.lines)
+    if any(line["size"] == "tiny" for line in lines):
+        raise ValueError(f"--lines={FLAGS.lines}: it holds tiny models, which no page shows")
+    print(", ".join(map(str, model_page.write(lines, FLAGS.results))))
 
 
 def _merge() -> None:

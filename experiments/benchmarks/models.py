@@ -13,7 +13,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -111,11 +111,10 @@ class Bench:
 
     Args:
       plan: what is timed.
-      say: hears what goes on.
     """
 
-    def __init__(self, plan: Plan, say: Callable[[str], Any] = print):
-        self.plan, self._say = plan, say
+    def __init__(self, plan: Plan):
+        self.plan = plan
         self.config = model_config(plan.name, plan.size)
         dtype = jnp.float32 if plan.size == "tiny" else jnp.bfloat16
         model = abstract_model(
