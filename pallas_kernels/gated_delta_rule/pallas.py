@@ -1,7 +1,8 @@
 """The gated delta rule for Hopper in Pallas (Mosaic GPU): chunks of 64 tokens in parallel, then a scan over the chunks.
 
-The kernels are in ``pallas_within``, ``pallas_scan`` and ``pallas_bwd``; sequences are padded to whole chunks here with
-tokens that change nothing (log decay and beta 0). There is no one-token form.
+The kernels are in ``pallas_within``, ``pallas_scan``, ``pallas_bwd``, ``pallas_gradients`` and ``pallas_step``. Sequences
+are padded to whole chunks here with tokens that change nothing (log decay and beta 0). The state before each chunk is
+kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -13,12 +14,33 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import UnsupportedCase
-from pallas_kernels.gated_delta_rule import pallas_bwd, pallas_gradients, pallas_scan, pallas_within
-from pallas_kernels.gated_delta_rule.pallas_tiles import CHUNK
+from pallas_kernels.gated_delta_rule import pallas_bwd, pallas_gradients, pallas_scan, pallas_step, pallas_within
+from pallas_kernels.gated_delta_rule.pallas_tiles import CHUNK, bytes_of, interpreting
+from pallas_kernels.tiles import check_choice, check_shared_memory
+from pallas_kernels.triton_call import fold_batch
+
+NAME = "gated_delta_rule"
 
 
 def check(case: Any) -> None:
-    """Raises UnsupportedCase unless these kernels do ``case``."""
+    """Raises UnsupportedCase unless these kernels do ``case`` on this device."""
+    other = "use implementation='triton', 'xla' or None"
+    if jax.default_backend() == "gpu" and not interpreting():
+        capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
+        check_choice(NAME, "compute capability", capability, ("9.0",), other)
+    check_choice(NAME, "dtype", case.dtype, ("bfloat16", "float16"), other)
+    check_choice(NAME, "key head size", case.head_size, (64, 128), other)
+    check_choice(NAME, "value head size", case.value_size, (case.head_size, 2 * case.head_size), other)
+    if max(case.batch, case.heads, -(-case.tokens // CHUNK)) > 65535:
+        raise UnsupportedCase(f"{NAME}: {case.batch} rows, {case.heads} heads and {case.tokens} tokens make a grid of "
+                              f"more than 65535 programs along one axis; {other}")  # fmt: skip
+    if not case.step:
+        dtype = jnp.dtype(case.dtype)
+        check_shared_memory(NAME, bytes_of(pallas_within.scratch(case.head_size, dtype, case.normalize)))
+        check_shared_memory(NAME, bytes_of(pallas_scan.scratch(case.head_size, dtype)))
+        check_shared_memory(NAME, bytes_of(pallas_bwd.scratch(case.head_size, dtype)))
+        out = dtype if case.heads == case.key_heads else jnp.float32
+        check_shared_memory(NAME, bytes_of(pallas_gradients.scratch(case.head_size, dtype, out)))
 
 
 def _whole_chunks(x: jax.Array, mode: str = "constant") -> jax.Array:
@@ -26,32 +48,60 @@ def _whole_chunks(x: jax.Array, mode: str = "constant") -> jax.Array:
     return x if missing == 0 else jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), mode=mode)
 
 
-def forward(q, k, v, g, beta, runs, initial_state, *, scale, normalize, return_updates, save_states=True):
-    """o, final_state, updates, residuals; the protocol is in ``api``."""
+@functools.partial(fold_batch, static=("scale", "normalize", "save_states"))
+def _forward(q, k, v, g, beta, runs, initial_state, *, scale: float, normalize: bool, save_states: bool):
     T = q.shape[1]
     q, k, v, g, beta = (_whole_chunks(x) for x in (q, k, v, g, beta))
     runs = None if runs is None else _whole_chunks(runs, "edge")
     gates = pallas_within.gates(g, beta, runs)
-    inverse, scores, factors = pallas_within.within_chunks(q, k, gates, scale=scale, runs=runs is not None)
+    inverse, scores, factors = pallas_within.within_chunks(
+        q, k, gates, scale=scale, runs=runs is not None, normalize=normalize
+    )
     o, r, final_state, states = pallas_scan.scan_chunks(
         q, k, v, inverse, scores, factors, initial_state, save_states=save_states
     )
-    updates = (r.astype(jnp.float32) * beta[..., None])[:, :T] if return_updates else None
-    return o[:, :T], final_state, updates, (gates, inverse, scores, factors, r, states)
+    return o[:, :T], final_state, (gates, inverse, scores, factors, r, states)
+
+
+def forward(q, k, v, g, beta, runs, initial_state, *, scale, normalize, return_updates, save_states=True):
+    """o, final_state, updates, residuals; the protocol is in ``api``."""
+    o, final_state, residuals = _forward(
+        q, k, v, g, beta, runs, initial_state, scale=scale, normalize=normalize, save_states=save_states
+    )
+    updates = None
+    if return_updates:
+        updates = residuals[-2][:, : q.shape[1]].astype(jnp.float32) * beta[..., None]
+    return o, final_state, updates, residuals
+
+
+@functools.partial(fold_batch, static=("scale", "normalize"))
+def _backward(q, k, runs, residuals, do, dfinal_state, *, scale: float, normalize: bool):
+    gates, inverse, scores, factors, r, states = residuals
+    T, groups = q.shape[1], (*q.shape[:3], -1, q.shape[3])
+    q_whole, k, do = (_whole_chunks(x) for x in (q, k, do))
+    dstates, dv, dinitial = pallas_bwd.scan_back(q_whole, k, do, inverse, scores, factors, dfinal_state)
+    dq, dk, dg, dbeta = pallas_gradients.gradients_within(
+        q_whole, k, gates, factors, r, do, dv, states, dstates, scale=scale, runs=runs is not None, normalize=normalize
+    )
+    dq, dk, dv, dg, dbeta = (x[:, :T] for x in (dq, dk, dv, dg, dbeta))
+    if dq.shape != q.shape:
+        dq, dk = (x.reshape(groups).sum(3).astype(q.dtype) for x in (dq, dk))
+    return dq, dk, dv, dg, dbeta, dinitial
 
 
 def backward(q, k, v, g, beta, runs, initial_state, residuals, do, dfinal_state, *, scale, normalize):
     """dq, dk, dv, dg, dbeta, dinitial_state; the protocol is in ``api``. v itself is not needed: r stands for it."""
     del v, g, beta
-    gates, inverse, scores, factors, r, states = residuals
-    T = q.shape[1]
-    groups = (*q.shape[:3], -1, q.shape[3])
-    q, k, do = (_whole_chunks(x) for x in (q, k, do))
-    dstates, dv, dinitial = pallas_bwd.scan_back(q, k, do, inverse, scores, factors, dfinal_state)
-    gradients = pallas_gradients.gradients_within(
-        q, k, gates, factors, r, do, dv, states, dstates, scale=scale, runs=runs is not None
-    )
-    dq, dk, dv, dg, dbeta = (x[:, :T] for x in (*gradients[:2], dv, *gradients[2:]))
-    if dq.dtype != q.dtype:
-        dq, dk = (x.reshape(groups).sum(3).astype(q.dtype) for x in (dq, dk))
-    return dq, dk, dv, dg, dbeta, None if initial_state is None else dinitial
+    *gradients, dinitial = _backward(q, k, runs, residuals, do, dfinal_state, scale=scale, normalize=normalize)
+    return *gradients, None if initial_state is None else dinitial
+
+
+@functools.partial(fold_batch, static=("scale", "normalize"))
+def _step(*arrays: Any, scale: float, normalize: bool):
+    return pallas_step.one_token(*arrays, scale=scale, normalize=normalize)
+
+
+def step(q, k, v, g, beta, state, *, scale, normalize, return_update):
+    """o, state, update; the protocol is in ``api``. Not differentiable."""
+    o, state, update = _step(q, k, v, g, beta, state, scale=scale, normalize=normalize)
+    return o, state, update if return_update else None

@@ -21,8 +21,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule import pallas_tiles as t
-from pallas_kernels.gated_delta_rule.pallas_scan import BLOCK_V
-from pallas_kernels.gated_delta_rule.pallas_tiles import CHUNK, COLUMNS, SQUARE, WGMMA
+from pallas_kernels.gated_delta_rule.pallas_tiles import BLOCK_V, CHUNK, COLUMNS, SQUARE, WGMMA
 
 
 def stages_for(head_size: int) -> int:
@@ -119,6 +118,25 @@ def _body(m: Any, *, chunks: int, stages: int, group: int, dtype: Any) -> None:
     plgpu.barrier_wait(m.end)
 
 
+def scratch(head_size: int, dtype: Any) -> dict[str, Any]:
+    N, stages = head_size, stages_for(head_size)
+    return {
+        "q_s": t.buffer((stages, CHUNK, N), dtype),
+        "k_s": t.buffer((stages, CHUNK, N), dtype),
+        "do_s": t.buffer((stages, CHUNK, BLOCK_V), dtype),
+        "inverse_s": t.buffer((stages, *SQUARE), dtype),
+        "scores_s": t.buffer((stages, *SQUARE), dtype),
+        "factors_s": plgpu.SMEM((stages, t.FACTORS, CHUNK), jnp.float32),
+        "dstates_s": t.buffer((2, BLOCK_V, N), dtype),
+        "dv_s": t.buffer((2, CHUNK, BLOCK_V), dtype),
+        "full": plgpu.Barrier(num_arrivals=6, num_barriers=stages),
+        "used": plgpu.Barrier(num_barriers=stages),
+        "end": plgpu.Barrier(num_arrivals=2),
+        **t.spare((BLOCK_V, CHUNK), dtype),
+        **t.spare((BLOCK_V, N), dtype, "spare_state"),
+    }
+
+
 def scan_back(
     q: jax.Array,
     k: jax.Array,
@@ -144,21 +162,7 @@ def scan_back(
             "dv": jax.ShapeDtypeStruct(do.shape, dtype),
             "dinitial": jax.ShapeDtypeStruct((B, H, V, N), jnp.float32),
         },
-        scratch={
-            "q_s": t.buffer((stages, CHUNK, N), dtype),
-            "k_s": t.buffer((stages, CHUNK, N), dtype),
-            "do_s": t.buffer((stages, CHUNK, BLOCK_V), dtype),
-            "inverse_s": t.buffer((stages, *SQUARE), dtype),
-            "scores_s": t.buffer((stages, *SQUARE), dtype),
-            "factors_s": plgpu.SMEM((stages, t.FACTORS, CHUNK), jnp.float32),
-            "dstates_s": t.buffer((2, BLOCK_V, N), dtype),
-            "dv_s": t.buffer((2, CHUNK, BLOCK_V), dtype),
-            "full": plgpu.Barrier(num_arrivals=6, num_barriers=stages),
-            "used": plgpu.Barrier(num_barriers=stages),
-            "end": plgpu.Barrier(num_arrivals=2),
-            **t.spare((BLOCK_V, CHUNK), dtype),
-            **t.spare((BLOCK_V, N), dtype, "spare_state"),
-        },
+        scratch=scratch(N, dtype),
         grid={"b": B, "h": H, "block": V // BLOCK_V},
         warpgroups=2,
     )  # fmt: skip

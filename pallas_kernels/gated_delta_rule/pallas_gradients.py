@@ -24,9 +24,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule import pallas_tiles as t
-from pallas_kernels.gated_delta_rule.pallas_tiles import CHUNK, COLUMNS, ROWS, SQUARE, WGMMA
+from pallas_kernels.gated_delta_rule.pallas_tiles import BLOCK_V, CHUNK, COLUMNS, ROWS, SQUARE, WGMMA
 
-BLOCK_V = 64
 STAGES = 2
 # Of the vectors that the warpgroup of dk hands over.
 DREAD, WRITTEN, BETA_WRITTEN, DCARRY = range(4)
@@ -205,7 +204,7 @@ def _body(m: Any, *, blocks: int, group: int, scale: float, runs: bool, normaliz
     plgpu.barrier_wait(m.end)
 
 
-def _scratch(size: int, dtype: Any, out_dtype: Any) -> dict[str, Any]:
+def scratch(size: int, dtype: Any, out_dtype: Any) -> dict[str, Any]:
     vector = plgpu.SMEM((CHUNK,), jnp.float32)
     gates, factors = plgpu.SMEM((t.GATES, CHUNK), jnp.float32), plgpu.SMEM((t.FACTORS, CHUNK), jnp.float32)
     values, states = t.buffer((STAGES, CHUNK, BLOCK_V), dtype), t.buffer((STAGES, BLOCK_V, size), dtype)
@@ -256,7 +255,7 @@ def gradients_within(
             "states": states, "dstates": dstates,
         },
         outputs={"dq": per_head, "dk": per_head, "dg": per_token, "dbeta": per_token},
-        scratch=_scratch(N, k.dtype, per_head.dtype),
+        scratch=scratch(N, k.dtype, per_head.dtype),
         grid={"b": B, "n": chunks, "h": H},
         warpgroups=3,
     )  # fmt: skip

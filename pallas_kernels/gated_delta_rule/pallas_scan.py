@@ -21,20 +21,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule import pallas_tiles as t
-from pallas_kernels.gated_delta_rule.pallas_tiles import CHUNK, COLUMNS, ROWS, SQUARE, WGMMA
-
-BLOCK_V = 64
+from pallas_kernels.gated_delta_rule.pallas_tiles import BLOCK_V, CHUNK, COLUMNS, ROWS, SQUARE, WGMMA
 
 
 def stages_for(head_size: int) -> int:
     """Chunks of inputs in shared memory."""
     return {64: 4, 128: 2, 256: 1}[head_size]
-
-
-def shared_memory(head_size: int) -> int:
-    """Bytes of shared memory that a program takes."""
-    per_stage = 2 * CHUNK * (2 * head_size + BLOCK_V + 2 * CHUNK) + 2 * 4 * t.FACTORS * CHUNK
-    return stages_for(head_size) * per_stage + 2 * 2 * BLOCK_V * (head_size + 2 * CHUNK) + 4096
 
 
 def _slot(step: Any, count: int) -> Any:
@@ -160,6 +152,29 @@ def _body(m: Any, *, chunks: int, stages: int, group: int, dtype: Any) -> None:
     plgpu.barrier_wait(m.end)
 
 
+def scratch(head_size: int, dtype: Any) -> dict[str, Any]:
+    N, stages = head_size, stages_for(head_size)
+    return {
+        "q_s": t.buffer((stages, CHUNK, N), dtype),
+        "k_s": t.buffer((stages, CHUNK, N), dtype),
+        "v_s": t.buffer((stages, CHUNK, BLOCK_V), dtype),
+        "inverse_s": t.buffer((stages, *SQUARE), dtype),
+        "scores_s": t.buffer((stages, *SQUARE), dtype),
+        "by_row": plgpu.SMEM((stages, t.FACTORS, CHUNK), jnp.float32),
+        "by_column": plgpu.SMEM((stages, t.FACTORS, CHUNK), jnp.float32),
+        "states_s": t.buffer((2, BLOCK_V, N), dtype),
+        "r_s": t.buffer((2, CHUNK, BLOCK_V), dtype),
+        "o_s": t.buffer((2, CHUNK, BLOCK_V), dtype),
+        "full": plgpu.Barrier(num_arrivals=7, num_barriers=stages),
+        "used": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "published": plgpu.Barrier(num_barriers=2),
+        "outputs_done": plgpu.Barrier(num_barriers=2),
+        "end": plgpu.Barrier(num_arrivals=3),
+        **t.spare((BLOCK_V, CHUNK), dtype),
+        **t.spare((BLOCK_V, N), dtype, "spare_state"),
+    }
+
+
 def scan_chunks(
     q: jax.Array,
     k: jax.Array,
@@ -192,25 +207,7 @@ def scan_chunks(
             "final": jax.ShapeDtypeStruct((B, H, V, N), jnp.float32),
             "states": jax.ShapeDtypeStruct((B, H, chunks, V, N), dtype) if save_states else None,
         },
-        scratch={
-            "q_s": t.buffer((stages, CHUNK, N), dtype),
-            "k_s": t.buffer((stages, CHUNK, N), dtype),
-            "v_s": t.buffer((stages, CHUNK, BLOCK_V), dtype),
-            "inverse_s": t.buffer((stages, *SQUARE), dtype),
-            "scores_s": t.buffer((stages, *SQUARE), dtype),
-            "by_row": plgpu.SMEM((stages, t.FACTORS, CHUNK), jnp.float32),
-            "by_column": plgpu.SMEM((stages, t.FACTORS, CHUNK), jnp.float32),
-            "states_s": t.buffer((2, BLOCK_V, N), dtype),
-            "r_s": t.buffer((2, CHUNK, BLOCK_V), dtype),
-            "o_s": t.buffer((2, CHUNK, BLOCK_V), dtype),
-            "full": plgpu.Barrier(num_arrivals=7, num_barriers=stages),
-            "used": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            "published": plgpu.Barrier(num_barriers=2),
-            "outputs_done": plgpu.Barrier(num_barriers=2),
-            "end": plgpu.Barrier(num_arrivals=3),
-            **t.spare((BLOCK_V, CHUNK), dtype),
-            **t.spare((BLOCK_V, N), dtype, "spare_state"),
-        },
+        scratch=scratch(N, dtype),
         grid={"b": B, "h": H, "block": V // BLOCK_V},
         warpgroups=3,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 CHUNK = 64
+BLOCK_V = 64  # values of a program, or of a step
 SQUARE = (CHUNK, CHUNK)
 WGMMA = plgpu.Layout.WGMMA
 ROWS = WGMMA.reduce(1)
@@ -118,8 +120,13 @@ def split(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return high, (x - high.astype(jnp.float32)).astype(dtype)
 
 
-def only(condition: Any) -> Callable[[Callable[[], None]], None]:
-    return pl.when(condition)
+def bytes_of(scratch: dict[str, Any]) -> dict[str, int]:
+    """Bytes that each buffer of ``scratch`` takes of shared memory, where each begins at a multiple of 1024."""
+    sizes = {}
+    for name, x in scratch.items():
+        if hasattr(x, "dtype") and not isinstance(x, plgpu.Barrier):
+            sizes[name] = -(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // 1024) * 1024
+    return sizes
 
 
 def launch(
@@ -141,7 +148,11 @@ def launch(
     names = (*given, *wanted)
 
     def kernel(*refs, **buffers):
-        body(types.SimpleNamespace(**{**dict.fromkeys((*inputs, *outputs)), **dict(zip(names, refs)), **buffers}))
+        body(
+            types.SimpleNamespace(
+                **{**dict.fromkeys((*inputs, *outputs)), **dict(zip(names, refs, strict=True)), **buffers}
+            )
+        )
 
     threads = {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}
     results = plgpu.kernel(
@@ -155,4 +166,4 @@ def launch(
         kernel_name=name,
         **threads,
     )(*given.values())
-    return dict(zip(wanted, results))
+    return dict(zip(wanted, results, strict=True))

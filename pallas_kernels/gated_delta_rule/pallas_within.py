@@ -43,28 +43,39 @@ def gates(g: jax.Array, beta: jax.Array, runs: jax.Array | None) -> jax.Array:
     return jnp.stack([*sums, by_chunk(beta), run], axis=3)
 
 
-def invert_unit_lower(lower: jax.Array, i: jax.Array, j: jax.Array, left: Any, right: Any) -> jax.Array:
+def invert_unit_lower(lower: jax.Array, i: jax.Array, j: jax.Array, rights: list[Any], room: Any) -> jax.Array:
     """(I + lower)^-1 of a strictly lower [64,64] by doubling diagonal blocks: X <- X - X L X.
 
-    Kept as X = I - Y, so that the products round only corrections to L. Their operands are float16, which has the
-    precision of tf32 at twice its speed; normalised keys and beta at most 2 bound all entries by 2.
+    Kept as X = I - Y, so that the products round only corrections to L. With one right operand its dtype is float16,
+    which has the precision of tf32 at twice its speed: normalised keys and beta at most 2 bound all entries by 2.
+    Without such a bound there are two, bfloat16, whose sum is the matrix.
     """
+
+    def parts(x):
+        return [x.astype(jnp.float16)] if len(rights) == 1 else list(t.split(x, jnp.bfloat16))
+
+    def times(a, b):
+        for right, part in zip(rights, b, strict=True):
+            right[...] = part
+        plgpu.commit_smem()
+        result = t.product(t.left(a[0], room), rights[0], SQUARE)
+        if len(rights) == 2:
+            result = t.product(t.left(a[0], room), rights[1], SQUARE, result)
+            result = t.product(t.left(a[1], room), rights[0], SQUARE, result)
+        return result
+
     apart = i ^ j
     y = jnp.where(apart < 2, lower, 0.0)
     for level in range(1, 6):
         size = 1 << level
         corner = jnp.where((apart >= size) & (apart < 2 * size), lower, 0.0)
-        low = y.astype(jnp.float16)
-        right[...] = low
-        plgpu.commit_smem()
-        corner -= t.product(t.left(corner.astype(jnp.float16), left), right, SQUARE)
-        right[...] = corner.astype(jnp.float16)
-        plgpu.commit_smem()
-        y += corner - t.product(t.left(low, left), right, SQUARE)
+        y_parts = parts(y)
+        corner -= times(parts(corner), y_parts)
+        y += corner - times(y_parts, parts(corner))
     return jnp.where(apart == 0, 1.0, 0.0) - y
 
 
-def _body(m: Any, *, group: int, scale: float, runs: bool) -> None:
+def _body(m: Any, *, group: int, scale: float, runs: bool, normalize: bool) -> None:
     b, n, h = (jax.lax.axis_index(name) for name in ("b", "n", "h"))
     rows = pl.ds(n * CHUNK, CHUNK)
     hk = jax.lax.div(h, jnp.int32(group))
@@ -85,12 +96,14 @@ def _body(m: Any, *, group: int, scale: float, runs: bool) -> None:
     decay = jnp.exp(jnp.where(sees, apart, -jnp.inf))
 
     keys = t.product(m.k_s, m.k_s.T, SQUARE)
-    norm_k = jax.lax.rsqrt(jnp.where(i == j, keys, 0.0).sum(axis=1) + 1e-6)
+    norm_k = norm_q = beta * 0.0 + 1.0
+    if normalize:
+        norm_k = jax.lax.rsqrt(jnp.where(i == j, keys, 0.0).sum(axis=1) + 1e-6)
+        q = plgpu.load(m.q_s, layout=WGMMA).astype(jnp.float32)
+        norm_q = jax.lax.rsqrt((q * q).sum(axis=1) + 1e-6)
     m.column[...] = norm_k
     plgpu.commit_smem()
     decay *= t.along_columns(beta_j * plgpu.load(m.column, layout=COLUMNS))
-    q = plgpu.load(m.q_s, layout=WGMMA).astype(jnp.float32)
-    norm_q = jax.lax.rsqrt((q * q).sum(axis=1) + 1e-6)
     scores = t.product(m.q_s, m.k_s.T, SQUARE) * decay * t.along_rows(norm_q * scale)
     m.scores_s[...] = scores.astype(m.scores_s.dtype)
 
@@ -114,42 +127,48 @@ def _body(m: Any, *, group: int, scale: float, runs: bool) -> None:
     plgpu.copy_smem_to_gmem(m.factors_s, m.factors.at[b, h, n])
 
     lower = jnp.where(i > j, keys * decay * t.along_rows(norm_k), 0.0)
-    inverse = invert_unit_lower(lower, i, j, getattr(m, "spare", None), m.half_s)
+    rights = [m.right0] if normalize else [m.right0, m.right1]
+    inverse = invert_unit_lower(lower, i, j, rights, getattr(m, "spare", None))
     m.inverse_s[...] = inverse.astype(m.inverse_s.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(m.inverse_s, m.inverse.at[b, h, n])
     plgpu.wait_smem_to_gmem(0)
 
 
+def scratch(head_size: int, dtype: Any, normalize: bool = True) -> dict[str, Any]:
+    N, low = head_size, jnp.float16 if normalize else jnp.bfloat16
+    return {
+        "q_s": t.buffer((CHUNK, N), dtype),
+        "k_s": t.buffer((CHUNK, N), dtype),
+        "scores_s": t.buffer(SQUARE, dtype),
+        "inverse_s": t.buffer(SQUARE, dtype),
+        "by_row": plgpu.SMEM((t.GATES, CHUNK), jnp.float32),
+        "by_column": plgpu.SMEM((t.GATES, CHUNK), jnp.float32),
+        "column": plgpu.SMEM((CHUNK,), jnp.float32),
+        "factors_s": plgpu.SMEM((t.FACTORS, CHUNK), jnp.float32),
+        "full": plgpu.Barrier(num_arrivals=4),
+        **{f"right{n}": t.buffer(SQUARE, low) for n in range(1 if normalize else 2)},
+        **t.spare(SQUARE, low),
+    }
+
+
 def within_chunks(
-    q: jax.Array, k: jax.Array, gates: jax.Array, *, scale: float, runs: bool
+    q: jax.Array, k: jax.Array, gates: jax.Array, *, scale: float, runs: bool, normalize: bool = True
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(A, P [B,H,chunks,64,64] in the dtype of k, factors [B,H,chunks,8,64] float32) of every chunk; T whole chunks."""
-    B, T, K, N = k.shape
+    B, _, K, N = k.shape
     H, chunks = gates.shape[1:3]
     square = jax.ShapeDtypeStruct((B, H, chunks, CHUNK, CHUNK), k.dtype)
     results = t.launch(
         "gated_delta_rule_within",
-        lambda m: _body(m, group=H // K, scale=scale, runs=runs),
+        lambda m: _body(m, group=H // K, scale=scale, runs=runs, normalize=normalize),
         inputs={"q": q, "k": k, "gates": gates},
         outputs={
             "inverse": square,
             "scores": square,
             "factors": jax.ShapeDtypeStruct((B, H, chunks, t.FACTORS, CHUNK), jnp.float32),
         },
-        scratch={
-            "q_s": t.buffer((CHUNK, N), k.dtype),
-            "k_s": t.buffer((CHUNK, N), k.dtype),
-            "scores_s": t.buffer(SQUARE, k.dtype),
-            "inverse_s": t.buffer(SQUARE, k.dtype),
-            "half_s": t.buffer(SQUARE, jnp.float16),
-            "by_row": plgpu.SMEM((t.GATES, CHUNK), jnp.float32),
-            "by_column": plgpu.SMEM((t.GATES, CHUNK), jnp.float32),
-            "column": plgpu.SMEM((CHUNK,), jnp.float32),
-            "factors_s": plgpu.SMEM((t.FACTORS, CHUNK), jnp.float32),
-            "full": plgpu.Barrier(num_arrivals=4),
-            **t.spare(SQUARE, jnp.float16),
-        },
+        scratch=scratch(N, k.dtype, normalize),
         grid={"b": B, "n": chunks, "h": H},
     )
     return results["inverse"], results["scores"], results["factors"]
