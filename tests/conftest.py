@@ -39,6 +39,11 @@ def pytest_configure(config):
     if config.getoption("record_gpu_tests") and (config.getoption("keyword") or any("::" in x for x in config.args)):
         raise pytest.UsageError("--record_gpu_tests records whole test files: drop -k and the names of single tests")
     config.gpu_outcomes = {}
+    if config.getoption("markexpr") != "gpu":
+        # Most of the time goes into compiling programs that run once: let the compiler's back end do the least. The
+        # variable reaches the programs that tests start.
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_runtest_makereport(item, call):

@@ -24,6 +24,10 @@ SMALL = {
     "lte": dict(num_heads=4, num_kv_heads=2, window=13, budget=5, sinks=2, dropout=0.0),
     "nsa": dict(num_heads=4, num_kv_heads=2, head_dim=6, block_size=4, block_counts=3, window=5),
 }
+# Only LTE reads a sequence in more than one way; the others' programs do not mention the reading.
+READINGS = [
+    (name, reading) for name in SMALL for reading in ("train", "prompt", "streaming")[: 3 if name == "lte" else 1]
+]
 
 
 def test_every_registered_mixer_is_here():
@@ -79,8 +83,7 @@ def inputs(batch: int = 2, length: int = LENGTH, seed: int = 0):
     return jax.random.normal(jax.random.key(seed), (batch, length, WIDTH))
 
 
-@pytest.mark.parametrize("reading", ["train", "streaming"])
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name, reading", [pair for pair in READINGS if pair[1] != "prompt"])
 def test_no_output_depends_on_a_later_token(name, reading):
     changes = {"routing_grad": False} if name == "lte" else {}  # the score's gradient is no derivative of the output
     run = whole(name, reading, **changes)
@@ -105,13 +108,12 @@ def test_any_split_gives_the_full_pass(name, pieces):
         y, cache = extend(x[:, start : start + size], cache)
         outputs.append(y)
         start += size
-    assert_close(jnp.concatenate(outputs, axis=1), whole(name, "streaming")(x), "mixer")
+    assert_close(jnp.concatenate(outputs, axis=1), whole(name, "streaming" if name == "lte" else "train")(x), "mixer")
 
 
-@pytest.mark.parametrize("reading", ["train", "prompt", "streaming"])
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name, reading", READINGS)
 def test_packed_documents_equal_the_documents_alone(name, reading):
-    lengths, gap = (29, 1, 23), 3
+    lengths, gap = (27, 1, 27), 3  # one shape for two of them
     ids = np.zeros(LENGTH, np.int32)
     starts = (2, 2 + lengths[0], 2 + lengths[0] + lengths[1] + gap)  # padding before, between and after
     for number, (start, length) in enumerate(zip(starts, lengths, strict=True), 1):
@@ -129,14 +131,14 @@ def test_packed_documents_equal_the_documents_alone(name, reading):
         assert_close(gradient[:, part], pullback(cotangent[:, part])[0], "mixer")
 
 
-@pytest.mark.parametrize("left, right", [(4, 0), (0, 5), (9, 2)])
+@pytest.mark.parametrize("left, right", [(11, 0), (0, 11), (9, 2)])
 @pytest.mark.parametrize("name", MIXERS)
 def test_padding_changes_no_value_and_no_cache(name, left, right):
     x = inputs(length=33)
     padded = jnp.pad(x, ((0, 0), (left, right), (0, 0)), constant_values=jnp.nan)
     padded = jnp.where(jnp.isnan(padded), 7.0, padded)
     mask = jnp.pad(jnp.ones(x.shape[:2], jnp.int32), ((0, 0), (left, right)))
-    for reading in ("train", "prompt", "streaming"):
+    for reading in (reading for mixer, reading in READINGS if mixer == name):
         y = whole(name, reading)(padded, mask)
         assert_close(y[:, left : left + 33], whole(name, reading)(x), "mixer")
     module, extend = extender(name)

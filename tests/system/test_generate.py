@@ -22,11 +22,13 @@ GDN = GatedDeltaNet(num_heads=2, head_dim=8, expand_v=1)
 RETAINING = LTE(num_heads=2, num_kv_heads=1, window=13, budget=6, sinks=2)
 PATTERNS = {
     "lalte": (GDN, RETAINING),
-    "hola": (GDN, dataclasses.replace(RETAINING, retention="write_strength")),
-    "lansa": (GDN, NSA(num_heads=4, num_kv_heads=2, head_dim=8, block_size=4, block_counts=3, window=5)),
-    "gdn_swa": (GDN, WindowAttention(num_heads=2, num_kv_heads=1, window=9)),
-    "gdn_attn": (GDN, FullAttention(num_heads=2)),
-    "gdn": (GDN,),
+    "all others": (
+        GDN,
+        dataclasses.replace(RETAINING, retention="write_strength"),
+        NSA(num_heads=4, num_kv_heads=2, head_dim=8, block_size=4, block_counts=3, window=5),
+        WindowAttention(num_heads=2, num_kv_heads=1, window=9),
+        FullAttention(num_heads=2),
+    ),
 }
 VOCABULARY = 259
 NEW = 18  # more than every ring, and not a multiple of the steps between two looks
@@ -35,8 +37,9 @@ LENGTHS = (1, 2, 9, 23, 37, 41, 5)  # one token up to several windows
 
 @functools.cache
 def build(name: str = "lalte") -> LanguageModel:
+    pattern = PATTERNS[name]
     config = ModelConfig(
-        vocab_size=VOCABULARY, width=16, num_layers=2, pattern=PATTERNS[name], init_std=0.3, max_length=128
+        vocab_size=VOCABULARY, width=16, num_layers=len(pattern), pattern=pattern, init_std=0.3, max_length=128
     )
     model = LanguageModel(config, rngs=nnx.Rngs(1))
     # A router that has not learned keeps everything or nothing: drop its bias so that slots are fought for.
@@ -79,7 +82,7 @@ def test_greedy_is_the_argmax_of_a_full_pass_over_the_grown_sequence(name):
     assert len({token for found in greedy(name) for token in found.tokens}) > 5, "the model says one thing only"
 
 
-@pytest.mark.parametrize("name", ["lalte", "lansa"])
+@pytest.mark.parametrize("name", PATTERNS)
 def test_a_batch_of_one_says_the_same(name):
     for row in (0, 5):
         (alone,) = run(build(name), prompts()[row : row + 1])
@@ -87,7 +90,7 @@ def test_a_batch_of_one_says_the_same(name):
         np.testing.assert_allclose(alone.log_probs, greedy(name)[row].log_probs, atol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [1, 16, 40])
+@pytest.mark.parametrize("chunk", [1, 16, 24])  # 64 = 16 + 24 + 24: few shapes
 def test_chunked_prompts_equal_whole_ones(chunk):
     chunked = run(build(), chunk=chunk)
     assert [found.tokens for found in chunked] == [found.tokens for found in greedy()]
@@ -196,8 +199,8 @@ def test_the_rule_of_drawing():
 
 def test_nothing_to_say_and_too_long_a_text():
     assert run(build(), max_new_tokens=0)[0] == Generation([], [], "length")
-    with pytest.warns(UserWarning, match="may reach 130 tokens; the model was made for 128"):
-        run(build(), [[5] * 112])
+    with pytest.warns(UserWarning, match="may reach 129 tokens; the model was made for 128"):
+        run(build(), [[5] * 129], max_new_tokens=0)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +263,7 @@ def test_a_file_of_prompts_does_not_depend_on_the_batch(tmp_path):
     drawing = Speaker(build(), load_tokenizer("bytes"), rule)
     (tmp_path / "prompts.txt").write_text("one\nand two\nthree\n")
     answers = []
-    for size in (3, 2):
+    for size in (2, 1):  # the first leaves a batch of one for the end
         answer_file(drawing, str(tmp_path / "prompts.txt"), str(tmp_path / "out.jsonl"), size)
         answers.append([json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()])
     assert answers[0] == answers[1] and [record["prompt"] for record in answers[0]] == ["one", "and two", "three"]
