@@ -62,6 +62,8 @@ class Stopwatch:
     time, and by its input where ``data`` is.
     """
 
+    PARTS = ("data", "launch", "device")
+
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
         self._started = time.perf_counter()
@@ -77,6 +79,10 @@ class Stopwatch:
     def read(self, steps: int) -> dict[str, float]:
         """Seconds per step of each part since the last call."""
         now = time.perf_counter()
-        parts = {**self._seconds, "other": max(now - self._started - sum(self._seconds.values()), 0.0)}
+        parts = {
+            **dict.fromkeys(self.PARTS, 0.0),
+            **self._seconds,
+            "other": max(now - self._started - sum(self._seconds.values()), 0.0),
+        }
         self._seconds, self._started = {}, now
         return {name: seconds / steps for name, seconds in parts.items()}

@@ -11,7 +11,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -116,6 +116,8 @@ class _Run:
         self.reporter: metrics.Reporter | None = None
         self.kept_batches = {"nonfinite": 0, "spike": 0}
         self.watch = Stopwatch()
+        self.interrupted = False
+        """By a signal to any of the processes, as all of them have learnt it from the same step."""
 
     def say(self, text: str) -> None:
         if jax.process_index() == 0:
@@ -182,16 +184,22 @@ class _Run:
     def loop(self, state: TrainState, signals: Signals, trace: Trace) -> TrainState:
         config = self.config
         late: tuple[int, dict[str, Any], Batch] | None = None
-        while self.step < config.steps:
-            batch = self._next_batch(state)
+        while self.step < config.steps and not self.interrupted:
+            try:
+                with self.watch("data"):
+                    batch = next(self.batches)
+            except DataError as error:
+                self._look(late)
+                self._stop_at_bad_row(state, error)
             with trace.step(self.step + 1), self.watch("launch"):
                 state, numbers = self._run_step(state, batch, signals.received)
             self.step += 1
-            interrupted = self._look(late)
+            self._look(late)
             late = (self.step, numbers, batch)
             if trace.after(self.step, state) is not None:
                 self.say(f"trace of the steps up to {self.step}: {trace.folder}")
-            if interrupted or (signals.received and jax.process_count() == 1):
+            self.interrupted |= signals.received and jax.process_count() == 1
+            if self.interrupted:
                 break
             self.checkpoints.poll()
             last = self.step == config.steps
@@ -207,18 +215,14 @@ class _Run:
         trace.close()
         return state
 
-    def _next_batch(self, state: TrainState) -> Batch:
-        try:
-            with self.watch("data"):
-                return next(self.batches)
-        except DataError as error:
-            # The other processes of a launch wait inside a step for this one: there is no common state to save.
-            if jax.process_count() == 1 and self.step not in self.checkpoints.steps():
-                self._save(state)
-                self.checkpoints.wait()
-            raise DataError(
-                f"step {self.step + 1}: {error}. Or leave such rows out with --set reading.bad_rows=skip"
-            ) from error
+    def _stop_at_bad_row(self, state: TrainState, error: DataError) -> NoReturn:
+        # The other processes of a launch wait inside a step for this one: there is no common state to save.
+        if jax.process_count() == 1 and self.step not in self.checkpoints.steps():
+            self._save(state)
+            self.checkpoints.wait()
+        raise DataError(
+            f"step {self.step + 1}: {error}. Or leave such rows out with --set reading.bad_rows=skip"
+        ) from error
 
     def _run_step(self, state: TrainState, batch: Batch, interrupted: bool) -> tuple[TrainState, dict[str, Any]]:
         local = {name: batch[name] for name in ("input_ids", "labels", "segment_ids") if name in batch}
@@ -232,15 +236,16 @@ class _Run:
         shape = (len(local) * self.shard[1], *local.shape[1:])
         return jax.make_array_from_process_local_data(self._batch_place(shape), local, shape)
 
-    def _look(self, late: tuple[int, dict[str, Any], Batch] | None) -> bool:
-        """Reads the numbers of a step that has been launched before; True if a process was told to stop."""
+    def _look(self, late: tuple[int, dict[str, Any], Batch] | None) -> None:
+        """Reads the numbers of a step that has been launched before, and whether a process was told to stop."""
         if late is None:
-            return False
+            return
         assert self.reporter is not None
         step, numbers, batch = late
         names = ("skipped_in_row", "interrupted", "spike", "applied")
         with self.watch("device"):
             in_row, interrupted, spike, applied = jax.device_get([numbers[name] for name in names])
+        self.interrupted |= bool(interrupted)
         self.reporter.step(step, numbers)
         if spike or not applied:
             self._keep_batch(step, batch, numbers, "spike" if spike else "nonfinite", bool(applied))
@@ -252,7 +257,6 @@ class _Run:
                 else f"the loss was a spike in {in_row} steps in a row, up to step {step}: training stops; look at the "
                 "batches in spike-*.npz, raise spikes.sigmas or set spikes.skip=false"
             )
-        return bool(interrupted)
 
     def _keep_batch(self, step: int, batch: Batch, numbers: dict[str, Any], kind: str, applied: bool) -> None:
         """Writes this process's rows of a step that went wrong, for the first few of each kind."""
@@ -302,6 +306,7 @@ class _Run:
 
     def finish(self, state: TrainState) -> None:
         """The last save, and pictures if the run is complete."""
+        self.checkpoints.wait()
         if self.step not in self.checkpoints.steps():
             self._save(state)
         self.checkpoints.wait()

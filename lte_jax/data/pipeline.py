@@ -19,7 +19,7 @@ from typing import Literal
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from lte_jax.data.packing import IGNORE, DataError, Row
 
@@ -156,7 +156,7 @@ class _ShardRows(grain.MapDataset):
         try:
             return self._parent[row]
         except DataError as error:
-            logging.error("row %d of the training order is left out: %s", row, error)
+            print(f"WARNING: row {row} of the training order is left out: {error}", flush=True)
             return blank(self._whole_row(row))
 
     def _whole_row(self, bad: int) -> Row:
