@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from lte_jax import restore
-from lte_jax.data.tokenizer import Tokenizer, check_fits, load_tokenizer
+from lte_jax.data.tokenizer import Tokenizer, check_fits, known_text, load_tokenizer
 from lte_jax.generate import Generation, StopFilter, generate
 from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel
@@ -94,7 +94,7 @@ class Speaker:
             seeds=[settings.seed + first + row for row in range(len(prompts))],
             eos_id=self.tokenizer.eos_id,
             stop=settings.stop,
-            decode=self.tokenizer.decode,
+            decode=known_text(self.tokenizer),
             reading=settings.reading,
             chunk=settings.chunk,
             steps_per_call=8,
@@ -108,7 +108,8 @@ class Speaker:
         def on_tokens(row: int, tokens: list[int]) -> None:
             clock.count(len(tokens))
             for token in tokens:
-                write(shown.push(stream.push(token)))
+                if token < self.tokenizer.vocab_size:  # a model's vocabulary may be padded
+                    write(shown.push(stream.push(token)))
 
         (generation,) = self.answer([prompt], on_tokens=on_tokens)
         write(shown.push(stream.finish()) + shown.finish())

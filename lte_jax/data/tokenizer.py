@@ -99,6 +99,11 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
+def known_text(tokenizer: Tokenizer) -> Callable[[Iterable[int]], str]:
+    """``decode`` for what a model says: its vocabulary may be padded, and ids beyond the tokenizer's are no text."""
+    return lambda ids: tokenizer.decode([token for token in ids if token < tokenizer.vocab_size])
+
+
 class ByteTokenizer:
     """Ids 0-255 are the bytes of UTF-8; 256 begins a document, 257 ends it, 258 pads."""
 

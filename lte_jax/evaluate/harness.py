@@ -27,7 +27,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from lte_jax.data.tokenizer import Tokenizer, check_fits
+from lte_jax.data.tokenizer import Tokenizer, check_fits, known_text
 from lte_jax.evaluate.answers import Answers
 from lte_jax.losses import token_losses
 from lte_jax.mixers.base import Reading
@@ -237,7 +237,7 @@ class HarnessModel(TemplateLM):
             top_p=float(kwargs.pop("top_p", 1.0)),
             eos_id=self.eot_token_id,
             stop=tuple(stop),
-            decode=self.text.decode,
+            decode=known_text(self.text),
             reading=self.reading,
         )
         return [postprocess_generated_text(text, stop, None) for text in texts]

@@ -14,7 +14,7 @@ from flax import nnx
 
 from experiments.generate import Settings, Speaker, answer_file, converse, load_speaker
 from lte_jax import LTE, NSA, FullAttention, GatedDeltaNet, LanguageModel, ModelConfig, WindowAttention, restore
-from lte_jax.data.tokenizer import load_tokenizer
+from lte_jax.data.tokenizer import known_text, load_tokenizer
 from lte_jax.generate import Generation, StopFilter, generate
 from lte_jax.sampling import Sampling, draw
 
@@ -256,6 +256,10 @@ def test_the_program_streams_what_the_engine_says():
     (expected,) = speaker().answer([[256, *b"hello"]])
     assert found.tokens == expected.tokens and "".join(written) == expected.text
     assert len(written) > 2 and f"6 tokens in, {NEW} out" in speed and "tokens/s" in speed
+
+
+def test_ids_beyond_the_tokenizer_are_no_text():
+    assert known_text(load_tokenizer("bytes"))([104, 300, 105, 257]) == "hi"  # a vocabulary may be padded
 
 
 def test_a_file_of_prompts_does_not_depend_on_the_batch(tmp_path):
