@@ -95,9 +95,9 @@ def main() -> None:
     model, text = llama(), tokenizer()
     save_file({theirs(n): w.detach().contiguous() for n, w in model.named_parameters()}, HERE / "model.safetensors")
     config = dict(
-        model_type="transformer", hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_heads=2, num_kv_heads=1,
-        vocab_size=260, max_position_embeddings=128, norm_eps=1e-6, tie_word_embeddings=False, rope_theta=10000.0,
-        bos_token_id=256, eos_token_id=257, hidden_act="swish",
+        model_type="transformer", hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_heads=2,
+        num_kv_heads=1, vocab_size=260, max_position_embeddings=128, norm_eps=1e-6, tie_word_embeddings=False,
+        rope_theta=10000.0, bos_token_id=256, eos_token_id=257, hidden_act="swish",
     )  # fmt: skip
     (HERE / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     with tempfile.TemporaryDirectory() as folder:
