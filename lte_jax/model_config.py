@@ -69,9 +69,10 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """The inverse of ``to_dict``; unknown keys are errors."""
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"the model has no setting {', '.join(unknown)}")
+            raise ValueError(f"the model has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
         return cls(**{**values, "pattern": tuple(config_from_dict(mixer) for mixer in values["pattern"])})
 
     def layer_names(self) -> tuple[str, ...]:

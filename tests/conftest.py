@@ -32,6 +32,9 @@ def pytest_addoption(parser):
         metavar="FILE",
         help="Write each operation's outcome of -m gpu, without which experiments.bench reports no time of it.",
     )
+    parser.addoption(
+        "--check_shapes", action="store_true", help="Check the annotated shapes and dtypes of every call (slower)."
+    )
 
 
 def pytest_configure(config):
@@ -39,6 +42,12 @@ def pytest_configure(config):
     if config.getoption("record_gpu_tests") and (config.getoption("keyword") or any("::" in x for x in config.args)):
         raise pytest.UsageError("--record_gpu_tests records whole test files: drop -k and the names of single tests")
     config.gpu_outcomes = {}
+    if config.getoption("check_shapes"):
+        import jaxtyping
+
+        from tests import typechecker
+
+        jaxtyping.install_import_hook(typechecker.MODULES, f"{typechecker.__name__}.check")
     if config.getoption("markexpr") != "gpu":
         # Most of the time goes into compiling programs that run once: let the compiler's back end do the least. The
         # variable reaches the programs that tests start.

@@ -90,9 +90,9 @@ class GatedDeltaNetCache:
     """What a document leaves behind: the state, and the last inputs of each convolution (None without them)."""
 
     state: Float32[Array, "B H N V"]
-    q_conv: Float[Array, "B taps-1 KN"] | None
-    k_conv: Float[Array, "B taps-1 KN"] | None
-    v_conv: Float[Array, "B taps-1 HV"] | None
+    q_conv: Float[Array, "B past KN"] | None
+    k_conv: Float[Array, "B past KN"] | None
+    v_conv: Float[Array, "B past HV"] | None
 
 
 def _init_decay(key: jax.Array, shape, dtype) -> jax.Array:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from lte_jax.dims import Scores, SegmentIds
 from lte_jax.layers import parameter
@@ -165,7 +165,7 @@ def _zero(x: Array, real: Bool[Array, "..."] | None) -> Array:
     return x if real is None else jnp.where(real, x, jnp.zeros((), x.dtype))
 
 
-def _shift(x: Float[Array, "B T ..."], offset: int) -> Float[Array, "B T ..."]:
+def _shift(x: Shaped[Array, "B T ..."], offset: int) -> Shaped[Array, "B T ..."]:
     """y_t = x_{t + offset}, 0 outside the sequence."""
     tokens = x.shape[1]
     if abs(offset) >= tokens:
