@@ -67,31 +67,35 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
     def retreat(step, dstate):
         n, slot, half = chunks - 1 - step, jax.lax.rem(step, jnp.int32(stages)), jax.lax.rem(step, jnp.int32(2))
         low = dstate.astype(dtype)
-        # All but the copies of the step before have read their buffers.
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        m.dstates_s.at[half][...] = low
         plgpu.barrier_wait(m.full.at[slot])
         q, k, do, inverse = m.q_s.at[slot], m.k_s.at[slot], m.do_s.at[slot], m.inverse_s.at[slot]
-        read_k, read_q, write = (
-            t.along_columns(plgpu.load(m.factors_s.at[slot, x], layout=COLUMNS), tokens)
-            for x in (t.READ_K, t.READ_Q, t.WRITE)
+
+        def publish_gradient():
+            # All but the copies of the step before have read their buffers.
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            m.dstates_s.at[half][...] = low
+            rows = (plgpu.load(m.factors_s.at[slot, x], layout=COLUMNS) for x in (t.READ_K, t.READ_Q, t.WRITE))
+            return plgpu.load(do.T, layout=WGMMA), *rows, m.factors_s[slot, t.CARRY, 0]
+
+        w, (read, read_k, read_q, write, carry) = t.product(
+            low, k.T, tokens, room=room_state, meanwhile=publish_gradient
         )
-        carry = m.factors_s[slot, t.CARRY, 0]
-        w = t.product(t.left(low, room_state), k.T, tokens) * write
-        w = t.product(do.T, m.scores_s.at[slot], tokens, w)
+        w = t.product(do.T, m.scores_s.at[slot], tokens, w * t.along_columns(write, tokens))
         # The inverse's columns can add many almost cancelling w: 8 more bits of w keep the bound on the error.
         high, rest = t.split(w, dtype)
-        dy = t.product(t.left(high, room), inverse, tokens)
-        dy = t.product(t.left(rest, room), inverse, tokens, dy)
-        m.dv_s.at[half].T[...] = dy.astype(dtype)
-        read = (plgpu.load(do.T, layout=WGMMA).astype(jnp.float32) * read_q).astype(dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(m.dv_s.at[half], m.dv.at[b, pl.ds(n * CHUNK, CHUNK), h, columns], commit_group=False)
-        plgpu.copy_smem_to_gmem(m.dstates_s.at[half], m.dstates.at[b, h, n, columns], commit_group=False)
-        plgpu.commit_smem_to_gmem_group()
-        dstate = t.product(t.left(read, room), q, shape, dstate * carry)
-        erased = (dy * -read_k).astype(dtype)
-        dstate = t.product(t.left(erased, room), k, shape, dstate)
+        read = (read.astype(jnp.float32) * t.along_columns(read_q, tokens)).astype(dtype)
+        dy = t.products([(high, inverse), (rest, inverse)], tokens, room=room)
+        erased = (dy * t.along_columns(-read_k, tokens)).astype(dtype)
+
+        def publish_dy():
+            m.dv_s.at[half].T[...] = dy.astype(dtype)
+            plgpu.commit_smem()
+            rows = pl.ds(n * CHUNK, CHUNK)
+            plgpu.copy_smem_to_gmem(m.dv_s.at[half], m.dv.at[b, rows, h, columns], commit_group=False)
+            plgpu.copy_smem_to_gmem(m.dstates_s.at[half], m.dstates.at[b, h, n, columns], commit_group=False)
+            plgpu.commit_smem_to_gmem_group()
+
+        dstate = t.products([(read, q), (erased, k)], shape, dstate * carry, room=room, meanwhile=publish_dy)
         plgpu.barrier_arrive(m.used.at[slot])
         return dstate
 

@@ -26,7 +26,7 @@ from pallas_kernels.gated_delta_rule.pallas_tiles import BLOCK_V, CHUNK, COLUMNS
 
 def stages_for(head_size: int) -> int:
     """Chunks of inputs in shared memory."""
-    return {64: 4, 128: 2, 256: 1}[head_size]
+    return {64: 4, 128: 3, 256: 1}[head_size]
 
 
 def _slot(step: Any, count: int) -> Any:
@@ -43,8 +43,8 @@ def _copies(m: Any, *, chunks: int, stages: int, place: Any) -> None:
         plgpu.copy_gmem_to_smem(m.k.at[b, rows, hk], m.k_s.at[slot], full)
         plgpu.copy_gmem_to_smem(m.v.at[b, rows, h, columns], m.v_s.at[slot], full)
         plgpu.copy_gmem_to_smem(m.inverse.at[b, h, n], m.inverse_s.at[slot], full)
-        plgpu.copy_gmem_to_smem(m.factors.at[b, h, n], m.by_column.at[slot], full)
-        plgpu.copy_gmem_to_smem(m.factors.at[b, h, n], m.by_row.at[slot], full)
+        plgpu.copy_gmem_to_smem(m.factors.at[b, h, n, pl.ds(0, 4)], m.by_column.at[slot], full)
+        plgpu.copy_gmem_to_smem(m.factors.at[b, h, n, t.READ_Q], m.by_row.at[slot], full)
         plgpu.copy_gmem_to_smem(m.q.at[b, rows, hk], m.q_s.at[slot], full)
         plgpu.copy_gmem_to_smem(m.scores.at[b, h, n], m.scores_s.at[slot], full)
 
@@ -72,32 +72,39 @@ def _carry_state(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) ->
         state = plgpu.load(m.initial.at[b, h, columns], layout=WGMMA, optimized=False)
 
     def advance(n, state):
-        slot, half = _slot(n, stages), _slot(n, 2)
-        plgpu.barrier_wait(m.full.at[slot])
-        pl.when(n >= 2)(lambda: plgpu.barrier_wait(m.outputs_done.at[half]))
+        slot = _slot(n, stages)
+        k, inverse = m.k_s.at[slot], m.inverse_s.at[slot]
         low = state.astype(dtype)
-        m.states_s.at[half][...] = low
-        k, inverse, factors = m.k_s.at[slot], m.inverse_s.at[slot], m.by_column.at[slot]
-        read = plgpu.load(factors.at[t.READ_K], layout=COLUMNS)
-        write = plgpu.load(factors.at[t.WRITE], layout=COLUMNS)
-        carry = m.by_column[slot, t.CARRY, 0]
-        v = plgpu.load(m.v_s.at[slot].T, layout=WGMMA).astype(jnp.float32)
-        y = v - t.product(t.left(low, room_state), k.T, tokens) * t.along_columns(read, tokens)
+        pl.when(n > 0)(lambda: plgpu.barrier_wait(m.state_read))
+        plgpu.barrier_wait(m.full.at[slot])
+
+        def publish_state():
+            m.states_s[...] = low
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(m.state_ready)
+            read, write = (plgpu.load(m.by_column.at[slot, x], layout=COLUMNS) for x in (t.READ_K, t.WRITE))
+            return plgpu.load(m.v_s.at[slot].T, layout=WGMMA), read, write, m.by_column[slot, t.CARRY, 0]
+
+        seen, (v, read, write, carry) = t.product(low, k.T, tokens, room=room_state, meanwhile=publish_state)
+        y = v.astype(jnp.float32) - seen * t.along_columns(read, tokens)
         # The inverse's rows can add many almost cancelling y: 8 more bits of y keep the bound on the error.
         high, rest = t.split(y, dtype)
-        r = t.product(t.left(high, room), inverse.T, tokens)
-        r = t.product(t.left(rest, room), inverse.T, tokens, r)
-        m.r_s.at[half].T[...] = r.astype(dtype)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(m.published.at[half])
+        r = t.products([(high, inverse.T), (rest, inverse.T)], tokens, room=room)
+        pl.when(n > 0)(lambda: plgpu.barrier_wait(m.r_read))
+
+        def publish_r():
+            m.r_s.T[...] = r.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(m.r_ready)
+
         written = (r * t.along_columns(write, tokens)).astype(dtype)
-        state = t.product(t.left(written, room), k, shape, state * carry)
+        state = t.product(written, k, shape, state * carry, room=room, meanwhile=publish_r)
         plgpu.barrier_arrive(m.used.at[slot])
         return state
 
     state = jax.lax.fori_loop(0, chunks, advance, state)
-    for n in range(max(chunks - 2, 0), chunks):
-        plgpu.barrier_wait(m.outputs_done.at[n % 2])
+    plgpu.barrier_wait(m.state_read)
+    plgpu.barrier_wait(m.r_read)
     m.final[b, h, columns] = state
 
 
@@ -108,22 +115,24 @@ def _form_outputs(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) -
 
     @pl.loop(0, chunks)
     def _(n):
-        slot, half, rows = _slot(n, stages), _slot(n, 2), pl.ds(n * CHUNK, CHUNK)
+        slot, rows = _slot(n, stages), pl.ds(n * CHUNK, CHUNK)
         plgpu.barrier_wait(m.full.at[slot])
-        plgpu.barrier_wait(m.published.at[half])
-        plgpu.copy_smem_to_gmem(m.r_s.at[half], m.r.at[b, rows, h, columns])
+        read = plgpu.load(m.by_row.at[slot], layout=ROWS)
+        plgpu.barrier_wait(m.state_ready)
         if m.states is not None:
-            plgpu.copy_smem_to_gmem(m.states_s.at[half], m.states.at[b, h, n, columns])
-        read = plgpu.load(m.by_row.at[slot, t.READ_Q], layout=ROWS)
-        o = t.product(m.q_s.at[slot], m.states_s.at[half].T, shape)
-        o = t.product(m.scores_s.at[slot], m.r_s.at[half], shape, o * t.along_rows(read, shape))
-        m.o_s.at[half][...] = o.astype(dtype)
+            plgpu.copy_smem_to_gmem(m.states_s, m.states.at[b, h, n, columns])
+        o = t.product(m.q_s.at[slot], m.states_s.T, shape) * t.along_rows(read, shape)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the state's buffer, and that of the o before
+        plgpu.barrier_arrive(m.state_read)
+        plgpu.barrier_wait(m.r_ready)
+        plgpu.copy_smem_to_gmem(m.r_s, m.r.at[b, rows, h, columns])
+        o = t.product(m.scores_s.at[slot], m.r_s, shape, o)
+        m.o_s[...] = o.astype(dtype)
         plgpu.commit_smem()
         plgpu.barrier_arrive(m.used.at[slot])
-        plgpu.copy_smem_to_gmem(m.o_s.at[half], m.o.at[b, rows, h, columns])
-        # All but the copy of o have read their buffers, as has the copy of the o before this one.
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        plgpu.barrier_arrive(m.outputs_done.at[half])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(m.r_read)
+        plgpu.copy_smem_to_gmem(m.o_s, m.o.at[b, rows, h, columns])
 
     plgpu.wait_smem_to_gmem(0)
 
@@ -160,15 +169,17 @@ def scratch(head_size: int, dtype: Any) -> dict[str, Any]:
         "v_s": t.buffer((stages, CHUNK, BLOCK_V), dtype),
         "inverse_s": t.buffer((stages, *SQUARE), dtype),
         "scores_s": t.buffer((stages, *SQUARE), dtype),
-        "by_row": plgpu.SMEM((stages, t.FACTORS, CHUNK), jnp.float32),
-        "by_column": plgpu.SMEM((stages, t.FACTORS, CHUNK), jnp.float32),
-        "states_s": t.buffer((2, BLOCK_V, N), dtype),
-        "r_s": t.buffer((2, CHUNK, BLOCK_V), dtype),
-        "o_s": t.buffer((2, CHUNK, BLOCK_V), dtype),
+        "by_row": plgpu.SMEM((stages, CHUNK), jnp.float32),
+        "by_column": plgpu.SMEM((stages, 4, CHUNK), jnp.float32),
+        "states_s": t.buffer((BLOCK_V, N), dtype),
+        "r_s": t.buffer((CHUNK, BLOCK_V), dtype),
+        "o_s": t.buffer((CHUNK, BLOCK_V), dtype),
         "full": plgpu.Barrier(num_arrivals=7, num_barriers=stages),
         "used": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "published": plgpu.Barrier(num_barriers=2),
-        "outputs_done": plgpu.Barrier(num_barriers=2),
+        "state_ready": plgpu.Barrier(),
+        "state_read": plgpu.Barrier(),
+        "r_ready": plgpu.Barrier(),
+        "r_read": plgpu.Barrier(),
         "end": plgpu.Barrier(num_arrivals=3),
         **t.spare((BLOCK_V, CHUNK), dtype),
         **t.spare((BLOCK_V, N), dtype, "spare_state"),

@@ -88,13 +88,31 @@ def zeros(shape: tuple[int, int]) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
 
 
-def product(a: Any, b: Any, shape: tuple[int, int], start: jax.Array | None = None) -> jax.Array:
-    """a b, or start + a b. ``a`` is in shared memory or registers, ``b`` in shared memory."""
-    return products([(a, b)], shape, start)
+def product(
+    a: Any,
+    b: Any,
+    shape: tuple[int, int],
+    start: jax.Array | None = None,
+    *,
+    room: Any = None,
+    meanwhile: Callable[[], Any] | None = None,
+) -> Any:
+    """a b, or start + a b. ``a`` is in shared memory or registers, ``b`` in shared memory; more in ``products``."""
+    return products([(a, b)], shape, start, room=room, meanwhile=meanwhile)
 
 
-def products(pairs: list[tuple[Any, Any]], shape: tuple[int, int], start: jax.Array | None = None) -> jax.Array:
+def products(
+    pairs: list[tuple[Any, Any]],
+    shape: tuple[int, int],
+    start: jax.Array | None = None,
+    *,
+    room: Any = None,
+    meanwhile: Callable[[], Any] | None = None,
+) -> Any:
     """The sum of the products of the pairs, and ``start``, in one accumulator.
+
+    ``meanwhile`` runs between the start of the products and the wait for them; without ``start``, what it returns is
+    the second result. ``room`` is where the interpreter puts left operands in registers.
 
     The barrier keeps the compiler from moving arithmetic on the result in front of the wait for it, which is not
     visible as a dependence on the accumulator's registers.
@@ -102,14 +120,18 @@ def products(pairs: list[tuple[Any, Any]], shape: tuple[int, int], start: jax.Ar
 
     def multiply(accumulator):
         for a, b in pairs:
-            plgpu.wgmma(accumulator, a, b)
+            plgpu.wgmma(accumulator, left(a, room) if isinstance(a, jax.Array) else a, b)
+        return None if meanwhile is None else meanwhile()
 
     def fresh(accumulator):
+        beside = multiply(accumulator)
+        return (accumulator[...], beside) if meanwhile is not None and start is None else accumulator[...]
+
+    def further(accumulator):
         multiply(accumulator)
-        return accumulator[...]
 
     if start is not None and not interpreting():
-        return jax.lax.optimization_barrier(pl.run_state(multiply)(plgpu.ACC.init(start)))
+        return jax.lax.optimization_barrier(pl.run_state(further)(plgpu.ACC.init(start)))
     result = jax.lax.optimization_barrier(pl.run_scoped(fresh, plgpu.ACC(shape, jnp.float32)))
     return result if start is None else start + result  # the interpreter's accumulators begin at zero
 

@@ -10,6 +10,7 @@ and per token the factors of ``pallas_tiles``: what multiplies k S and q S, and 
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import jax
@@ -18,7 +19,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule import pallas_tiles as t
-from pallas_kernels.gated_delta_rule.pallas_tiles import CHUNK, COLUMNS, ROWS, SQUARE, WGMMA
+from pallas_kernels.gated_delta_rule.pallas_tiles import CHUNK, COLUMNS, ROWS, SQUARE
+from pallas_kernels.tiles import ceil_div
+
+WARPGROUPS = 3  # each has a chunk of its own; so many that a thread has 168 registers and the waits overlap
 
 
 def gates(g: jax.Array, beta: jax.Array, runs: jax.Array | None) -> jax.Array:
@@ -54,64 +58,74 @@ def invert_unit_lower(lower: jax.Array, i: jax.Array, j: jax.Array, rights: list
     def parts(x):
         return [x.astype(jnp.float16)] if len(rights) == 1 else list(t.split(x, jnp.bfloat16))
 
-    def times(a, b):
+    def add_product(start, a, b):
         for right, part in zip(rights, b, strict=True):
             right[...] = part
         plgpu.commit_smem()
-        result = t.product(t.left(a[0], room), rights[0], SQUARE)
-        if len(rights) == 2:
-            result = t.product(t.left(a[0], room), rights[1], SQUARE, result)
-            result = t.product(t.left(a[1], room), rights[0], SQUARE, result)
-        return result
+        pairs = [(a[0], rights[0])] if len(rights) == 1 else [(a[0], rights[0]), (a[0], rights[1]), (a[1], rights[0])]
+        return t.products(pairs, SQUARE, start, room=room)
 
     apart = i ^ j
     y = jnp.where(apart < 2, lower, 0.0)
+    if len(rights) == 1:
+        lower = lower.astype(jnp.float16)  # for registers: an eighth of the error that rounding the result makes
     for level in range(1, 6):
         size = 1 << level
-        corner = jnp.where((apart >= size) & (apart < 2 * size), lower, 0.0)
-        y_parts = parts(y)
-        corner -= times(parts(corner), y_parts)
-        y += corner - times(y_parts, parts(corner))
+        corner = jnp.where((apart >= size) & (apart < 2 * size), lower.astype(jnp.float32), 0.0)
+        corner = add_product(corner, parts(-corner), parts(y))
+        y = add_product(y + corner, parts(-y), parts(corner))
     return jnp.where(apart == 0, 1.0, 0.0) - y
 
 
-def _body(m: Any, *, group: int, scale: float, runs: bool, normalize: bool) -> None:
-    b, n, h = (jax.lax.axis_index(name) for name in ("b", "n", "h"))
-    rows = pl.ds(n * CHUNK, CHUNK)
-    hk = jax.lax.div(h, jnp.int32(group))
-    plgpu.copy_gmem_to_smem(m.k.at[b, rows, hk], m.k_s, m.full)
-    plgpu.copy_gmem_to_smem(m.q.at[b, rows, hk], m.q_s, m.full)
+def _chunk(m: Any, place: Any, *, group: int, scale: float, runs: bool, normalize: bool) -> None:
+    """One warpgroup's chunk. ``m`` holds its own buffers; q's and k's take the results when they are done with."""
+    b, n, h = place
+    rows, hk = pl.ds(n * CHUNK, CHUNK), jax.lax.div(h, jnp.int32(group))
+    parts = range(m.k_s.shape[0])  # of 64 columns each
+    for part in parts:
+        plgpu.copy_gmem_to_smem(m.k.at[b, rows, hk, pl.ds(part * CHUNK, CHUNK)], m.k_s.at[part], m.full)
     plgpu.copy_gmem_to_smem(m.gates.at[b, h, n], m.by_row, m.full)
     plgpu.copy_gmem_to_smem(m.gates.at[b, h, n], m.by_column, m.full)
+    for part in parts:
+        plgpu.copy_gmem_to_smem(m.q.at[b, rows, hk, pl.ds(part * CHUNK, CHUNK)], m.q_s.at[part], m.full)
     plgpu.barrier_wait(m.full)
 
     i, j = t.index(0), t.index(1)
     coarse, fine, beta = (plgpu.load(m.by_row.at[x], layout=ROWS) for x in (t.COARSE, t.FINE, t.BETA))
-    coarse_j, fine_j, beta_j = (plgpu.load(m.by_column.at[x], layout=COLUMNS) for x in (t.COARSE, t.FINE, t.BETA))
-    apart = (t.along_rows(coarse) - t.along_columns(coarse_j)) + (t.along_rows(fine) - t.along_columns(fine_j))
-    sees = i >= j
+    coarse_end, fine_end = m.by_row[t.COARSE, CHUNK - 1], m.by_row[t.FINE, CHUNK - 1]
+    run = last = None
     if runs:
-        run = plgpu.load(m.by_row.at[t.RUN], layout=ROWS)
-        sees &= t.along_rows(run) == t.along_columns(plgpu.load(m.by_column.at[t.RUN], layout=COLUMNS))
-    decay = jnp.exp(jnp.where(sees, apart, -jnp.inf))
+        run, last = plgpu.load(m.by_row.at[t.RUN], layout=ROWS), m.by_row[t.RUN, CHUNK - 1]
 
-    keys = t.product(m.k_s, m.k_s.T, SQUARE)
+    def decays():
+        columns = (plgpu.load(m.by_column.at[x], layout=COLUMNS) for x in (t.COARSE, t.FINE))
+        coarse_j, fine_j = (t.along_columns(x) for x in columns)
+        apart = (t.along_rows(coarse) - coarse_j) + (t.along_rows(fine) - fine_j)
+        sees = i >= j
+        if runs:
+            sees &= t.along_rows(run) == t.along_columns(plgpu.load(m.by_column.at[t.RUN], layout=COLUMNS))
+        return jnp.exp(jnp.where(sees, apart, -jnp.inf))
+
+    def pairs(left, right):
+        return [(left.at[part], right.at[part].T) for part in parts]
+
+    keys, decay = t.products(pairs(m.k_s, m.k_s), SQUARE, meanwhile=decays)
     norm_k = norm_q = beta * 0.0 + 1.0
     if normalize:
         norm_k = jax.lax.rsqrt(jnp.where(i == j, keys, 0.0).sum(axis=1) + 1e-6)
-        q = plgpu.load(m.q_s, layout=WGMMA).astype(jnp.float32)
-        norm_q = jax.lax.rsqrt((q * q).sum(axis=1) + 1e-6)
+        queries = t.products(pairs(m.q_s, m.q_s), SQUARE)
+        norm_q = jax.lax.rsqrt(jnp.where(i == j, queries, 0.0).sum(axis=1) + 1e-6)
     m.column[...] = norm_k
     plgpu.commit_smem()
+    beta_j = plgpu.load(m.by_column.at[t.BETA], layout=COLUMNS)
     decay *= t.along_columns(beta_j * plgpu.load(m.column, layout=COLUMNS))
-    scores = t.product(m.q_s, m.k_s.T, SQUARE) * decay * t.along_rows(norm_q * scale)
-    m.scores_s[...] = scores.astype(m.scores_s.dtype)
+    scores = t.products(pairs(m.q_s, m.k_s), SQUARE) * decay * t.along_rows(norm_q * scale)
+    scores_s, inverse_s = m.q_s.at[0], m.k_s.at[0]
+    scores_s[...] = scores.astype(m.q_s.dtype)
 
-    coarse_end, fine_end = m.by_row[t.COARSE, CHUNK - 1], m.by_row[t.FINE, CHUNK - 1]
     read, carry = jnp.exp(coarse + fine), jnp.exp(coarse_end + fine_end)
     write = jnp.exp((coarse_end - coarse) + (fine_end - fine)) * norm_k
     if runs:
-        last = m.by_row[t.RUN, CHUNK - 1]
         read = jnp.where(run == 0.0, read, 0.0)
         write = jnp.where(run == last, write, 0.0)
         carry = jnp.where(last == 0.0, carry, 0.0)
@@ -123,32 +137,47 @@ def _body(m: Any, *, group: int, scale: float, runs: bool, normalize: bool) -> N
         m.factors_s.at[row][...] = value
     m.factors_s.at[t.FACTORS - 1][...] = norm_k  # unused; written so that no copy reads undefined memory
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(m.scores_s, m.scores.at[b, h, n])
+    plgpu.copy_smem_to_gmem(scores_s, m.scores.at[b, h, n])
     plgpu.copy_smem_to_gmem(m.factors_s, m.factors.at[b, h, n])
 
     lower = jnp.where(i > j, keys * decay * t.along_rows(norm_k), 0.0)
     rights = [m.right0] if normalize else [m.right0, m.right1]
     inverse = invert_unit_lower(lower, i, j, rights, getattr(m, "spare", None))
-    m.inverse_s[...] = inverse.astype(m.inverse_s.dtype)
+    inverse_s[...] = inverse.astype(m.k_s.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(m.inverse_s, m.inverse.at[b, h, n])
+    plgpu.copy_smem_to_gmem(inverse_s, m.inverse.at[b, h, n])
     plgpu.wait_smem_to_gmem(0)
 
 
+def _body(m: Any, *, chunks: int, **options: Any) -> None:
+    b, block, h = (jax.lax.axis_index(name) for name in ("b", "block", "h"))
+    warpgroup = jax.lax.axis_index("warpgroup")
+    n = block * WARPGROUPS + warpgroup
+    buffers = scratch(64, jnp.bfloat16)
+    own = {name: getattr(m, name).at[warpgroup] for name in vars(m) if name in buffers}
+
+    @pl.when(n < chunks)
+    def _():
+        _chunk(types.SimpleNamespace(**{**vars(m), **own}), (b, n, h), **options)
+
+    plgpu.barrier_arrive(m.end)
+    plgpu.barrier_wait(m.end)
+
+
 def scratch(head_size: int, dtype: Any, normalize: bool = True) -> dict[str, Any]:
-    N, low = head_size, jnp.float16 if normalize else jnp.bfloat16
+    """Buffers of each warpgroup."""
+    low = jnp.float16 if normalize else jnp.bfloat16
+    square = (WARPGROUPS, *SQUARE)
     return {
-        "q_s": t.buffer((CHUNK, N), dtype),
-        "k_s": t.buffer((CHUNK, N), dtype),
-        "scores_s": t.buffer(SQUARE, dtype),
-        "inverse_s": t.buffer(SQUARE, dtype),
-        "by_row": plgpu.SMEM((t.GATES, CHUNK), jnp.float32),
-        "by_column": plgpu.SMEM((t.GATES, CHUNK), jnp.float32),
-        "column": plgpu.SMEM((CHUNK,), jnp.float32),
-        "factors_s": plgpu.SMEM((t.FACTORS, CHUNK), jnp.float32),
-        "full": plgpu.Barrier(num_arrivals=4),
-        **{f"right{n}": t.buffer(SQUARE, low) for n in range(1 if normalize else 2)},
-        **t.spare(SQUARE, low),
+        "q_s": t.buffer((WARPGROUPS, head_size // CHUNK, *SQUARE), dtype),
+        "k_s": t.buffer((WARPGROUPS, head_size // CHUNK, *SQUARE), dtype),
+        "by_row": plgpu.SMEM((WARPGROUPS, t.GATES, CHUNK), jnp.float32),
+        "by_column": plgpu.SMEM((WARPGROUPS, t.GATES, CHUNK), jnp.float32),
+        "column": plgpu.SMEM((WARPGROUPS, CHUNK), jnp.float32),
+        "factors_s": plgpu.SMEM((WARPGROUPS, t.FACTORS, CHUNK), jnp.float32),
+        "full": plgpu.Barrier(num_arrivals=2 + 2 * (head_size // CHUNK), num_barriers=WARPGROUPS),
+        **{f"right{n}": t.buffer(square, low) for n in range(1 if normalize else 2)},
+        **t.spare(square, low),
     }
 
 
@@ -161,14 +190,15 @@ def within_chunks(
     square = jax.ShapeDtypeStruct((B, H, chunks, CHUNK, CHUNK), k.dtype)
     results = t.launch(
         "gated_delta_rule_within",
-        lambda m: _body(m, group=H // K, scale=scale, runs=runs, normalize=normalize),
+        lambda m: _body(m, chunks=chunks, group=H // K, scale=scale, runs=runs, normalize=normalize),
         inputs={"q": q, "k": k, "gates": gates},
         outputs={
             "inverse": square,
             "scores": square,
             "factors": jax.ShapeDtypeStruct((B, H, chunks, t.FACTORS, CHUNK), jnp.float32),
         },
-        scratch=scratch(N, k.dtype, normalize),
-        grid={"b": B, "n": chunks, "h": H},
+        scratch={**scratch(N, k.dtype, normalize), "end": plgpu.Barrier(num_arrivals=WARPGROUPS)},
+        grid={"b": B, "block": ceil_div(chunks, WARPGROUPS), "h": H},
+        warpgroups=WARPGROUPS,
     )
     return results["inverse"], results["scores"], results["factors"]
