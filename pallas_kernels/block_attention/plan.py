@@ -82,8 +82,14 @@ def readers(
     own = ordinal - layout.position // block_size  # the ordinal of the document's block 0
     token = jnp.arange(T, dtype=jnp.uint32)[:, None, None]
     key = (own[:, :, None, None] + indices).astype(jnp.uint32) * jnp.uint32(T) + token
-    key = jnp.where(indices >= 0, key, jnp.uint32(2**32 - 1))
-    key = jnp.sort(key.transpose(0, 2, 1, 3).reshape(B, K, T * M), axis=-1)
+    key = jnp.where(indices >= 0, key, jnp.uint32((blocks + 1) * T - 1)).transpose(0, 2, 1, 3).reshape(B * K, T * M)
+    if B * K * (blocks + 1) * T < 2**32:
+        # One long sort of unlike ranges of keys is a radix sort on a GPU, sorts of rows are many passes.
+        range_start = jnp.arange(B * K, dtype=jnp.uint32)[:, None] * jnp.uint32((blocks + 1) * T)
+        key = jnp.sort((key + range_start).reshape(-1)).reshape(B * K, T * M) - range_start
+    else:
+        key = jnp.sort(key, axis=-1)
+    key = key.reshape(B, K, T * M)
     size = jnp.sum(indices >= 0, axis=(1, 3), dtype=jnp.int32)
     offset = _offsets((key // jnp.uint32(T)).astype(jnp.int32), size, blocks)
     count = offset[..., 1:] - offset[..., :-1]

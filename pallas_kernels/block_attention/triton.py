@@ -15,8 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
 from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool
-from pallas_kernels.block_attention.plan import Union, block_bound, union
+from pallas_kernels.block_attention.plan import Readers, Union, block_bound, readers, union
+from pallas_kernels.block_attention.triton_gather import gathered
 from pallas_kernels.block_attention.triton_tiles import (
+    PIECE,
+    gathers,
     load_heads,
     load_keys,
     power_of_2,
@@ -37,7 +40,9 @@ class Residuals(NamedTuple):
     indices: Int32[Array, "B T K M"]
     lse_compressed: Float32[Array, "B T H"]
     lse_selected: Float32[Array, "B T H"]
-    together: Union
+    together: Union | None
+    """For ``selected``; None where ``gathered`` has lists instead."""
+    lists: Readers | None
 
 
 @jit
@@ -65,19 +70,66 @@ def finish(o, lse, acc, m, l, token, head, exists, H: tl.constexpr, V: tl.conste
 
 
 @jit
-def chosen(bits, wanted, ROWS: tl.constexpr):
-    """Which columns of each row [ROWS, columns] are the ``wanted`` [ROWS] largest; of equal ones, the first.
+def columns(COUNT: tl.constexpr, TOKENS: tl.constexpr):
+    """The numbers 0 up to COUNT for each of TOKENS tokens, [32, TOKENS, COUNT / 32]; TOKENS is the number of warps.
 
-    bits: those of numbers that are not negative, which order as integers do; -1 is no candidate. The largest bound that
-    enough of them reach is found bit by bit: counts alone, where a sort would move every number.
+    A token's numbers lie in one warp, so that no sum over them waits for another warp. That takes this order of axes,
+    and lanes that count down: neighbours in memory would be given to one thread, and several tokens to a warp.
     """
-    bound = tl.zeros([ROWS], tl.int32)
+    lane = tl.arange(0, 32) ^ 31
+    number = tl.arange(0, COUNT // 32)[None, None, :] * 32 + lane[:, None, None]
+    return number + tl.zeros([1, TOKENS, 1], tl.int32)
+
+
+@jit
+def total(flags):
+    """How many of each token's flags, in the form of ``columns``, are set."""
+    return tl.sum(tl.sum(flags.to(tl.int32), 2), 0)
+
+
+@jit
+def ranks(flags):
+    """How many of each token's flags are set up to each, itself included."""
+    count = flags.to(tl.int32)
+    line = tl.sum(count, 0)
+    return tl.cumsum(count, 0, reverse=True) + (tl.cumsum(line, 1) - line)[None, :, :]
+
+
+@jit
+def chosen(bits, wanted):
+    """Which numbers of each token are the ``wanted`` [TOKENS] largest; of equal ones, the first.
+
+    bits, in the form of ``columns``: those of numbers that are not negative, which order as integers do; -1 is no
+    candidate. The largest bound that enough of them reach is found bit by bit: counts alone, where a sort would move
+    every number.
+    """
+    bound = tl.zeros_like(wanted)
     for i in range(31):
         trial = bound | (1 << (30 - i))
-        bound = tl.where(tl.sum((bits >= trial[:, None]).to(tl.int32), 1) >= wanted, trial, bound)
-    above, at = bits > bound[:, None], bits == bound[:, None]
-    left = wanted - tl.sum(above.to(tl.int32), 1)
-    return above | (at & (tl.cumsum(at.to(tl.int32), 1) <= left[:, None]))
+        bound = tl.where(total(bits >= trial[None, :, None]) >= wanted, trial, bound)
+    above, at = bits > bound[None, :, None], bits == bound[None, :, None]
+    return above | (at & (ranks(at) <= (wanted - total(above))[None, :, None]))
+
+
+@jit
+def store_chosen(pointer, value, number, current, count, earlier, G: tl.constexpr, M: tl.constexpr,
+                 SLOTS: tl.constexpr):  # fmt: skip
+    """Writes each token's selected blocks, ascending, behind ``pointer`` [tokens]; -1 fills up.
+
+    value: importances of the blocks ``number``, in the form of ``columns``, where ``earlier``: before the token's own
+    block ``current``, which may be incomplete and so in no table; -1 is padding. ``count``: M, or 0 to write nothing.
+    """
+    forced = (number == 0) | (number == current[None, :, None] - 1)
+    bits = tl.where(earlier, tl.where(forced, G * 1.0, value).to(tl.int32, bitcast=True), -1)
+    # The token's own block has the most there is and the last number.
+    most = tl.full(value.shape, G, tl.float32).to(tl.int32, bitcast=True)
+    own = (current >= 0) & (total(bits == most) < M)
+    take = chosen(bits, M - own.to(tl.int32))
+    tl.store(pointer[None, :, None] + ranks(take) - 1, number, mask=take)
+    taken = total(take)[:, None]
+    slot = tl.arange(0, SLOTS)[None, :]
+    last = tl.where((slot == taken) & own[:, None], current[:, None], -1)
+    tl.store(pointer[:, None] + slot, last, mask=(slot >= taken) & (slot < count[:, None]))
 
 
 @jit
@@ -139,33 +191,24 @@ def _select_kernel(
     pooled_k += (batch * C * K + head) * N
     pooled_v += (batch * C * K + head) * V
     scratch += ((batch * K + head) * tl.num_programs(0) + tl.program_id(0)) * TOKENS * C
-    entry, slot = tl.arange(0, C_BLOCK)[None, :], tl.arange(0, SLOTS)[None, :]
+    line = tl.arange(0, PICK)
+    entry = columns(C_BLOCK, PICK)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         _look(
             q, pooled_k, pooled_v, position, base, tile * TOKENS, T, C, head, o, lse, scratch, H, K, G, N, V, S, SCALE,
             TOKENS, HEADS, BLOCKS, N_BLOCK, V_BLOCK, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()  # what other threads left in scratch is read below
-        for line in range(0, TOKENS, PICK):
-            row = line + tl.arange(0, PICK)
-            t = tile * TOKENS + row
-            number = entry - tl.load(base + t, mask=t < T, other=0)[:, None]
-            at = tl.load(position + t, mask=t < T, other=-1)
+        for row in range(0, TOKENS, PICK):
+            t = tile * TOKENS + row + line
+            exists = (t < T) & (row + line < TOKENS)
+            number = entry - tl.load(base + t, mask=exists, other=0)[None, :, None]
+            at = tl.load(position + t, mask=exists, other=-1)
             current = tl.where(at >= 0, at // S, -1)
-            earlier = (number >= 0) & (number < current[:, None])
-            forced = (number == 0) | (number == current[:, None] - 1)
-            value = tl.load(scratch + row[:, None] * C + entry, mask=earlier & (entry < C), other=0.0)
-            bits = tl.where(earlier, tl.where(forced, G * 1.0, value).to(tl.int32, bitcast=True), -1)
-            # The token's own block may be incomplete and so in no table: it has the most there is and the last number.
-            most = tl.full([PICK, C_BLOCK], G, tl.float32).to(tl.int32, bitcast=True)
-            own = (at >= 0) & (tl.sum((bits == most).to(tl.int32), 1) < M)
-            take = chosen(bits, M - own.to(tl.int32), PICK)
-            pointer = indices + (t * K + head)[:, None] * M
-            place = tl.cumsum(take.to(tl.int32), 1)
-            tl.store(pointer + place - 1, number, mask=take)
-            count = tl.sum(take.to(tl.int32), 1)[:, None]
-            last = tl.where((slot == count) & own[:, None], current[:, None], -1)
-            tl.store(pointer + slot, last, mask=(t < T)[:, None] & (slot >= count) & (slot < M))
+            earlier = (number >= 0) & (number < current[None, :, None])
+            value = tl.load(scratch + (row + line)[None, :, None] * C + entry, mask=earlier & (entry < C), other=0.0)
+            pointer = indices + (t * K + head) * M
+            store_chosen(pointer, value, number, current, tl.where(exists, M, 0), earlier, G, M, SLOTS)
         tl.debug_barrier()  # and only then written again
 
 
@@ -230,11 +273,10 @@ def _selected_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Block means read at a time, programs for the selection and numbers that it holds, warps and stages."""
+    """Block means read at a time, programs for the selection, warps and stages."""
 
     blocks: int = 64
     programs: int = 1056
-    numbers: int = 4096
     select_warps: int = 4
     select_stages: int = 2
     warps: int = 4
@@ -309,9 +351,13 @@ def _both(
     case: Any, q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, layout: Layout
 ) -> tuple[tuple[Array, Array], Residuals]:
     o_c, lse_c, indices = select(case, q, pooled_k, pooled_v, layout)
+    if gathers(case):
+        lists = readers(indices, layout, case.block_size, case.segment_ids, PIECE)
+        o_s, lse_s = gathered(case, q, k, v, layout, indices, lists)
+        return (o_c, o_s), Residuals(indices, lse_c, lse_s, None, lists)
     together = union(indices, layout, case.block_size, shared_constants(case)["TOKENS"])
     o_s, lse_s = selected(case, q, k, v, layout, together)
-    return (o_c, o_s), Residuals(indices, lse_c, lse_s, together)
+    return (o_c, o_s), Residuals(indices, lse_c, lse_s, together, None)
 
 
 def select(
@@ -322,7 +368,7 @@ def select(
     constants = shared_constants(case)
     tiles = ceil_div(case.T, constants["TOKENS"])
     programs = min(tiles, ceil_div(TILES.programs, case.B * case.K))
-    C_BLOCK = power_of_2(C, 16)
+    C_BLOCK = power_of_2(C, 32)
     *results, _ = triton_call(
         _select_kernel,
         *(q, pooled_k, pooled_v, layout.position, layout.base, case.T, C, tiles),
@@ -336,7 +382,7 @@ def select(
         num_warps=TILES.select_warps,
         num_stages=TILES.select_stages,
         C_BLOCK=C_BLOCK,
-        PICK=max(1, min(constants["TOKENS"], TILES.numbers // C_BLOCK)),
+        PICK=TILES.select_warps,
         M=M,
         SLOTS=power_of_2(M, 2),
         BLOCKS=TILES.blocks,

@@ -11,6 +11,7 @@ which Triton 3.4 to 3.7 gets wrong on Hopper.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,15 @@ from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool, un
 from pallas_kernels.block_attention.plan import Readers, block_bound, ordinals, readers
 from pallas_kernels.block_attention.triton import Residuals
 from pallas_kernels.block_attention.triton_dq import queries_backward
-from pallas_kernels.block_attention.triton_tiles import load_heads, load_keys, power_of_2, shared_constants, tile_rows
+from pallas_kernels.block_attention.triton_gather import gathered_backward
+from pallas_kernels.block_attention.triton_tiles import (
+    PIECE,
+    load_heads,
+    load_keys,
+    power_of_2,
+    shared_constants,
+    tile_rows,
+)
 from pallas_kernels.tiles import ceil_div
 from pallas_kernels.triton_call import fold_batch, jit, tl, triton_call
 
@@ -196,9 +205,8 @@ def _means_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Tokens per piece of a block's readers, ranges of tokens for the means, warps, stages."""
+    """Ranges of tokens for the means, means at a time, warps, stages."""
 
-    piece: int = 512
     ranges: int = 32
     blocks: int = 64
     warps: int = 4
@@ -237,9 +245,19 @@ def _backward(
     S = case.block_size
     pooled = pool(k, layout, S), pool(v, layout, S)
     place = layout or plain_layout(case.B, case.T, S)
-    dq, *delta = queries_backward(case, q, k, v, pooled, place, outputs, residuals, cotangents)
-    lists = readers(residuals.indices, place, S, case.segment_ids, TILES.piece)
-    dk, dv = _selected_keys(case, q, k, v, place, lists, residuals.lse_selected, delta[1], cotangents[1])
+    partial: Sequence[Array]
+    if residuals.lists is not None:
+        lists = residuals.lists
+        rows = _deltas(outputs[1], cotangents[1])
+        *partial, parts = gathered_backward(
+            case, q, k, v, place, residuals.indices, lists, residuals.lse_selected, rows, cotangents[1]
+        )
+        dq, *delta = queries_backward(case, q, k, v, pooled, place, outputs, residuals, cotangents, parts)
+    else:
+        dq, *delta = queries_backward(case, q, k, v, pooled, place, outputs, residuals, cotangents, None)
+        lists = readers(residuals.indices, place, S, case.segment_ids, PIECE)
+        partial = _pieces(case, q, k, v, lists, residuals.lse_selected, delta[1], cotangents[1])
+    dk, dv = _selected_keys(case, place, lists, partial)
     dmeans = _means(case, q, pooled, place, residuals.lse_compressed, delta[0], cotangents[0])
     # A token that nothing selected, or padding, is written by no program.
     read = _was_read(case, lists, place)
@@ -250,6 +268,10 @@ def _backward(
     return dq, dk, dv
 
 
+def _deltas(o: Array, do: Array) -> Float32[Array, "B T H"]:
+    return jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1)
+
+
 def _was_read(case: Any, lists: Readers, place: Layout) -> Array:
     """[B,T,K]: whether any token selected the block that this token is in."""
     count = lists.pieces[..., 1:] - lists.pieces[..., :-1]
@@ -258,23 +280,31 @@ def _was_read(case: Any, lists: Readers, place: Layout) -> Array:
     return read & (ordinal >= 0)[..., None]
 
 
+def _pieces(
+    case: Any, q: Array, k: Array, v: Array, lists: Readers, lse: Array, delta: Array, do: Array
+) -> Sequence[Float32[Array, "B K P S N"]]:
+    """The part of dk and dv that each piece of a list gives."""
+    P = lists.begin.shape[-1]
+    return triton_call(
+        _pieces_kernel,
+        *(q, k, v, do, lse, delta, lists.token, lists.first, lists.begin, lists.end, case.T, lists.token.shape[-1]),
+        out_shape=[
+            jax.ShapeDtypeStruct((case.B, case.K, P, case.block_size, size), jnp.float32) for size in (case.N, case.V)
+        ],
+        grid=(P, case.K, case.B),
+        num_warps=TILES.warps,
+        num_stages=TILES.stages,
+        GRADIENT_SCALE=case.scale,
+        **shared_constants(case),
+    )
+
+
 def _selected_keys(
-    case: Any, q: Array, k: Array, v: Array, place: Layout, lists: Readers, lse: Array, delta: Array, do: Array
+    case: Any, place: Layout, lists: Readers, partial: Sequence[Array]
 ) -> tuple[Float32[Array, "B T K N"], Float32[Array, "B T K V"]]:
     """dk and dv of the selected branch; undefined where ``_was_read`` is not."""
     B, T, K, S = case.B, case.T, case.K, case.block_size
     P = lists.begin.shape[-1]
-    constants = shared_constants(case)
-    partial = triton_call(
-        _pieces_kernel,
-        *(q, k, v, do, lse, delta, lists.token, lists.first, lists.begin, lists.end, T, lists.token.shape[-1]),
-        out_shape=[jax.ShapeDtypeStruct((B, K, P, S, size), jnp.float32) for size in (case.N, case.V)],
-        grid=(P, K, B),
-        num_warps=TILES.warps,
-        num_stages=TILES.stages,
-        GRADIENT_SCALE=case.scale,
-        **constants,
-    )
     blocks = block_bound(T, S, case.segment_ids)
     ordinal = ordinals(place, S, case.segment_ids)
     dk, dv = (

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from pallas_kernels.block_attention.blocks import Layout
+from pallas_kernels.block_attention.plan import Union
 from pallas_kernels.block_attention.triton import Residuals
+from pallas_kernels.block_attention.triton_gather import load_part
 from pallas_kernels.block_attention.triton_tiles import (
     load_heads,
     load_keys,
@@ -22,6 +24,7 @@ from pallas_kernels.block_attention.triton_tiles import (
     tile_rows,
     visible_means,
 )
+from pallas_kernels.tiles import ceil_div
 from pallas_kernels.triton_call import jit, tl, triton_call
 
 
@@ -63,6 +66,8 @@ def _dq_kernel(
     first,
     bits,
     count,
+    indices,
+    parts,
     T,
     C,
     L,
@@ -83,12 +88,11 @@ def _dq_kernel(
     N_BLOCK: tl.constexpr,
     V_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
+    GATHERED: tl.constexpr,
+    M: tl.constexpr,
 ):
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    entry = (batch * K + head) * tl.num_programs(0) + tile
-    first += entry * L
-    bits += entry * L
     queries_at, outputs_at, rows_at = batch * T * (H * N), batch * T * (H * V), batch * T * H
     pooled_k += (batch * C * K + head) * N
     pooled_v += (batch * C * K + head) * V
@@ -111,19 +115,27 @@ def _dq_kernel(
         mask = (block[None, :] >= row_base[:, None]) & (block[None, :] < row_end[:, None])
         gradient = _add_dq(queries, cotangent, log_sum, delta, keys, values, mask, gradient, SCALE, PRECISION)
 
-    cotangent, delta = _load_delta(
-        o_s + outputs_at, do_s + outputs_at, delta_s + rows_at, token, query_head, exists, H, V, V_BLOCK
-    )
-    log_sum = tl.load(lse_s + rows_at + token * H + query_head, mask=exists, other=0.0)
-    index = tl.load(start + batch * T + token, mask=token < T, other=0)
-    index += tl.load(position + token, mask=token < T, other=-1)
-    bit = token - tile * TOKENS
-    for i in range(tl.load(count + entry)):
-        key = tl.load(first + i) + tl.arange(0, S)
-        member = (tl.load(bits + i) >> bit) & 1
-        keys, values = load_keys(k, key, T, K, N, N_BLOCK), load_keys(v, key, T, K, V, V_BLOCK)
-        mask = (member != 0)[:, None] & (key[None, :] <= index[:, None])
-        gradient = _add_dq(queries, cotangent, log_sum, delta, keys, values, mask, gradient, SCALE, PRECISION)
+    if GATHERED:
+        at = (batch * T + token) * K + head
+        part = at * (M * G) + tl.arange(0, TOKENS * HEADS) % HEADS
+        for m in range(M):
+            held = exists & (tl.load(indices + at * M + m, mask=exists, other=-1) >= 0)
+            gradient += load_part(parts, part + m * G, held, N, N_BLOCK)
+    else:
+        cotangent, delta = _load_delta(
+            o_s + outputs_at, do_s + outputs_at, delta_s + rows_at, token, query_head, exists, H, V, V_BLOCK
+        )
+        log_sum = tl.load(lse_s + rows_at + token * H + query_head, mask=exists, other=0.0)
+        entry = (batch * K + head) * tl.num_programs(0) + tile
+        index = tl.load(start + batch * T + token, mask=token < T, other=0)
+        index += tl.load(position + token, mask=token < T, other=-1)
+        bit = token - tile * TOKENS
+        for i in range(tl.load(count + entry)):
+            key = tl.load(first + entry * L + i) + tl.arange(0, S)
+            member = (tl.load(bits + entry * L + i) >> bit) & 1
+            keys, values = load_keys(k, key, T, K, N, N_BLOCK), load_keys(v, key, T, K, V, V_BLOCK)
+            mask = (member != 0)[:, None] & (key[None, :] <= index[:, None])
+            gradient = _add_dq(queries, cotangent, log_sum, delta, keys, values, mask, gradient, SCALE, PRECISION)
 
     store_heads(dq + queries_at, gradient * GRADIENT_SCALE, token, query_head, exists, H, N, N_BLOCK)
 
@@ -150,20 +162,27 @@ def queries_backward(
     outputs: tuple[Array, Array],
     residuals: Residuals,
     cotangents: tuple[Array, Array],
+    parts: Array | None,
 ) -> tuple[Array, Float32[Array, "B T H"], Float32[Array, "B T H"]]:
-    """dq of both branches, and the delta of the compressed and of the selected branch."""
-    together = residuals.together
+    """dq of both branches, and the delta of the compressed and of the selected branch.
+
+    With ``parts``, of ``gathered_backward``, they are dq of the selected branch, and its delta is not written.
+    """
+    constants = shared_constants(case)
+    together = residuals.together or Union(residuals.indices, residuals.indices, residuals.indices)
     rows = jax.ShapeDtypeStruct((case.B, case.T, case.H), jnp.float32)
     return triton_call(
         _dq_kernel,
         *(q, k, v, *pooled, *outputs, *cotangents, residuals.lse_compressed, residuals.lse_selected),
-        *(place.start, place.position, place.base, together.first, together.bits, together.size, case.T),
-        *(pooled[0].shape[1], together.first.shape[-1]),
+        *(place.start, place.position, place.base, *together, residuals.indices, parts),
+        *(case.T, pooled[0].shape[1], together.first.shape[-1]),
         out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), rows, rows),
-        grid=(together.size.shape[-1], case.K, case.B),
+        grid=(ceil_div(case.T, constants["TOKENS"]), case.K, case.B),
         num_warps=TILES.warps,
         num_stages=TILES.stages,
         GRADIENT_SCALE=case.scale,
         BLOCKS=TILES.blocks,
-        **shared_constants(case),
+        GATHERED=parts is not None,
+        M=residuals.indices.shape[-1],
+        **constants,
     )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from pallas_kernels.block_attention.blocks import BlockCache
-from pallas_kernels.block_attention.triton import chosen, online
+from pallas_kernels.block_attention.triton import columns, online, store_chosen
 from pallas_kernels.block_attention.triton_tiles import load_keys, power_of_2, shared_constants, slots
 from pallas_kernels.tiles import ceil_div
 from pallas_kernels.triton_call import fold_batch, jit, tl, triton_call
@@ -77,8 +77,8 @@ def _mean_logits(queries, pooled_k, entry, old, K: tl.constexpr, N: tl.constexpr
 
 @jit
 def _select(
-    queries, pooled_k, old, completes, mean, t, selected, scratch, C_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    M: tl.constexpr, SLOTS: tl.constexpr, K: tl.constexpr, G: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
+    queries, pooled_k, old, completes, mean, current, selected, scratch, C_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    WARPS: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr, K: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
     SCALE: tl.constexpr, ROWS: tl.constexpr, N_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes the numbers of the selected blocks, ascending; -1 fills up."""
@@ -97,17 +97,14 @@ def _select(
         importance = tl.minimum(tl.sum(tl.exp2(logits - log_sum[None, :]), 1), G * 1.0)
         tl.store(scratch + start + part, importance, mask=start + part < old)
     tl.debug_barrier()  # what other threads left in scratch is read
-    number, current = tl.arange(0, C_BLOCK)[None, :], t // S
+    # Every warp finds the same.
+    number = columns(C_BLOCK, WARPS)
+    current = current + tl.zeros([WARPS], tl.int32)
     value = tl.load(scratch + number, mask=number < old, other=0.0)
-    value = tl.where((number == 0) | (number == current - 1), G * 1.0, value)
-    bits = tl.where(number < current, value.to(tl.int32, bitcast=True), -1)
-    most = tl.full([1, C_BLOCK], G, tl.float32).to(tl.int32, bitcast=True)
-    own = (tl.sum((bits == most).to(tl.int32), 1) < M) & (t >= 0)
-    take = chosen(bits, M - own.to(tl.int32), 1)
-    tl.store(selected + tl.cumsum(take.to(tl.int32), 1) - 1, number, mask=take)
-    count, slot = tl.sum(take.to(tl.int32), 1)[:, None], tl.arange(0, SLOTS)[None, :]
-    last = tl.where((slot == count) & own[:, None], current, -1)
-    tl.store(selected + slot, last, mask=(slot >= count) & (slot < M))
+    pointer = selected + tl.zeros([WARPS], tl.int32)
+    store_chosen(
+        pointer, value, number, current, tl.zeros_like(current) + M, number < current[None, :, None], G, M, SLOTS
+    )
 
 
 @jit
@@ -115,9 +112,9 @@ def _look_kernel(
     q, new_k, new_v, length, active, k_in, v_in, pooled_k_in, pooled_v_in, U, k, v, pooled_k, pooled_v, selected,
     arrived, position, scratch, sums, tops, weights, C: tl.constexpr, C_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     M: tl.constexpr, SLOTS: tl.constexpr, MEANS: tl.constexpr, MEANS_EACH: tl.constexpr, WINDOWS: tl.constexpr,
-    WINDOW_EACH: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr, ACTIVE: tl.constexpr, K: tl.constexpr,
-    G: tl.constexpr, N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
-    N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    WARPS: tl.constexpr, WINDOW_EACH: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr, ACTIVE: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr,
+    ROWS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The cache is written in place: the pointers that end in _in are those of the outputs.
     part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -143,8 +140,8 @@ def _look_kernel(
         tl.store(arrived + row, 0)
         tl.store(position + row, t)
         _select(
-            queries, pooled_k, old, completes, mean_k, t, selected + row * M, scratch + row * C, C_BLOCK, CHUNK, M,
-            SLOTS, K, G, N, S, SCALE, ROWS, N_BLOCK, PRECISION,
+            queries, pooled_k, old, completes, mean_k, tl.where(real, t // S, -1), selected + row * M,
+            scratch + row * C, C_BLOCK, CHUNK, WARPS, M, SLOTS, K, G, N, SCALE, ROWS, N_BLOCK, PRECISION,
         )  # fmt: skip
     else:
         acc = tl.zeros([ROWS, V_BLOCK], tl.float32)
@@ -282,7 +279,7 @@ def _step(
         shape = (B, case.K, count, constants["G"])
         return tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*shape, case.V), shape, shape))
 
-    C_BLOCK = power_of_2(C, 16)
+    C_BLOCK = power_of_2(C, 32)
     rows = jax.ShapeDtypeStruct((B, case.K), jnp.int32)
     *held, selected, arrived, position, _, look_sums, look_tops, look_weights = triton_call(
         _look_kernel,
@@ -300,6 +297,7 @@ def _step(
         C=C,
         C_BLOCK=C_BLOCK,
         CHUNK=min(C_BLOCK, tile),
+        WARPS=TILES.look_warps,
         SLOTS=power_of_2(M, 2),
         MEANS=means,
         MEANS_EACH=means_each,

@@ -62,6 +62,13 @@ def slots(case: Any) -> int:
 
 
 ROWS = 64  # of a tile: tokens times the padded group
+GATHERED_GROUP = 4
+PIECE = 512  # tokens of a block's list that one program takes
+
+
+def gathers(case: Any) -> bool:
+    """Whether blocks gather the tokens that selected them: for few query heads to a KV head (see ``triton_gather``)."""
+    return case.H // case.K <= GATHERED_GROUP and not case.cached
 
 
 def shared_constants(case: Any) -> dict[str, Any]:
@@ -70,6 +77,8 @@ def shared_constants(case: Any) -> dict[str, Any]:
     heads = power_of_2(group)
     # Exact products have no tensor cores: larger tiles spill registers and compile slowly.
     rows = 16 if case.dtype == "float32" else ROWS
+    # Where a tile's tokens read their blocks together, each of them is a bit.
+    most = rows if gathers(case) else 16
     return dict(
         H=case.H,
         K=case.K,
@@ -78,7 +87,7 @@ def shared_constants(case: Any) -> dict[str, Any]:
         V=case.V,
         S=case.block_size,
         SCALE=case.scale * LOG2_E,
-        TOKENS=max(1, min(16, rows // heads)),
+        TOKENS=max(1, min(most, rows // heads)),
         HEADS=heads,
         N_BLOCK=power_of_2(case.N, 16),
         V_BLOCK=power_of_2(case.V, 16),
