@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
+from lte_jax import sharding
 from lte_jax.data.tokenizer import PieceStream
 from lte_jax.decode import LayerCaches, extend_layers, layer_caches, layer_weights
 from lte_jax.inputs import check_tokens
@@ -61,6 +63,7 @@ def generate(
     chunk: int | None = None,
     steps_per_call: int = 16,
     on_tokens: Callable[[int, list[int]], Any] | None = None,
+    mesh: Mesh | None = None,
 ) -> list[Generation]:
     """Continues each prompt.
 
@@ -74,36 +77,48 @@ def generate(
       chunk: reads prompts in pieces of this many tokens, in bounded memory; needs reading="streaming".
       steps_per_call: tokens drawn between two looks of the host; it changes no token.
       on_tokens: called with (row, new tokens) as they come.
+      mesh: the devices that share the rows, each with whole weights; None for the model's own device.
 
     Raises:
       ValueError: no prompts, an empty prompt, ids outside the vocabulary, settings that exclude each other.
     """
     _check_request(model, prompts, max_new_tokens, stop, decode, reading, chunk, steps_per_call)
     seeds = _seed_per_row(seeds, len(prompts))
-    rows = _Rows(len(prompts), eos_id, tuple(stop), decode, on_tokens)
+    rows = Rows(len(prompts), eos_id, tuple(stop), decode, on_tokens)
     if max_new_tokens == 0:
         return rows.results()
 
+    # Every device has as many rows: the last prompt fills up, and what it says again is not looked at.
+    spare = 0 if mesh is None else -len(prompts) % mesh.size
+    prompts, seeds = [*prompts, *[prompts[-1]] * spare], [*seeds, *[seeds[-1]] * spare]
     graph, state = nnx.split(model)
     ids, mask = pad_left(prompts)
     steps = min(steps_per_call, max_new_tokens)
     calls = -(-max_new_tokens // steps)  # the last call may draw more tokens than are wanted: one program for all
     cache = model.init_cache(len(prompts), ids.shape[1] + _round_up(calls * steps))
-    logits, cache = read_prompt(graph, state, ids, mask, cache, reading=reading, chunk=chunk)
-    loop = Loop(
-        cache=layer_caches(cache),
-        logits=logits,
-        seen=_seen(ids, mask, model.config.vocab_size) if sampling.repetition_penalty != 1.0 else None,
-        keys=jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)),
-    )
     weights = layer_weights(model)
+    if mesh is not None:
+        state, weights = sharding.put((state, weights), mesh, PartitionSpec())
+        cache = sharding.put(cache, mesh, _cache_specs(cache, mesh))
+    logits, cache = read_prompt(graph, state, ids, mask, cache, reading=reading, chunk=chunk, mesh=mesh)
+    seen = _seen(ids, mask, model.config.vocab_size) if sampling.repetition_penalty != 1.0 else None
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    if mesh is not None:
+        seen, keys = sharding.put((seen, keys), mesh, sharding.by_rows(mesh))
+    loop = Loop(cache=layer_caches(cache), logits=logits, seen=seen, keys=keys)
     for call in range(calls):
-        loop, tokens, log_probs = decode_steps(graph, state, weights, loop, sampling=sampling, steps=steps)
+        loop, tokens, log_probs = decode_steps(graph, state, weights, loop, sampling=sampling, steps=steps, mesh=mesh)
         wanted = max_new_tokens - call * steps
         rows.add(np.asarray(tokens)[:, :wanted], np.asarray(log_probs)[:, :wanted])
         if rows.done():
             break
     return rows.results()
+
+
+def _cache_specs(cache: ModelCache, mesh: Mesh) -> Any:
+    """Where a cache's arrays are split: rows come first, after the repeats in stacked layers."""
+    layers = jax.tree.map(lambda _: sharding.by_rows(mesh, before=1), cache.layers)
+    return dataclasses.replace(cache, length=sharding.by_rows(mesh), layers=layers)
 
 
 def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -130,6 +145,7 @@ def read_prompt(
     *,
     reading: Reading,
     chunk: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, ModelCache]:
     """The logits [B, L] after the last token of left-padded prompts, and the filled cache."""
     length = ids.shape[1]
@@ -138,8 +154,10 @@ def read_prompt(
     bounds = [0, *range(first, length + 1, size)]
     logits = None
     for start, stop in itertools.pairwise(bounds):
-        piece = slice(start, stop)
-        logits, cache = read_chunk(graph, state, ids[:, piece], mask[:, piece], cache, reading=reading)
+        tokens, real = ids[:, start:stop], mask[:, start:stop]
+        if mesh is not None:
+            tokens, real = sharding.put((tokens, real), mesh, sharding.by_rows(mesh))
+        logits, cache = read_chunk(graph, state, tokens, real, cache, reading=reading, mesh=mesh)
     assert logits is not None
     return logits, cache
 
@@ -155,27 +173,57 @@ class Loop:
     keys: jax.Array
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="reading", donate_argnames="cache")
-def read_chunk(graph: Any, state: Any, ids: jax.Array, mask: jax.Array, cache: ModelCache, *, reading: Reading):
-    model = nnx.merge(graph, state)
-    hidden, cache, _ = model.extend_hidden(ids, cache, segment_ids=mask, reading=reading)
-    return model.logits(hidden[:, -1:])[:, 0], cache
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("reading", "mesh"), donate_argnames="cache")
+def read_chunk(
+    graph: Any,
+    state: Any,
+    ids: jax.Array,
+    mask: jax.Array,
+    cache: ModelCache,
+    *,
+    reading: Reading,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, ModelCache]:
+    """Left-padded tokens into the cache: the logits [B, L] after the last one, and the cache."""
+
+    def local(state: Any, ids: jax.Array, mask: jax.Array, cache: ModelCache) -> tuple[jax.Array, ModelCache]:
+        model = nnx.merge(graph, state)
+        hidden, cache, _ = model.extend_hidden(ids, cache, segment_ids=mask, reading=reading)
+        return model.logits(hidden[:, -1:])[:, 0], cache
+
+    rows, caches = (None, None) if mesh is None else (sharding.by_rows(mesh), _cache_specs(cache, mesh))
+    whole = PartitionSpec()
+    return sharding.over_rows(local, mesh, (whole, rows, rows, caches), (rows, caches))(state, ids, mask, cache)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("sampling", "steps"), donate_argnames="loop")
-def decode_steps(graph: Any, state: Any, weights: tuple[Any, ...], loop: Loop, *, sampling: Sampling, steps: int):
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("sampling", "steps", "mesh"), donate_argnames="loop")
+def decode_steps(
+    graph: Any,
+    state: Any,
+    weights: tuple[Any, ...],
+    loop: Loop,
+    *,
+    sampling: Sampling,
+    steps: int,
+    mesh: Mesh | None = None,
+) -> tuple[Loop, jax.Array, jax.Array]:
     """Draws ``steps`` tokens a row without the host: (loop, tokens [B, steps], log_probs [B, steps])."""
-    model = nnx.merge(graph, state)
 
-    def step(loop: Loop, _: None) -> tuple[Loop, tuple[jax.Array, jax.Array]]:
-        keys = jax.vmap(jax.random.fold_in)(loop.keys, loop.cache.length)
-        token, log_prob = draw(loop.logits, loop.seen, keys, sampling)
-        hidden, cache = extend_layers(model, weights, token[:, None], loop.cache)
-        seen = None if loop.seen is None else loop.seen.at[jnp.arange(token.shape[0]), token].set(True)
-        return Loop(cache, model.logits(hidden)[:, 0], seen, loop.keys), (token, log_prob)
+    def local(state: Any, weights: tuple[Any, ...], loop: Loop) -> tuple[Loop, jax.Array, jax.Array]:
+        model = nnx.merge(graph, state)
 
-    loop, (tokens, log_probs) = jax.lax.scan(step, loop, None, length=steps)
-    return loop, tokens.T, log_probs.T
+        def step(loop: Loop, _: None) -> tuple[Loop, tuple[jax.Array, jax.Array]]:
+            keys = jax.vmap(jax.random.fold_in)(loop.keys, loop.cache.length)
+            token, log_prob = draw(loop.logits, loop.seen, keys, sampling)
+            hidden, cache = extend_layers(model, weights, token[:, None], loop.cache)
+            seen = None if loop.seen is None else loop.seen.at[jnp.arange(token.shape[0]), token].set(True)
+            return Loop(cache, model.logits(hidden)[:, 0], seen, loop.keys), (token, log_prob)
+
+        loop, (tokens, log_probs) = jax.lax.scan(step, loop, None, length=steps)
+        return loop, tokens.T, log_probs.T
+
+    rows, whole = None if mesh is None else sharding.by_rows(mesh), PartitionSpec()
+    return sharding.over_rows(local, mesh, (whole, whole, rows), (rows, rows, rows))(state, weights, loop)
 
 
 def _stop_at(text: str, stop: Sequence[str]) -> int | None:
@@ -224,7 +272,7 @@ class _StopWatch:
         return "".join(self._shown) if self._filter.ended else None
 
 
-class _Rows:
+class Rows:
     """The host's side: what each row has said, and whether it has ended."""
 
     def __init__(

@@ -143,3 +143,23 @@ def batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
         if size % ways:
             raise ValueError(f"{name} {size} is not a multiple of {' x '.join(RULES[name])} = {ways}: change one")
     return named(("batch", "length"), shape, mesh)
+
+
+def by_rows(mesh: Mesh, before: int = 0) -> PartitionSpec:
+    """Rows over all devices, each with whole weights; ``before`` dimensions come before that of the rows."""
+    return PartitionSpec(*(None,) * before, tuple(mesh.axis_names))
+
+
+def over_rows(function: Any, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Any:
+    """``function`` run by each device of a mesh on its own rows, kernels included; as it is without a mesh."""
+    if mesh is None:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def put(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
+    """Arrays where ``over_rows`` wants them (``specs`` is a prefix of the tree); as they are without a mesh."""
+    if mesh is None:
+        return tree
+    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731 - a PartitionSpec is a tuple, so a tree
+    return jax.device_put(tree, jax.tree.map(lambda leaf: NamedSharding(mesh, leaf), specs, is_leaf=is_spec))
