@@ -18,8 +18,12 @@ from lte_jax.metrics import read_metrics
 from lte_jax.model import LanguageModel
 
 
-def loss_curve(folder: Path) -> Path | None:
-    """``loss.png``: training loss, held-out loss and, for LTE, tokens kept per head; None before the first record."""
+def loss_curve(folder: Path, band: tuple[float, float] | None = None) -> Path | None:
+    """``loss.png``: training loss, held-out loss and, for LTE, tokens kept per head; None before the first record.
+
+    Args:
+      band: (fewest, most) tokens that the penalty's controller is content with.
+    """
     records = read_metrics(folder)
     training = [record for record in records if isinstance(record.get("loss"), float)]
     heldout = [record for record in records if isinstance(record.get("heldout_loss"), float)]
@@ -38,6 +42,9 @@ def loss_curve(folder: Path) -> Path | None:
     if routed:
         kept = np.array([np.ravel(record["kept"]) for record in routed])
         axes[1, 0].plot([record["step"] for record in routed], kept, linewidth=0.8)
+        if band is not None:
+            axes[1, 0].axhspan(*band, color="tab:green", alpha=0.25, label="tolerance of the budget")
+            axes[1, 0].legend()
         axes[1, 0].set_ylabel("kept per head (moving average)")
     axes[-1, 0].set_xlabel("step")
     return _write(figure, folder / "loss.png")

@@ -31,8 +31,12 @@ from lte_jax.retention import PenaltyConfig
 from lte_jax.sharding import MeshConfig, make_mesh
 from lte_jax.step import Builder, ComputeConfig, Params, StepConfig
 
-FREE = ("mesh", "checkpoint", "evaluation", "reading", "compute.remat", "compute.implementation", "log_every", "name")
-"""Settings that a run may change when it continues: they do not change what it learns, up to rounding."""
+FREE = (
+    *("mesh", "accumulation", "checkpoint", "evaluation", "reading"),
+    *("compute.remat", "compute.implementation", "log_every", "name"),
+)
+"""Settings that a run may change when it continues: they do not change what it learns, up to rounding, the draws of
+dropout (``accumulation``) and rows left out because they cannot be read (``reading.bad_rows``)."""
 
 
 class RunError(ValueError):

@@ -322,10 +322,17 @@ class _Run:
         model = builder.model({name: np.asarray(leaf) for name, leaf in params.items()})
         segments = row.get("segment_ids")
         pictures = [
-            plots.loss_curve(self.folder),
+            plots.loss_curve(self.folder, self._band()),
             plots.kept_tokens(self.folder, model, row["input_ids"][None], None if segments is None else segments[None]),
         ]
         self.say("pictures: " + ", ".join(str(path) for path in pictures if path is not None))
+
+    def _band(self) -> tuple[float, float] | None:
+        """Tokens per head between which the penalty's controller rests; None without learned retention."""
+        if self.builder.lte is None:
+            return None
+        low, high = self.config.penalty.tolerance
+        return low * self.builder.lte.budget, high * self.builder.lte.budget
 
     def close(self) -> None:
         self.batches.close()

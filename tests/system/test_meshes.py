@@ -1,0 +1,47 @@
+"""Does every mesh that the rule admits compute what one device computes, for every mixer?
+
+By default one pair, another each day; ``pytest -m exhaustive tests/system/test_meshes.py`` takes all, and so does
+``python -m tests.system.mesh_table``, which writes them down.
+"""
+
+import datetime
+import itertools
+
+import pytest
+
+from tests.system.mesh_table import BOUND, MESHES, MIXERS, Outcome, compare, name_of, page
+
+PAIRS = list(itertools.product(MIXERS, MESHES))
+
+
+def check(mixer, mesh):
+    outcome = compare(mixer, mesh)
+    assert outcome.refused or max(outcome.loss, outcome.gradient) <= BOUND, (mixer, name_of(mesh), outcome)
+
+
+def test_todays_mesh_gives_the_loss_and_gradients_of_one_device():
+    today = datetime.date.today().toordinal()
+    mixer, mesh = PAIRS[today * 37 % len(PAIRS)]  # 37 and 100 have no common factor: all are visited
+    print(f"today: {mixer} on {name_of(mesh)}")
+    check(mixer, mesh)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mesh", MESHES, ids=name_of)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mesh_gives_the_loss_and_gradients_of_one_device(mixer, mesh):
+    check(mixer, mesh)
+
+
+def test_the_page_says_what_ran_was_refused_and_went_wrong():
+    assert len(PAIRS) == 100
+    first, second, third = (f"lte {name_of(mesh)}" for mesh in MESHES[:3])
+    done = {
+        first: vars(Outcome(None, 1e-7, 2e-6, 3)),
+        second: vars(Outcome("lte: mesh.tensor=8 must divide")),
+        third: vars(Outcome(None, 1e-7, 2e-3, 1)),
+    }
+    text = page(done, "command")
+    assert "3 of 100 pairs tried: 2 run, 1 refused; the largest difference is 2.0e-03" in text
+    for cell in ("| 2.0e-06 (3) |", "| refused |", "| 2.0e-03 (1) **beyond** |", "| not tried |"):
+        assert cell in text
