@@ -1,0 +1,332 @@
+"""The gradients of keys and values on Hopper (Pallas, Mosaic GPU): which queries does a tile of keys meet, and how?
+
+    dv_j = sum_t p_tj do_t,    dk_j = scale sum_t p_tj (do_t . v_j - delta_t) q_t
+
+Everything is transposed: keys are the rows of a product, queries its columns. A compute warpgroup owns 64 keys of one
+KV head; the queries (of every head of the group) stream past it. One kernel serves the keys of the call and those of
+the list: either has, for every key, the interval [low, high) of the query indices that see it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.window_attention.api import Case
+from pallas_kernels.window_attention.pallas_dq import two_products
+from pallas_kernels.window_attention.pallas_plan import ROWS
+from pallas_kernels.window_attention.pallas_stream import (
+    BARRIERS,
+    BY_COLUMN,
+    BY_ROW,
+    LOG2_E,
+    SWIZZLED,
+    add_product,
+    program_count,
+    take_registers,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyTiles:
+    """Compute warpgroups (of 64 keys), queries per tile, tiles of queries in flight; dk and dv in one pass or two."""
+
+    warpgroups: int
+    queries: int
+    stages: int
+    together: bool = True
+
+
+TILES = {64: KeyTiles(2, 64, 4), 128: KeyTiles(2, 64, 2), 256: KeyTiles(1, 64, 2, False)}
+
+
+class Keys(NamedTuple):
+    """Keys as they lie in ``k`` and ``v``, [B,U,K,...] or (listed) [B,K,S,...], and the queries that see each."""
+
+    k: Float[Array, "B U K N"]
+    v: Float[Array, "B U K V"]
+    low: Int32[Array, "B K U"]  # K or 1; padded to whole tiles
+    high: Int32[Array, "B K U"]
+
+
+class QueryRows(NamedTuple):
+    """What streams past the keys; lse2 (in powers of two) and delta go on past T: 1e30 and 0."""
+
+    q: Float[Array, "B T H N"]
+    do: Float[Array, "B T H V"]
+    lse2: Float32[Array, "B H T"]
+    delta: Float32[Array, "B H T"]
+
+
+def shared_memory(case: Case, tiles: KeyTiles) -> dict[str, int]:
+    """Bytes of shared memory that the kernel's buffers take."""
+    width = 2 * (case.N + case.V)
+    return {
+        "keys and values": tiles.warpgroups * ROWS * width,
+        "queries and do": tiles.stages * tiles.queries * (width + 8),
+        "barriers": BARRIERS,
+    }
+
+
+def plan_keys(case: Case, tiles: KeyTiles, low: Array, high: Array) -> tuple[Array, Array]:
+    """The plan [B,K,tiles,fields] of tiles of keys, and how many tiles of a head meet a query at most, [1].
+
+    Fields: the first query (not index) and the number of tiles of queries; then per warpgroup its first and end among
+    those, and the indices [low, high) that all its keys are seen by. Slots without a key are always masked.
+    """
+    skip = case.U - case.T
+    low, high = (x.reshape(*x.shape[:2], -1, tiles.warpgroups, ROWS) for x in (low, high))
+    seen = high > low
+    least = jnp.where(seen, low, 2**30).min(-1)
+    most = jnp.where(seen, high, 0).max(-1)
+    first = jnp.maximum(least.min(-1) - skip, 0) // 8 * 8
+    n = jnp.maximum(-(-(jnp.minimum(most.max(-1), case.U) - skip - first) // tiles.queries), 0)
+    n = jnp.where(most.max(-1) > least.min(-1), n, 0)
+    first = jnp.where(n > 0, first, 0)
+    own_end = -(-(jnp.minimum(most, case.U) - skip - first[..., None]) // tiles.queries)
+    own_end = jnp.where(most > least, jnp.clip(own_end, 0, n[..., None]), 0)
+    own_first = jnp.clip((least - skip - first[..., None]) // tiles.queries, 0, own_end)
+    whole_low = jnp.where(jnp.all(seen, -1), low.max(-1), 2**30)
+    own = jnp.stack([own_first, own_end, whole_low, high.min(-1)], -1)
+    rows = jnp.concatenate([first[..., None], n[..., None], own.reshape(*n.shape, -1)], -1)
+    tile = jnp.arange(1, n.shape[2] + 1, dtype=jnp.int32)
+    return rows, jnp.max(jnp.where(n > 0, tile, 0))[None]
+
+
+def _kernel(
+    case: Case, tiles: KeyTiles, wanted: tuple[bool, bool], listed: bool, sizes: Any, refs: Any, scratch: Any
+) -> None:
+    keys, queries, plan_ref, used_ref, *out_refs = refs
+    (k_smems, v_smems, q_smem, do_smem, lse_smem, delta_smem, p_smems), (kv_full, q_full, do_full), used = scratch
+    q_used, do_used = used
+    written, programs = sizes
+    heads, G, QUERIES = case.B * case.K, case.H // case.K, tiles.queries
+    warpgroup, program = jax.lax.axis_index("wg"), jax.lax.axis_index("programs")
+    # Later tiles meet no query; of those, only the first ``written`` must still be written.
+    rounds = (jnp.maximum(used_ref[0], written) * heads - program + programs - 1) // programs
+    slot_of = lambda step: jax.lax.rem(step, jnp.int32(tiles.stages))  # noqa: E731
+
+    def place(n):
+        """(b, KV head, tile) of item n; the first keys, which most queries may see, first."""
+        item = program + n * programs
+        row = jax.lax.rem(item, jnp.int32(heads))
+        return (
+            jax.lax.div(row, jnp.int32(case.K)),
+            jax.lax.rem(row, jnp.int32(case.K)),
+            jax.lax.div(item, jnp.int32(heads)),
+        )
+
+    def plan_row(n, *fields):
+        b, h, tile = place(n)
+        h = h if plan_ref.shape[1] > 1 else 0
+        return tuple(plan_ref[b, h, tile, field] for field in (0, 1, *fields))
+
+    def rows_of(ref, b, h, first):
+        return ref.at[b, h, pl.ds(first, ROWS)] if listed else ref.at[b, pl.ds(first, ROWS), h]
+
+    @pl.when(warpgroup == tiles.warpgroups)
+    def _copy():
+        take_registers(tiles.warpgroups, True)
+
+        def await_free(step):
+            @pl.when(step >= tiles.stages)
+            def _():
+                plgpu.barrier_wait(q_used.at[slot_of(step)])
+                plgpu.barrier_wait(do_used.at[slot_of(step)])
+
+        def copy_item(n, done):
+            b, h, _ = place(n)
+            first, tiles_n = plan_row(n)
+
+            def copy(step, _):
+                slot = slot_of(done + step)
+                head = h * G + jax.lax.div(step, tiles_n)
+                t = pl.multiple_of(first + jax.lax.rem(step, tiles_n) * QUERIES, 8)
+                await_free(done + step)
+                some = pl.ds(t, QUERIES)
+                plgpu.copy_gmem_to_smem(queries.q.at[b, some, head], q_smem.at[slot], q_full.at[slot])
+                plgpu.copy_gmem_to_smem(queries.lse2.at[b, head, some], lse_smem.at[slot], q_full.at[slot])
+                plgpu.copy_gmem_to_smem(queries.do.at[b, some, head], do_smem.at[slot], do_full.at[slot])
+                plgpu.copy_gmem_to_smem(queries.delta.at[b, head, some], delta_smem.at[slot], do_full.at[slot])
+
+            jax.lax.fori_loop(0, tiles_n * G, copy, None)
+            return done + tiles_n * G
+
+        done = jax.lax.fori_loop(0, rounds, copy_item, jnp.int32(0))
+        for n in range(tiles.stages):
+            await_free(done + n)
+
+    @pl.when(warpgroup < tiles.warpgroups)
+    def _compute():
+        take_registers(tiles.warpgroups, False)
+        k_smem, v_smem = k_smems.at[warpgroup], v_smems.at[warpgroup]
+        shape = (ROWS, QUERIES)
+        down = functools.partial(jax.lax.broadcast_in_dim, shape=shape, broadcast_dimensions=[1])
+        across = functools.partial(jax.lax.broadcast_in_dim, shape=shape, broadcast_dimensions=[0])
+
+        def first_key(tile):
+            return pl.multiple_of(tile * (tiles.warpgroups * ROWS) + warpgroup * ROWS, ROWS)
+
+        def fetch_keys(n):
+            b, h, tile = place(n)
+            plgpu.copy_gmem_to_smem(rows_of(keys.k, b, h, first_key(tile)), k_smem, kv_full.at[warpgroup])
+            plgpu.copy_gmem_to_smem(rows_of(keys.v, b, h, first_key(tile)), v_smem, kv_full.at[warpgroup])
+
+        def differentiate(n, done):
+            b, h, tile = place(n)
+            own = 2 + 4 * warpgroup
+            first, tiles_n, own_first, own_end, whole_low, whole_high = plan_row(n, own, own + 1, own + 2, own + 3)
+            at = (b, h if keys.low.shape[1] > 1 else 0, pl.ds(first_key(tile), ROWS))
+            low, high = (plgpu.load(x.at[at], layout=BY_ROW, optimized=False) for x in (keys.low, keys.high))
+
+            def skip(step, _):
+                slot = slot_of(done + step)
+                for full, free in ((q_full, q_used), (do_full, do_used)):
+                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.barrier_arrive(free.at[slot])
+
+            def body(before, step, carry):
+                dk, dv = carry
+                slot = slot_of(before + step)
+                i = case.U - case.T + first + step * QUERIES
+                q, do = q_smem.at[slot], do_smem.at[slot]
+
+                def mask(logits):
+                    index = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + i
+                    return jnp.where((index >= across(low)) & (index < across(high)), logits, -jnp.inf)
+
+                plgpu.barrier_wait(q_full.at[slot])
+                plgpu.barrier_wait(do_full.at[slot])
+                logits, dp = two_products(shape, k_smem, q.transpose((1, 0)), v_smem, do.transpose((1, 0)))
+                whole = (i >= whole_low) & (i + QUERIES <= whole_high)
+                logits = jax.lax.cond(whole, lambda x: x, mask, logits)
+                lse2, delta = (plgpu.load(x.at[slot], layout=BY_COLUMN) for x in (lse_smem, delta_smem))
+                p = jnp.exp2(logits * (case.scale * LOG2_E) - down(lse2))
+                ds = (p * (dp - down(delta))).astype(q_smem.dtype)
+                p = p.astype(q_smem.dtype)
+                dk, dv, ds, p = jax.lax.optimization_barrier((dk, dv, ds, p))
+                smem = None if p_smems is None else p_smems.at[warpgroup]
+                if dk is not None and dv is not None and smem is None:
+
+                    def products(accumulators):
+                        plgpu.wgmma(accumulators[0], ds, q)
+                        plgpu.wgmma(accumulators[1], p, do)
+
+                    dk, dv = pl.run_state(products)((plgpu.ACC.init(dk), plgpu.ACC.init(dv)))
+                else:
+                    dk = dk if dk is None else add_product(dk, ds, q, smem)
+                    dv = dv if dv is None else add_product(dv, p, do, smem)
+                plgpu.barrier_arrive(q_used.at[slot])
+                plgpu.barrier_arrive(do_used.at[slot])
+                return dk, dv
+
+            zeros = lambda size: plgpu.layout_cast(jnp.zeros((ROWS, size), jnp.float32), plgpu.Layout.WGMMA)  # noqa: E731
+            plgpu.barrier_wait(kv_full.at[warpgroup])
+            carry = tuple(zeros(size) if want else None for want, size in zip(wanted, (case.N, case.V), strict=True))
+
+            def one_head(g, carry):
+                before = done + g * tiles_n
+                jax.lax.fori_loop(before - done, before - done + own_first, skip, None)
+                carry = jax.lax.fori_loop(own_first, own_end, functools.partial(body, before), carry)
+                jax.lax.fori_loop(before - done + own_end, before - done + tiles_n, skip, None)
+                return carry
+
+            dk, dv = jax.lax.fori_loop(0, G, one_head, carry) if G > 1 else one_head(0, carry)
+            results = [x for x in (None if dk is None else dk * case.scale, dv) if x is not None]
+            for ref, result, smem in zip(
+                out_refs, results, (k_smem, v_smem) if all(wanted) else (k_smem,), strict=True
+            ):
+                if ref.dtype == jnp.float32:
+
+                    @pl.when((tiles_n > 0) | (tile < written))
+                    def _(ref=ref, result=result):
+                        rows_of(ref, b, h, first_key(tile))[...] = result
+
+                else:
+                    smem[...] = result.astype(smem.dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(smem, rows_of(ref, b, h, first_key(tile)))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            pl.when(n + 1 < rounds)(lambda: fetch_keys(n + 1))
+            return done + tiles_n * G
+
+        fetch_keys(jnp.int32(0))
+        jax.lax.fori_loop(0, rounds, differentiate, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+
+def call_dkv(
+    case: Case, tiles: KeyTiles, keys: Keys, queries: QueryRows, listed: bool, dtype: Any, interpreted: bool
+) -> tuple[Array, Array]:
+    """(dk, dv) as the keys lie, rounded to ``dtype``; in float32 padded to whole tiles.
+
+    Of a list, slots that neither hold a key nor lie in the cache's part are left unwritten. T and U are multiples of 8
+    here, unlike those of ``case``.
+    """
+    if tiles.together:
+        return _call(case, tiles, keys, queries, listed, dtype, interpreted, (True, True))
+    (dk,) = _call(case, tiles, keys, queries, listed, dtype, interpreted, (True, False))
+    (dv,) = _call(case, tiles, keys, queries, listed, dtype, interpreted, (False, True))
+    return dk, dv
+
+
+def _call(
+    case: Case, tiles: KeyTiles, keys: Keys, queries: QueryRows, listed: bool, dtype: Any, interpreted: bool,
+    wanted: tuple[bool, bool],
+) -> Any:  # fmt: skip
+    W, QUERIES, stages = tiles.warpgroups, tiles.queries, tiles.stages
+    plan, used = plan_keys(case, tiles, keys.low, keys.high)
+    key_tiles = plan.shape[2]
+    written = -(-case.C // (W * ROWS)) if listed else key_tiles
+    programs = program_count(key_tiles * case.B * case.K, case.B * case.K)
+    shapes = []
+    for want, x in zip(wanted, (keys.k, keys.v), strict=True):
+        shape = list(x.shape)
+        if dtype == jnp.float32:
+            shape[2 if listed else 1] = key_tiles * W * ROWS
+        if want:
+            shapes.append(jax.ShapeDtypeStruct(tuple(shape), dtype))
+    given = queries.q.dtype
+
+    def entry(*refs):
+        keys_refs, query_refs, others = Keys(*refs[:4]), QueryRows(*refs[4:8]), refs[8:]
+        pl.run_scoped(
+            lambda *scratch: _kernel(
+                case, tiles, wanted, listed, (written, programs), (keys_refs, query_refs, *others), scratch
+            ),
+            (
+                plgpu.SMEM((W, ROWS, case.N), given, transforms=SWIZZLED),
+                plgpu.SMEM((W, ROWS, case.V), given, transforms=SWIZZLED),
+                plgpu.SMEM((stages, QUERIES, case.N), given, transforms=SWIZZLED),
+                plgpu.SMEM((stages, QUERIES, case.V), given, transforms=SWIZZLED),
+                plgpu.SMEM((stages, QUERIES), jnp.float32),
+                plgpu.SMEM((stages, QUERIES), jnp.float32),
+                plgpu.SMEM((W, ROWS, QUERIES), given, transforms=SWIZZLED) if interpreted else None,
+            ),
+            (
+                plgpu.Barrier(num_arrivals=2, num_barriers=W),
+                plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+                plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            ),
+            (plgpu.Barrier(num_arrivals=W, num_barriers=stages),) * 2,
+            collective_axes="wg",
+        )
+
+    kernel = plgpu.kernel(
+        entry,
+        out_type=tuple(shapes),
+        grid=(programs,),
+        grid_names=("programs",),
+        num_threads=W + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpreted else None,
+    )
+    return kernel(*keys, *queries, plan, used)

@@ -1,0 +1,207 @@
+"""The forward kernel of window attention for Hopper (Pallas, Mosaic GPU): what does each warpgroup do, tile by tile?
+
+Persistent programs take tiles of queries of one head in turn. Each compute warpgroup has 64 of the queries and holds
+their softmax in registers; one more warpgroup brings tiles of keys and values by TMA and runs ahead, into the next
+tile's keys too. The warpgroups run free of each other, so that one multiplies while the others take exponentials.
+
+The steps of a tile are tiles of the cache's columns, of the retained keys, and of the window. Only steps with an edge
+in them are masked.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.window_attention.api import Case
+from pallas_kernels.window_attention.columns import PADDING
+from pallas_kernels.window_attention.pallas_plan import ROWS, KeyList, QueryPlan
+from pallas_kernels.window_attention.pallas_stream import (
+    BARRIERS,
+    BY_ROW,
+    LOG2_E,
+    SWIZZLED,
+    Items,
+    Masks,
+    Steps,
+    Tiles,
+    add_product,
+    copy_keys,
+    flatten,
+    program_count,
+    take_registers,
+)
+
+TILES = {64: Tiles(3, 128, 4), 128: Tiles(2, 128, 2), 256: Tiles(2, 64, 2)}
+
+
+def _kernel(case: Case, tiles: Tiles, q_tiles: int, programs: int, refs: Any, scratch: Any) -> None:
+    q_ref, k_ref, v_ref, key_list, plan, o_ref, lse_ref = refs
+    (q_smems, o_smems, k_smem, v_smem, lse_smems, p_smems), (q_full, k_full, v_full), used = scratch
+    scale = case.scale * LOG2_E
+    warpgroup = jax.lax.axis_index("wg")
+    items = Items(case, plan.rows, q_tiles, programs)
+
+    @pl.when(warpgroup == tiles.warpgroups)
+    def _copy():
+        take_registers(tiles.warpgroups, True)
+        copy_keys(items, tiles, k_ref, v_ref, key_list, (k_smem, v_smem), (k_full, v_full), used)
+
+    @pl.when(warpgroup < tiles.warpgroups)
+    def _compute():
+        take_registers(tiles.warpgroups, False)
+        k_used, v_used = used
+        q_smem, o_smem, lse_smem = q_smems.at[warpgroup], o_smems.at[warpgroup], lse_smems.at[warpgroup]
+        slot_of = lambda step: jax.lax.rem(step, jnp.int32(tiles.stages))  # noqa: E731
+
+        def first_query(tile):
+            return pl.multiple_of(tile * (tiles.warpgroups * ROWS) + warpgroup * ROWS, ROWS)
+
+        def fetch_queries(n):
+            b, head, _, tile = items.place(n)
+            plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(first_query(tile), ROWS), head], q_smem, q_full.at[warpgroup])
+
+        def attend(n, done):
+            place = items.place(n)
+            steps = Steps(items.row(n, warpgroup), tiles.keys)
+            masks = Masks(case, steps, place, first_query(place[3]), plan.begin, key_list)
+
+            def skip(step, _):
+                slot = slot_of(done + step)
+                for full, free in ((k_full, k_used), (v_full, v_used)):
+                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.barrier_arrive(free.at[slot])
+
+            def body(mask, step, carry):
+                acc, m, l = carry
+                slot = slot_of(done + step)
+
+                def products(acc_ref):
+                    plgpu.wgmma(acc_ref, q_smem, k_smem.at[slot].transpose((1, 0)))
+                    return acc_ref[...]
+
+                plgpu.barrier_wait(k_full.at[slot])
+                logits = pl.run_scoped(products, plgpu.ACC((ROWS, tiles.keys), jnp.float32))
+                plgpu.barrier_arrive(k_used.at[slot])
+                logits = mask(step, logits)
+                # m starts at a finite number, so a row that has seen nothing gives exp2(-inf) = 0 and not NaN.
+                m_new = jnp.maximum(m, logits.max(axis=1) * scale)
+                fade = jnp.exp2(m - m_new)
+                p = jnp.exp2(logits * scale - jax.lax.broadcast_in_dim(m_new, logits.shape, [0]))
+                acc *= jax.lax.broadcast_in_dim(fade, acc.shape, [0])
+                l = l * fade + p.sum(axis=1)
+                p = p.astype(k_smem.dtype)
+                # All that the product reads is there before it starts, or the compiler would serialise it.
+                acc, m_new, l, p = jax.lax.optimization_barrier((acc, m_new, l, p))
+                plgpu.barrier_wait(v_full.at[slot])
+                acc = add_product(acc, p, v_smem.at[slot], None if p_smems is None else p_smems.at[warpgroup])
+                plgpu.barrier_arrive(v_used.at[slot])
+                return acc, m_new, l
+
+            plgpu.barrier_wait(q_full.at[warpgroup])
+            carry = (
+                plgpu.layout_cast(jnp.zeros((ROWS, case.V), jnp.float32), plgpu.Layout.WGMMA),
+                plgpu.layout_cast(jnp.full((ROWS,), -1e30, jnp.float32), BY_ROW),
+                plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW),
+            )
+            if key_list is not None:
+                carry = jax.lax.fori_loop(0, steps.listed, functools.partial(body, masks.listed), carry)
+            first, end = masks.window_steps()
+            jax.lax.fori_loop(steps.listed, first, skip, None)
+            carry = jax.lax.fori_loop(first, end, functools.partial(body, masks.window), carry)
+            jax.lax.fori_loop(end, steps.end, skip, None)
+            if o_smems is not q_smems:  # every logit of this tile is there: its queries make room for the next ones
+                pl.when(n + 1 < items.rounds)(lambda: fetch_queries(n + 1))
+            acc, m, l = carry
+            if masks.begins is not None:
+                l = jnp.where(masks.begins < PADDING, l, 0.0)
+            seen = l > 0
+            divisor = jnp.where(seen, l, 1.0)
+            factor = jnp.where(seen, 1.0 / divisor, 0.0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the results before these have left the buffers
+            o_smem[...] = (acc * jax.lax.broadcast_in_dim(factor, acc.shape, [0])).astype(o_smem.dtype)
+            lse_smem[...] = jnp.where(seen, m * (1 / LOG2_E) + jnp.log(divisor), -jnp.inf)
+            plgpu.commit_smem()
+            b, head, _, _ = place
+            plgpu.copy_smem_to_gmem(o_smem, o_ref.at[b, pl.ds(masks.t, ROWS), head])
+            plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[b, head, pl.ds(masks.t, ROWS)])
+            if o_smems is q_smems:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                pl.when(n + 1 < items.rounds)(lambda: fetch_queries(n + 1))
+            return done + steps.end
+
+        fetch_queries(jnp.int32(0))
+        jax.lax.fori_loop(0, items.rounds, attend, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+
+def shared_memory(case: Case, tiles: Tiles) -> dict[str, int]:
+    """Bytes of shared memory that the kernel's buffers take."""
+    rows = tiles.warpgroups * ROWS
+    return {
+        "queries and outputs": rows * 2 * (case.N + (case.V if own_output(case, tiles) else 0)),
+        "keys and values": tiles.stages * tiles.keys * 2 * (case.N + case.V),
+        "lse and barriers": rows * 4 + BARRIERS,
+    }
+
+
+def own_output(case: Case, tiles: Tiles) -> bool:
+    """Whether the outputs have buffers of their own, or take those of the queries."""
+    return case.N + case.V <= 256
+
+
+def call_forward(
+    case: Case, tiles: Tiles, q: Any, k: Any, v: Any, key_list: KeyList | None, plan: QueryPlan, interpreted: bool
+) -> Any:
+    """o [B,T,H,V] and lse [B,H,tiles * rows]; T and U are multiples of 8 here, unlike those of ``case``."""
+    W = tiles.warpgroups
+    q_tiles = plan.rows.shape[2]
+    items = q_tiles * case.B * case.H
+    programs = program_count(items, case.B * case.H)
+    arrays, restore = flatten((q, k, v, key_list, plan))
+
+    def body(refs, buffers, *rest):
+        q_smems, o_smems, *others = buffers
+        _kernel(
+            case, tiles, q_tiles, programs, refs, ((q_smems, q_smems if o_smems is None else o_smems, *others), *rest)
+        )
+
+    def entry(*refs):
+        pl.run_scoped(
+            functools.partial(body, restore(refs)),
+            (
+                plgpu.SMEM((W, ROWS, case.N), q.dtype, transforms=SWIZZLED),
+                plgpu.SMEM((W, ROWS, case.V), q.dtype, transforms=SWIZZLED) if own_output(case, tiles) else None,
+                plgpu.SMEM((tiles.stages, tiles.keys, case.N), q.dtype, transforms=SWIZZLED),
+                plgpu.SMEM((tiles.stages, tiles.keys, case.V), q.dtype, transforms=SWIZZLED),
+                plgpu.SMEM((W, ROWS), jnp.float32),
+                plgpu.SMEM((W, ROWS, tiles.keys), q.dtype, transforms=SWIZZLED) if interpreted else None,
+            ),
+            (
+                plgpu.Barrier(num_barriers=W),
+                plgpu.Barrier(num_barriers=tiles.stages),
+                plgpu.Barrier(num_barriers=tiles.stages),
+            ),
+            (plgpu.Barrier(num_arrivals=W, num_barriers=tiles.stages),) * 2,
+            collective_axes="wg",
+        )
+
+    kernel = plgpu.kernel(
+        entry,
+        out_type=(
+            jax.ShapeDtypeStruct((*q.shape[:3], case.V), q.dtype),
+            jax.ShapeDtypeStruct((case.B, case.H, q_tiles * W * ROWS), jnp.float32),
+        ),
+        grid=(programs,),
+        grid_names=("programs",),
+        num_threads=W + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpreted else None,
+    )
+    return kernel(*arrays)
