@@ -1,8 +1,8 @@
-"""The gated delta rule for Hopper in Pallas (Mosaic GPU): chunks of 64 tokens in parallel, then a scan over the chunks.
+"""The gated delta rule for Hopper in Pallas (Mosaic GPU): chunks of 64 tokens at once, then a scan over the chunks.
 
-The kernels are in ``pallas_within``, ``pallas_scan``, ``pallas_bwd``, ``pallas_gradients`` and ``pallas_step``. Sequences
-are padded to whole chunks here with tokens that change nothing (log decay and beta 0). The state before each chunk is
-kept for the backward pass.
+The kernels are in ``pallas_within``, ``pallas_scan``, ``pallas_bwd``, ``pallas_gradients`` and ``pallas_step``.
+Sequences are padded to whole chunks here with tokens that change nothing (log decay and beta 0). The state before each
+chunk is kept for the backward pass.
 """
 
 from __future__ import annotations

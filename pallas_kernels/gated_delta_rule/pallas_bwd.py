@@ -59,7 +59,7 @@ def _copies(m: Any, *, chunks: int, stages: int, place: Any) -> None:
 
 def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) -> None:
     """The warpgroup that carries the gradient of the state."""
-    b, h, _, columns = place
+    b, h, columns = place[0], place[1], place[3]
     size = m.k_s.shape[-1]
     shape, tokens = (BLOCK_V, size), (BLOCK_V, CHUNK)
     room_state, room = getattr(m, "spare_state", None), getattr(m, "spare", None)

@@ -1,6 +1,6 @@
 """The gradients of one chunk, from the states at its ends (Pallas, Mosaic GPU).
 
-With E = do r^T and F = dy r^T over the pairs of tokens, and W_ij = exp(c_i - c_j) beta_j times the inverse norms and the
+With E = do r^T and F = dy r^T over pairs of tokens, and W_ij = exp(c_i - c_j) beta_j times the inverse norms and the
 scale, so that raw q and k stand in all products:
 
     Q = W E (i >= j),  M = -W F (i > j)
@@ -8,8 +8,8 @@ scale, so that raw q and k stand in all products:
     dk' = -read_k dy S^T + write r D^T + Q^T q + (M + M^T) k
 
 where dq' and dk' are the gradients of the normalised rows times their inverse norms: dq = dq' - q (q.dq') / |q|^2.
-E_ij q_i.k_j and F_ij k_i.k_j without beta sum to dbeta by columns; with it they are the gradients of c_i - c_j, and dg_t
-is their sum over the pairs i >= t > j.
+E_ij q_i.k_j and F_ij k_i.k_j without beta sum to dbeta by columns; with it they are the gradients of c_i - c_j, and
+dg_t is their sum over the pairs i >= t > j.
 
 One warpgroup forms E, F, Q, M and dq, another dk; both read the states 64 values at a time.
 """
@@ -34,7 +34,7 @@ DREAD, WRITTEN, BETA_WRITTEN, DCARRY = range(4)
 def _undo_norm(x: jax.Array, dx: jax.Array, norm: jax.Array) -> jax.Array:
     """The gradient of raw rows x from that of the normalised rows times ``norm``, 1 / |x| per row."""
     along = (x * dx).sum(axis=1) * norm * norm
-    return dx - x * t.along_rows(along, x.shape)
+    return dx - x * t.along_rows(along, (x.shape[0], x.shape[1]))
 
 
 def _blocks(m: Any, blocks: int, starts: tuple[Any, ...], multiply: Any) -> tuple[Any, ...]:
@@ -126,8 +126,8 @@ def _of_keys(m: Any, *, place: Any, blocks: int, normalize: bool) -> None:
         r, dv, state, dstate = m.r_s.at[slot], m.dv_s.at[slot], m.states_s.at[slot], m.dstates_s.at[slot]
         read, write, carried = sums
         read, write = t.product(dv, state, shape, read), t.product(r, dstate, shape, write)
-        both = plgpu.load(state, layout=WGMMA).astype(jnp.float32) * plgpu.load(dstate, layout=WGMMA)
-        return read, write, carried + both.sum(axis=1)
+        both = [plgpu.load(x, layout=WGMMA).astype(jnp.float32) for x in (state, dstate)]
+        return read, write, carried + (both[0] * both[1]).sum(axis=1)
 
     nothing = plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.float32), ROWS)
     read, write, carried = _blocks(m, blocks, (t.zeros(shape), t.zeros(shape), nothing), multiply)

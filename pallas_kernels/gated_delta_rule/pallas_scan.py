@@ -63,7 +63,7 @@ def _copies(m: Any, *, chunks: int, stages: int, place: Any) -> None:
 
 def _carry_state(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) -> None:
     """The warpgroup that carries the state: three products per chunk, each of which needs the one before."""
-    b, h, _, columns = place
+    b, h, columns = place[0], place[1], place[3]
     size = m.k_s.shape[-1]
     shape, tokens = (BLOCK_V, size), (BLOCK_V, CHUNK)
     room_state, room = getattr(m, "spare_state", None), getattr(m, "spare", None)
@@ -110,7 +110,7 @@ def _carry_state(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) ->
 
 def _form_outputs(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) -> None:
     """The warpgroup that forms o from the published state and r, and writes all of them."""
-    b, h, _, columns = place
+    b, h, columns = place[0], place[1], place[3]
     shape = (CHUNK, BLOCK_V)
 
     @pl.loop(0, chunks)

@@ -1,6 +1,6 @@
 """What the gated delta rule's Hopper kernels share: layouts, buffers in shared memory, products and the launch.
 
-A chunk is 64 tokens, the height of a warpgroup's matrix product. A tile in registers has one layout (``WGMMA``); a value
+A chunk is 64 tokens, the height of a warpgroup's product. A tile in registers has one layout (``WGMMA``); a value
 per row of a tile is in ``ROWS``, one per column in ``COLUMNS``.
 """
 
@@ -52,11 +52,11 @@ def interpreting() -> bool:
 def buffer(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory for tiles of a 16-bit dtype, in the order that copies and matrix products want."""
     swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
-    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # type: ignore[abstract]
 
 
-def spare(shape: tuple[int, int], dtype: Any, name: str = "spare") -> dict[str, Any]:
+def spare(shape: tuple[int, ...], dtype: Any, name: str = "spare") -> dict[str, Any]:
     """A buffer for ``left`` where one is needed."""
     return {name: buffer(shape, dtype)} if interpreting() else {}
 
@@ -74,7 +74,7 @@ def index(dimension: int, shape: tuple[int, int] = SQUARE) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=WGMMA)
 
 
-def along_rows(x: jax.Array, shape: tuple[int, int] = SQUARE) -> jax.Array:
+def along_rows(x: Any, shape: tuple[int, int] = SQUARE) -> jax.Array:
     """x[i] at (i, j)."""
     return jax.lax.broadcast_in_dim(x, shape, [0])
 
@@ -176,7 +176,7 @@ def launch(
             )
         )
 
-    threads = {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}
+    threads: dict[str, Any] = {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}
     results = plgpu.kernel(
         kernel,
         out_type=tuple(wanted.values()),
