@@ -7,7 +7,7 @@ With a state S [N,V] per value head, in float32:
 Value head h reads query and key head h // (H / K).
 Source: Yang et al., "Gated Delta Networks", arXiv 2412.06464, section 3.
 
-A backend is a module of this folder with four functions. Everything that it is given has been checked, and is prepared
+A backend is a module of this folder with these functions. Everything that it is given has been checked, and is prepared
 so that padding needs no thought: at padded tokens ``g`` and ``beta`` are 0 (so the state passes through) and the output
 is masked here, outside the backend.
 
@@ -25,6 +25,8 @@ is masked here, outside the backend.
     state of the last token's run. g at the first token of a run above 0 is an ordinary number that acts on nothing.
     ``o`` [B,T,H,V] has the dtype of v. ``updates`` is u [B,T,H,V] float32 if ``return_updates``, else None.
     ``residuals`` is any pytree of arrays beside the inputs that the backward pass wants again (chunk states, inverses).
+``values(q, k, ..., *, scale, normalize, return_updates) -> o, final_state, updates``, optional
+    ``forward`` without residuals, for calls that nobody differentiates.
 ``backward(q, k, v, g, beta, runs, initial_state, residuals, do, dfinal_state, *, scale, normalize)
         -> dq, dk, dv, dg, dbeta, dinitial_state``
     The inputs of ``forward`` again, ``do`` in the dtype of o and ``dfinal_state`` in float32. dq and dk are for the raw
@@ -170,8 +172,10 @@ def _forward(call: _Call, *inputs):
     return call.backend.forward(*inputs, scale=call.scale, normalize=call.normalize, return_updates=call.return_updates)
 
 
-def _primal(call, q, k, v, g, beta, runs, initial_state):
-    return _forward(call, q, k, v, g, beta, runs, initial_state)[:3]
+def _primal(call, *inputs):
+    if not hasattr(call.backend, "values"):
+        return _forward(call, *inputs)[:3]
+    return call.backend.values(*inputs, scale=call.scale, normalize=call.normalize, return_updates=call.return_updates)
 
 
 def _forward_rule(call, *inputs):

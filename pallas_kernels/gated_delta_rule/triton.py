@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gated_delta_rule import triton_split as split
 from pallas_kernels.tiles import ceil_div, check_choice
 from pallas_kernels.triton_call import check_installed, fold_batch, interpreting, jit, tl, triton_call
 
@@ -93,6 +94,17 @@ def invert_unit_lower(lower, PRECISION: tl.constexpr, HALF: tl.constexpr):
 
 
 @jit
+def dot_in_pairs(left, right, into, PRECISION: tl.constexpr):
+    """into + left right, with ``left`` float32 as the sum of two of the dtype of ``right``: 16 bits of it, not 8."""
+    high = left.to(right.dtype)
+    into = tl.dot(high, right, into, input_precision=PRECISION)
+    if right.dtype == tl.float32:
+        return into
+    else:
+        return tl.dot((left - high.to(tl.float32)).to(right.dtype), right, into, input_precision=PRECISION)
+
+
+@jit
 def _within_chunks(
     q_ptr, k_ptr, g_ptr, beta_ptr, run_ptr, T, scale,
     inverse_ptr, scores_ptr, factors_ptr,
@@ -141,27 +153,44 @@ def _within_chunks(
 
 @jit
 def _scan_chunks(
-    q_ptr, k_ptr, v_ptr, inverse_ptr, scores_ptr, factors_ptr, initial_ptr, T,
-    o_ptr, r_ptr, final_ptr,
+    q_ptr, k_ptr, v_ptr, inverse_ptr, scores_ptr, factors_ptr, initial_ptr, T, length,
+    o_ptr, r_ptr, states_ptr, final_ptr,
     H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    INITIAL: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    INITIAL: tl.constexpr, SEGMENTS: tl.constexpr, ENDS: tl.constexpr, WRITES: tl.constexpr, STATES: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(1).to(tl.int64)
+    """One block of values of a head, over one of SEGMENTS stretches of ``length`` chunks.
+
+    With ENDS only the state after the segment is wanted, from zeros; further blocks start from rows of the identity and
+    write nothing, which gives the segment's transition.
+    """
+    bh, segment = tl.program_id(1).to(tl.int64), tl.program_id(2)
     b, h = bh // H, bh % H
     NT = tl.cdiv(T, 64)
+    first = segment * length
     rows, n = tl.arange(0, 64), tl.arange(0, N)
     columns = tl.program_id(0) * BV + tl.arange(0, BV)
-    at_state = bh * N * V + n[None, :] * V + columns[:, None]
     state = tl.zeros([BV, N], tl.float32)
-    if INITIAL:
-        state += tl.load(initial_ptr + at_state)
-    at_k = (b * T * K + h // (H // K)) * N + rows[:, None] * (K * N) + n[None, :]
-    at_v = (b * T * H + h) * V + rows[None, :] * (H * V) + columns[:, None]
-    square = bh * NT * 4096 + rows[:, None] * 64 + rows[None, :]
-    factors = factors_ptr + bh * NT * 256 + rows
+    if ENDS:
+        state += tl.where(columns[:, None] - V == n[None, :], 1.0, 0.0)
+    elif SEGMENTS > 1:
+        state += tl.load(initial_ptr + ((bh * SEGMENTS + segment) * V + columns[:, None]) * N + n[None, :])
+    elif INITIAL:
+        state += tl.load(initial_ptr + bh * N * V + n[None, :] * V + columns[:, None])
+    at_k = ((b * T + first * 64) * K + h // (H // K)) * N + rows[:, None] * (K * N) + n[None, :]
+    at_v = ((b * T + first * 64) * H + h) * V + rows[None, :] * (H * V) + columns[:, None]
+    square = (bh * NT + first) * 4096 + rows[:, None] * 64 + rows[None, :]
+    factors = factors_ptr + (bh * NT + first) * 256
+    out = states_ptr + (bh * NT + first) * V * N + columns[:, None] * N + n[None, :]
     dtype = k_ptr.dtype.element_ty
-    for chunk in range(NT):
-        if EVEN:
+    for chunk in range(first, tl.minimum(first + length, NT)):
+        low = state.to(dtype)
+        if STATES:
+            tl.store(out, low)
+        if ENDS:
+            k = tl.load(k_ptr + at_k)
+            v = tl.load(v_ptr + at_v, mask=columns[:, None] < V, other=0.0)
+        elif EVEN:
             k = tl.load(k_ptr + at_k)
             q = tl.load(q_ptr + at_k)
             v = tl.load(v_ptr + at_v)
@@ -171,26 +200,34 @@ def _scan_chunks(
             q = tl.load(q_ptr + at_k, mask=inside[:, None], other=0.0)
             v = tl.load(v_ptr + at_v, mask=inside[None, :], other=0.0)
         inverse = tl.load(inverse_ptr + square)
-        scores = tl.load(scores_ptr + square)
-        low = state.to(dtype)
-        y = v.to(tl.float32) - tl.dot(low, tl.trans(k), input_precision=PRECISION) * tl.load(factors)[None, :]
-        o = tl.dot(low, tl.trans(q), input_precision=PRECISION) * tl.load(factors + 64)[None, :]
-        r = tl.dot(y.to(dtype), tl.trans(inverse), input_precision=PRECISION)
-        o = tl.dot(r.to(dtype), tl.trans(scores), o, input_precision=PRECISION)
-        state *= tl.load(factors_ptr + (bh * NT + chunk) * 256 + 192)
-        state = tl.dot((r * tl.load(factors + 128)[None, :]).to(dtype), k, state, input_precision=PRECISION)
-        if EVEN:
-            tl.store(o_ptr + at_v, o.to(o_ptr.dtype.element_ty))
-            tl.store(r_ptr + at_v, r.to(r_ptr.dtype.element_ty))
-        else:
-            inside = (chunk * 64 + rows) < T
-            tl.store(o_ptr + at_v, o.to(o_ptr.dtype.element_ty), mask=inside[None, :])
-            tl.store(r_ptr + at_v, r.to(r_ptr.dtype.element_ty), mask=inside[None, :])
+        y = v.to(tl.float32) - tl.dot(low, tl.trans(k), input_precision=PRECISION) * tl.load(factors + rows)[None, :]
+        # In pairs: rows of A add many y that almost cancel where keys are alike, and without decay every write stays.
+        r = dot_in_pairs(y, tl.trans(inverse), tl.zeros([BV, 64], tl.float32), PRECISION)
+        if not ENDS:
+            scores = tl.load(scores_ptr + square)
+            o = tl.dot(low, tl.trans(q), input_precision=PRECISION) * tl.load(factors + 64 + rows)[None, :]
+            o = dot_in_pairs(r, tl.trans(scores), o, PRECISION)
+        state *= tl.load(factors + 192)
+        state = dot_in_pairs(r * tl.load(factors + 128 + rows)[None, :], k, state, PRECISION)
+        if not ENDS:
+            if EVEN:
+                tl.store(o_ptr + at_v, o.to(o_ptr.dtype.element_ty))
+                if WRITES:
+                    tl.store(r_ptr + at_v, r.to(r_ptr.dtype.element_ty))
+            else:
+                inside = (chunk * 64 + rows) < T
+                tl.store(o_ptr + at_v, o.to(o_ptr.dtype.element_ty), mask=inside[None, :])
+                if WRITES:
+                    tl.store(r_ptr + at_v, r.to(r_ptr.dtype.element_ty), mask=inside[None, :])
         at_k += 64 * K * N
         at_v += 64 * H * V
         square += 4096
         factors += 256
-    tl.store(final_ptr + at_state, state)
+        out += V * N
+    if ENDS:
+        tl.store(final_ptr + ((bh * (SEGMENTS - 1) + segment) * (V + N) + columns[:, None]) * N + n[None, :], state)
+    elif segment == SEGMENTS - 1:
+        tl.store(final_ptr + bh * N * V + n[None, :] * V + columns[:, None], state)
 
 
 def check(case: Any) -> None:
@@ -229,35 +266,73 @@ def within_chunks(q, k, g, beta, runs, *, scale: float, normalize: bool) -> tupl
     )  # fmt: skip
 
 
-def scan_chunks(q, k, v, inverse, scores, factors, initial_state) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(o, r [B,T,H,V] in the dtype of v, final state [B,H,N,V] float32)."""
+def _launch_scan(
+    q, k, v, inverse, scores, factors, initial, outputs, blocks, plan, *, ends, writes=False, states=False
+):
     B, T, K, N = k.shape
     H, V = v.shape[2:]
     return triton_call(
-        _scan_chunks, q, k, v, inverse, scores, factors, initial_state, T,
-        out_shape=(
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
-            jax.ShapeDtypeStruct((B, H, N, V), jnp.float32),
-        ),
-        grid=(V // BLOCK_V, B * H), num_warps=4, num_stages=2,
-        H=H, K=K, N=N, V=V, BV=BLOCK_V, INITIAL=initial_state is not None, EVEN=T % CHUNK == 0,
-        PRECISION=precision(k.dtype),
+        _scan_chunks, q, k, v, inverse, scores, factors, initial, T, plan.length, out_shape=outputs,
+        grid=(blocks, B * H, plan.segments - 1 if ends else plan.segments), num_warps=4, num_stages=2,
+        H=H, K=K, N=N, V=V, BV=BLOCK_V, INITIAL=initial is not None, SEGMENTS=plan.segments, ENDS=ends, WRITES=writes,
+        STATES=states, EVEN=T % CHUNK == 0, PRECISION=precision(k.dtype),
     )  # fmt: skip
 
 
-@functools.partial(fold_batch, static=("scale", "normalize"))
-def _forward(q, k, v, g, beta, runs, initial_state, *, scale: float, normalize: bool):
-    inverse, scores, factors = within_chunks(q, k, g, beta, runs, scale=scale, normalize=normalize)
-    o, r, final_state = scan_chunks(q, k, v, inverse, scores, factors, initial_state)
-    return o, final_state, (inverse, scores, factors, r)
+def scan_chunks(q, k, v, inverse, scores, factors, initial_state, *, writes: bool, states: bool):
+    """(o [B,T,H,V], r like it or None, states before each chunk or None, final state [B,H,N,V] float32, transitions).
+
+    The states are transposed, [B,H,chunks,V,N] in the dtype of k. Of a split sequence, the transitions
+    [B,H,segments-1,N,N] float32 are what each segment but the last does to a state before it; else None.
+    """
+    B, T, _, N = k.shape
+    H, V = v.shape[2:]
+    plan = split.plan(B * H * (V // BLOCK_V), ceil_div(T, CHUNK))
+    small = jax.ShapeDtypeStruct((B, 1), v.dtype)
+    arrays = (q, k, v, inverse, scores, factors)
+    start, transitions = initial_state, None
+    if plan.segments > 1:
+        ends = jax.ShapeDtypeStruct((B, H, plan.segments - 1, V + N, N), jnp.float32)
+        *_, ends = _launch_scan(*arrays, None, (small, small, small, ends), (V + N) // BLOCK_V, plan, ends=True)
+        ends, transitions = ends[..., :V, :], ends[..., V:, :]
+        start = split.join(initial_state, ends, transitions, backwards=False)
+    outputs = (
+        jax.ShapeDtypeStruct(v.shape, v.dtype),
+        jax.ShapeDtypeStruct(v.shape, v.dtype) if writes else small,
+        jax.ShapeDtypeStruct((B, H, ceil_div(T, CHUNK), V, N), k.dtype) if states else small,
+        jax.ShapeDtypeStruct((B, H, N, V), jnp.float32),
+    )
+    o, r, before, final_state = _launch_scan(
+        *arrays, start, outputs, V // BLOCK_V, plan, ends=False, writes=writes, states=states
+    )
+    return o, r if writes else None, before if states else None, final_state, transitions
+
+
+@functools.partial(fold_batch, static=("scale", "normalize", "writes", "states"))
+def _forward(q, k, v, g, beta, runs, initial_state, *, scale: float, normalize: bool, writes: bool, states: bool):
+    within = within_chunks(q, k, g, beta, runs, scale=scale, normalize=normalize)
+    o, r, before, final_state, transitions = scan_chunks(q, k, v, *within, initial_state, writes=writes, states=states)
+    return o, final_state, r, (*within, before, transitions) if states else None
 
 
 def forward(q, k, v, g, beta, runs, initial_state, *, scale, normalize, return_updates):
     """o, final_state, updates, residuals; the protocol is in ``api``."""
-    o, final_state, residuals = _forward(q, k, v, g, beta, runs, initial_state, scale=scale, normalize=normalize)
-    updates = residuals[-1].astype(jnp.float32) * beta[..., None] if return_updates else None
-    return o, final_state, updates, residuals
+    o, final_state, r, residuals = _forward(
+        q, k, v, g, beta, runs, initial_state, scale=scale, normalize=normalize, writes=True, states=True
+    )
+    return o, final_state, _updates(r, beta) if return_updates else None, (r, *residuals)
+
+
+def values(q, k, v, g, beta, runs, initial_state, *, scale, normalize, return_updates):
+    """o, final_state, updates: what nobody differentiates is not written."""
+    o, final_state, r, _ = _forward(
+        q, k, v, g, beta, runs, initial_state, scale=scale, normalize=normalize, writes=return_updates, states=False
+    )
+    return o, final_state, _updates(r, beta) if return_updates else None
+
+
+def _updates(r, beta):
+    return r.astype(jnp.float32) * beta[..., None]
 
 
 @functools.partial(fold_batch, static=("scale", "normalize"))

@@ -16,8 +16,12 @@ def _normalize_gradient(x, dy):
     return inverse * dy - x * inverse**3 * np.sum(x * dy, axis=-1, keepdims=True)
 
 
-def truth(q, k, v, g, beta, state, segment_ids=None, do=None, dstate=None, *, scale=None, normalize=True):
-    """Every output, and every gradient for the cotangents ``do`` and ``dstate``, by name; "updates" besides."""
+def truth(q, k, v, g, beta, state, segment_ids=None, do=None, dstate=None, *, scale=None, normalize=True, rounded=None):
+    """Every output, and every gradient for the cotangents ``do`` and ``dstate``, by name; "updates" besides.
+
+    ``rounded`` is applied to v - S^T k and to dv at each token: what a recurrence of low precision would do to them.
+    """
+    rounded = rounded or (lambda x: x)
     q, k, v, g, beta, state = (np.asarray(x, np.float64) for x in (q, k, v, g, beta, state))
     (batch, tokens, kv_heads, size), heads = q.shape, v.shape[2]
     scale = size**-0.5 if scale is None else scale
@@ -36,7 +40,7 @@ def truth(q, k, v, g, beta, state, segment_ids=None, do=None, dstate=None, *, sc
         state = np.where(reset[:, None, None, None], 0.0, state)
         alive = live[:, None]
         before = state * np.exp(np.where(alive, g[:, t], 0.0))[..., None, None]
-        error = v[:, t] - np.einsum("bhnv,bhn->bhv", before, k[:, t])
+        error = rounded(v[:, t] - np.einsum("bhnv,bhn->bhv", before, k[:, t]))
         updates[:, t] = np.where(alive, beta[:, t], 0.0)[..., None] * error
         state = before + k[:, t][..., None] * updates[:, t][..., None, :]
         o[:, t] = np.where(alive[..., None], scale * np.einsum("bhnv,bhn->bhv", state, q[:, t]), 0.0)
@@ -56,7 +60,7 @@ def truth(q, k, v, g, beta, state, segment_ids=None, do=None, dstate=None, *, sc
         dq[:, t] = np.einsum("bhnv,bhv->bhn", after[t], dot)
         du = np.einsum("bhnv,bhn->bhv", ds, k[:, t])
         dbeta[:, t] = np.where(alive, np.sum(du * errors[t], axis=-1), 0.0)
-        dv[:, t] = rate * du
+        dv[:, t] = rounded(rate * du)
         dk[:, t] = np.einsum("bhnv,bhv->bhn", ds, updates[:, t]) - np.einsum("bhnv,bhv->bhn", decayed[t], dv[:, t])
         ds = ds - k[:, t][..., None] * dv[:, t][..., None, :]
         dg[:, t] = np.where(alive, np.sum(ds * decayed[t], axis=(-2, -1)), 0.0)
