@@ -10,6 +10,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 import pytest
 
+from tests import exhaustive_page
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_threefry_partitionable", True)
@@ -42,6 +44,8 @@ def pytest_configure(config):
     if config.getoption("record_gpu_tests") and (config.getoption("keyword") or any("::" in x for x in config.args)):
         raise pytest.UsageError("--record_gpu_tests records whole test files: drop -k and the names of single tests")
     config.gpu_outcomes = {}
+    if exhaustive_page.wanted(config):
+        config.pluginmanager.register(exhaustive_page.Recorder())
     if config.getoption("check_shapes"):
         import jaxtyping
 
