@@ -5,7 +5,7 @@
 A model, not a measurement, but for the single-GPU speeds in ``MEASURED``. With P weights, B rows of T tokens a step in
 ``parts`` parts, n devices on an axis, R layers of width D, bytes that one GPU sends per step:
 
-    data       parts * 2 (n-1)/n * 4 P                 gradients summed in float32
+    data       parts * 2 (n-1)/n * 4 P                 gradients summed in float32 (a tied table: twice)
     fsdp       parts * 3 (n-1)/n * 4 P                 weights gathered forward and backward, gradients scattered
     tensor     4 * 2 (n-1)/n * 2 D * R * tokens        two sums per layer, forward and backward, bfloat16
     sequence   (n-1) (4 K N tokens R_a + 8 H N (N + V) rows R_d)   keys and values in bfloat16 to the GPUs after it in
@@ -96,7 +96,8 @@ def axis_bytes(axis: str, n: int, model: Any, weights: int, tokens: int, parts: 
     """Bytes that one GPU sends per step over an axis of ``n`` devices; ``tokens`` are its own of the step."""
     share, repeats = (n - 1) / n, model.num_layers // len(model.pattern)
     if axis == "data":
-        return parts * 2 * share * 4 * weights
+        table = model.vocab_size * model.width if model.tie_embeddings else 0
+        return parts * 2 * share * 4 * (weights + table)
     if axis == "fsdp":
         return parts * 3 * share * 4 * weights
     if axis == "tensor":

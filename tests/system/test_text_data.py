@@ -200,6 +200,41 @@ def test_shards_hold_the_rows_and_damage_is_seen(tmp_path, text):
     assert not corpus.is_done(plan, 0)
 
 
+def test_shards_are_mixed_by_weight_and_continue_from_one_position(tmp_path):
+    parts = []
+    for seed, letter in enumerate("ab"):
+        texts = [f"{letter}{index:02d}," * (5 + 2 * index) for index in range(40)]
+        source = write_jsonl(tmp_path / f"{letter}.jsonl", texts)
+        corpus_text = data.Text(path=str(source), packing=data.Packing(64), heldout=0.2, seed=seed)
+        plan = corpus.make_plan(corpus_text, tmp_path / letter, part_bytes=1000)
+        list(corpus.write_parts(plan, 0))
+        corpus.finish(plan)
+        parts.append(data.PackedRows(str(tmp_path / letter)))
+    mixture = data.Mixture(tuple(parts), (3.0, 1.0))
+    rows = mixture.rows(batch_size=8)
+    whole = batches(25, rows, 8)
+    share = np.mean([(batch["input_ids"] == ord("a")).any(axis=1).mean() for batch in whole])
+    assert abs(share - 0.75) < 0.03
+    assert all((batch["segment_ids"].max(1) >= 1).all() for batch in whole)
+    heldout = mixture.rows("heldout")
+    assert len(heldout) == sum(len(part.rows("heldout")) for part in parts)
+    trained = {bytes(row["input_ids"].astype("<u2")) for batch in whole for row in _rows_of(batch)}
+    assert not trained & {bytes(heldout[index]["input_ids"].astype("<u2")) for index in range(len(heldout))}
+    for count in (2, 4):  # after 10 batches of one process, on more
+        resumed = [pipeline.Batches(rows, 8, shard_index=index, shard_count=count) for index in range(count)]
+        for source in resumed:
+            source.set_state({"rows": 80})
+        for expected in whole[10:13]:
+            found = [next(source) for source in resumed]
+            assert same({name: np.concatenate([part[name] for part in found]) for name in expected}, expected)
+        for source in resumed:
+            source.close()
+
+
+def _rows_of(batch):
+    return [{name: array[index] for name, array in batch.items()} for index in range(len(batch["labels"]))]
+
+
 def test_record_round_trip():
     segments = [np.arange(3), np.array([70_000]), np.arange(5)]
     for found, expected in zip(shards.decode_row(shards.encode_row(segments, 4)), segments, strict=True):
