@@ -16,15 +16,19 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import app, flags, logging
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from lte_jax import restore
+from lte_jax.conversation import Conversation
 from lte_jax.data.tokenizer import Tokenizer, check_fits, known_text, load_tokenizer
 from lte_jax.generate import Generation, StopFilter, generate
 from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel
 from lte_jax.sampling import Sampling
+from lte_jax.sharding import MeshConfig, make_mesh
 
 FLAGS = flags.FLAGS
 
@@ -48,6 +52,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("reading", "prompt", ["prompt", "streaming"], "How LTE reads the prompt.")
     flags.DEFINE_integer("chunk", None, "Read prompts in pieces of so many tokens; needs --reading=streaming.")
     flags.DEFINE_integer("batch_size", 8, "Prompts of a file at a time.")
+    flags.DEFINE_integer("devices", 1, "Share the prompts of a file over so many devices, each with whole weights.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
     flags.DEFINE_string("implementation", None, "Of every operation: xla, triton or pallas; default the fastest.")
     flags.mark_flag_as_required("checkpoint")
@@ -73,6 +78,7 @@ class Speaker:
     model: LanguageModel
     tokenizer: Tokenizer
     settings: Settings
+    mesh: Mesh | None = None
 
     def encode(self, text: str) -> list[int]:
         add_bos = self.settings.add_bos
@@ -99,21 +105,32 @@ class Speaker:
             chunk=settings.chunk,
             steps_per_call=8,
             on_tokens=on_tokens,
+            mesh=self.mesh,
         )
 
     def say(self, prompt: Sequence[int], write: Callable[[str], Any]) -> tuple[Generation, str]:
         """Continues one prompt, writing text as it comes; also returns a line about its speed."""
-        stream, shown, clock = self.tokenizer.stream(), StopFilter(self.settings.stop), Clock()
+        show = Show(self, write)
+        (generation,) = self.answer([prompt], on_tokens=show.on_tokens)
+        show.finish()
+        return generation, f"{len(prompt)} tokens in, {show.clock}; ended by {generation.finish_reason}"
 
-        def on_tokens(row: int, tokens: list[int]) -> None:
-            clock.count(len(tokens))
-            for token in tokens:
-                if token < self.tokenizer.vocab_size:  # a model's vocabulary may be padded
-                    write(shown.push(stream.push(token)))
 
-        (generation,) = self.answer([prompt], on_tokens=on_tokens)
-        write(shown.push(stream.finish()) + shown.finish())
-        return generation, f"{len(prompt)} tokens in, {clock}; ended by {generation.finish_reason}"
+class Show:
+    """Writes one answer's text as its tokens come, up to a stop string, and counts them."""
+
+    def __init__(self, speaker: Speaker, write: Callable[[str], Any]):
+        self._stream, self._filter = speaker.tokenizer.stream(), StopFilter(speaker.settings.stop)
+        self._vocabulary, self._write, self.clock = speaker.tokenizer.vocab_size, write, Clock()
+
+    def on_tokens(self, row: int, tokens: list[int]) -> None:
+        self.clock.count(len(tokens))
+        for token in tokens:
+            if token < self._vocabulary:  # a model's vocabulary may be padded
+                self._write(self._filter.push(self._stream.push(token)))
+
+    def finish(self) -> None:
+        self._write(self._filter.push(self._stream.finish()) + self._filter.finish())
 
 
 class Clock:
@@ -187,31 +204,58 @@ def answer_file(speaker: Speaker, path: str, output: str | None, batch_size: int
 
 
 def converse(speaker: Speaker, lines: Iterable[str], write: Callable[[str], Any]) -> None:
-    """Each line, with its line break, is added to the text so far, and so is the model's answer."""
-    history: list[int] = []
+    """Each line, with its line break, is added to the text so far, and so is the answer; nothing is read twice."""
+    settings, tokenizer = speaker.settings, speaker.tokenizer
+
+    def begin() -> Conversation:
+        return Conversation(
+            speaker.model,
+            sampling=settings.sampling,
+            seed=settings.seed,
+            eos_id=tokenizer.eos_id,
+            stop=settings.stop,
+            decode=known_text(tokenizer),
+            reading=settings.reading,
+        )
+
+    conversation = begin()
     for line in lines:
         if line.strip() == "/new":
-            history = []
+            conversation = begin()
             write("(a new conversation)\n> ")
             continue
         text = line.rstrip("\n") + "\n"
-        history += speaker.tokenizer.encode(text) if history else speaker.encode(text)
-        generation, speed = speaker.say(history, write)
-        history += generation.tokens
-        write(f"\n[{speed}]\n> ")
+        tokens = tokenizer.encode(text) if conversation.length else speaker.encode(text)
+        show = Show(speaker, write)
+        try:
+            generation = conversation.say(tokens, settings.max_new_tokens, show.on_tokens)
+        except ValueError as error:
+            write(f"error: {error}; /new begins anew\n> ")
+            continue
+        show.finish()
+        write(f"\n[{len(tokens)} tokens in, {show.clock}; ended by {generation.finish_reason}]\n> ")
 
 
 def load_speaker(
-    checkpoint: str, settings: Settings, *, tokenizer: str | None = None, step: int | None = None, **types: Any
+    checkpoint: str,
+    settings: Settings,
+    *,
+    tokenizer: str | None = None,
+    step: int | None = None,
+    devices: int = 1,
+    **types: Any,
 ) -> Speaker:
-    """A model and its tokenizer; raises ValueError where there is none."""
+    """A model and its tokenizer; raises ValueError where there is none, or too few devices."""
+    if not 1 <= devices <= jax.local_device_count():
+        raise ValueError(f"--devices={devices}: it must lie in [1, {jax.local_device_count()}], what is here")
     model, found = restore.load_model(checkpoint, step=step, **types)
     if tokenizer is not None:
         found = load_tokenizer(tokenizer)
         check_fits(found, model.config.vocab_size)
     if found is None:
         raise ValueError(f"{checkpoint} holds no tokenizer: name one with --tokenizer ('bytes', a file or a folder)")
-    return Speaker(model, found, settings)
+    mesh = None if devices == 1 else make_mesh(MeshConfig(), jax.local_devices()[:devices])
+    return Speaker(model, found, settings, mesh)
 
 
 def _write(text: str) -> None:
@@ -235,6 +279,7 @@ def _run() -> None:
         step=FLAGS.step,
         dtype=FLAGS.dtype,
         implementation=FLAGS.implementation,
+        devices=FLAGS.devices,
     )
     if FLAGS.interactive:
         _write("each line is continued; /new begins anew, Ctrl-D ends\n> ")

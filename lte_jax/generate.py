@@ -118,7 +118,8 @@ def generate(
 def _cache_specs(cache: ModelCache, mesh: Mesh) -> Any:
     """Where a cache's arrays are split: rows come first, after the repeats in stacked layers."""
     layers = jax.tree.map(lambda _: sharding.by_rows(mesh, before=1), cache.layers)
-    return dataclasses.replace(cache, length=sharding.by_rows(mesh), layers=layers)
+    length: Any = sharding.by_rows(mesh)
+    return dataclasses.replace(cache, length=length, layers=layers)
 
 
 def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,10 +13,21 @@ import pytest
 from flax import nnx
 
 from experiments.generate import Settings, Speaker, answer_file, converse, load_speaker
-from lte_jax import LTE, NSA, FullAttention, GatedDeltaNet, LanguageModel, ModelConfig, WindowAttention, restore
+from lte_jax import (
+    LTE,
+    NSA,
+    FullAttention,
+    GatedDeltaNet,
+    LanguageModel,
+    ModelConfig,
+    WindowAttention,
+    conversation,
+    restore,
+)
 from lte_jax.data.tokenizer import known_text, load_tokenizer
-from lte_jax.generate import Generation, StopFilter, generate
+from lte_jax.generate import Generation, StopFilter, generate, read_chunk
 from lte_jax.sampling import Sampling, draw
+from lte_jax.sharding import MeshConfig, make_mesh
 
 GDN = GatedDeltaNet(num_heads=2, head_dim=8, expand_v=1)
 RETAINING = LTE(num_heads=2, num_kv_heads=1, window=13, budget=6, sinks=2)
@@ -274,14 +285,43 @@ def test_a_file_of_prompts_does_not_depend_on_the_batch(tmp_path):
     assert not (tmp_path / "out.jsonl.partial").exists()
 
 
-def test_a_conversation_goes_on_and_begins_anew():
+def test_a_conversation_goes_on_and_begins_anew(monkeypatch):
     written: list[str] = []
-    converse(speaker(), ["hi\n", "you\n", "/new\n", "hi\n"], written.append)
+    streaming, read = speaker(reading="streaming"), []
+    monkeypatch.setattr(
+        conversation, "read_chunk", lambda *args, **kw: read.append(args[3].sum()) or read_chunk(*args, **kw)
+    )
+    converse(streaming, ["hi\n", "you\n", "/new\n", "hi\n"], written.append)
     turns = "".join(written).split("> ")
-    first = speaker().answer([[256, *b"hi\n"]])[0]
+    first = streaming.answer([[256, *b"hi\n"]])[0]
     assert turns[0].startswith(first.text) and turns[3].startswith(first.text)
-    second = speaker().answer([[256, *b"hi\n", *first.tokens, *b"you\n"]])[0]
-    assert turns[1].startswith(second.text)
+    second = streaming.answer([[256, *b"hi\n", *first.tokens, *b"you\n"]])[0]
+    assert turns[1].startswith(second.text) and second.text != first.text
+    left = NEW % 8  # said in a call that drew more: read again
+    assert read == [4, left, 4, left, 4, left], "a turn reads what is new, and not the history"
+
+
+def test_a_conversation_ends_where_its_cache_does():
+    talk = conversation.Conversation(build("all others"), max_length=64)
+    with pytest.raises(ValueError, match="may reach 68 tokens, and its cache holds max_length=64; begin a new one"):
+        talk.say([66] * 40, 20)
+    assert talk.length == 0
+    with pytest.raises(ValueError, match="the turn is empty"):
+        talk.say([], 4)
+    with pytest.raises(ValueError, match="token id 300 is outside"):
+        talk.say([300], 4)
+    with pytest.raises(ValueError, match="keeps no list of what was said"):
+        conversation.Conversation(build(), sampling=Sampling(repetition_penalty=1.2))
+
+
+def test_rows_over_a_mesh_say_the_same():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:3])  # 7 rows: two are spare
+    found = run(build(), mesh=mesh)
+    assert [one.tokens for one in found] == [one.tokens for one in greedy()]
+    for one, other in zip(found, greedy(), strict=True):
+        np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
+    with pytest.raises(ValueError, match=r"--devices=99: it must lie in \[1, 8\]"):
+        load_speaker("anywhere", Settings(), devices=99)
 
 
 def test_bad_files_and_folders_are_refused(tmp_path):
