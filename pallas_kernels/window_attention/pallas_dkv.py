@@ -30,6 +30,7 @@ from pallas_kernels.window_attention.pallas_stream import (
     SWIZZLED,
     add_product,
     program_count,
+    skip_steps,
     take_registers,
 )
 
@@ -44,7 +45,7 @@ class KeyTiles:
     together: bool = True
 
 
-TILES = {64: KeyTiles(2, 64, 4), 128: KeyTiles(2, 64, 2), 256: KeyTiles(1, 64, 2, False)}
+TILES = {64: KeyTiles(2, 128, 3), 128: KeyTiles(2, 64, 2), 256: KeyTiles(1, 64, 2, False)}
 
 
 class Keys(NamedTuple):
@@ -100,166 +101,196 @@ def plan_keys(case: Case, tiles: KeyTiles, low: Array, high: Array) -> tuple[Arr
     return rows, jnp.max(jnp.where(n > 0, tile, 0))[None]
 
 
-def _kernel(
-    case: Case, tiles: KeyTiles, wanted: tuple[bool, bool], listed: bool, sizes: Any, refs: Any, scratch: Any
-) -> None:
-    keys, queries, plan_ref, used_ref, *out_refs = refs
-    (k_smems, v_smems, q_smem, do_smem, lse_smem, delta_smem, p_smems), (kv_full, q_full, do_full), used = scratch
-    q_used, do_used = used
-    written, programs = sizes
-    heads, G, QUERIES = case.B * case.K, case.H // case.K, tiles.queries
-    warpgroup, program = jax.lax.axis_index("wg"), jax.lax.axis_index("programs")
-    # Later tiles meet no query; of those, only the first ``written`` must still be written.
-    rounds = (jnp.maximum(used_ref[0], written) * heads - program + programs - 1) // programs
+class _KeyItems:
+    """The tiles of keys that a program takes in turn; the first keys, which most queries may see, first."""
+
+    def __init__(self, case: Case, plan_ref: Any, used_ref: Any, written: int, programs: int, listed: bool):
+        self.case, self.plan, self.written, self.programs, self.listed = case, plan_ref, written, programs, listed
+        self.heads, self.program = case.B * case.K, jax.lax.axis_index("programs")
+        # Later tiles meet no query; of those, only the first ``written`` must still be written.
+        tiles = jnp.maximum(used_ref[0], written)
+        self.rounds = (tiles * self.heads - self.program + programs - 1) // programs
+
+    def place(self, n):
+        """(b, KV head, tile) of item n."""
+        item = self.program + n * self.programs
+        row = jax.lax.rem(item, jnp.int32(self.heads))
+        b, h = jax.lax.div(row, jnp.int32(self.case.K)), jax.lax.rem(row, jnp.int32(self.case.K))
+        return b, h, jax.lax.div(item, jnp.int32(self.heads))
+
+    def row(self, n, *fields):
+        b, h, tile = self.place(n)
+        h = h if self.plan.shape[1] > 1 else 0
+        return tuple(self.plan[b, h, tile, field] for field in (0, 1, *fields))
+
+    def rows_of(self, ref, b, h, first):
+        return ref.at[b, h, pl.ds(first, ROWS)] if self.listed else ref.at[b, pl.ds(first, ROWS), h]
+
+
+def _copy_queries(case: Case, tiles: KeyTiles, items: _KeyItems, queries: Any, buffers: Any, full: Any, used: Any):
+    """The copying warpgroup: brings every step's queries, of all heads of the group, as soon as buffers are free."""
+    q_smem, do_smem, lse_smem, delta_smem = buffers
+    (q_full, do_full), (q_used, do_used) = full, used
+    G = case.H // case.K
     slot_of = lambda step: jax.lax.rem(step, jnp.int32(tiles.stages))  # noqa: E731
 
-    def place(n):
-        """(b, KV head, tile) of item n; the first keys, which most queries may see, first."""
-        item = program + n * programs
-        row = jax.lax.rem(item, jnp.int32(heads))
-        return (
-            jax.lax.div(row, jnp.int32(case.K)),
-            jax.lax.rem(row, jnp.int32(case.K)),
-            jax.lax.div(item, jnp.int32(heads)),
-        )
+    def await_free(step):
+        @pl.when(step >= tiles.stages)
+        def _():
+            plgpu.barrier_wait(q_used.at[slot_of(step)])
+            plgpu.barrier_wait(do_used.at[slot_of(step)])
 
-    def plan_row(n, *fields):
-        b, h, tile = place(n)
-        h = h if plan_ref.shape[1] > 1 else 0
-        return tuple(plan_ref[b, h, tile, field] for field in (0, 1, *fields))
+    def copy_item(n, done):
+        b, h, _ = items.place(n)
+        first, tiles_n = items.row(n)
 
-    def rows_of(ref, b, h, first):
-        return ref.at[b, h, pl.ds(first, ROWS)] if listed else ref.at[b, pl.ds(first, ROWS), h]
+        def copy(step, _):
+            slot = slot_of(done + step)
+            head = h * G + jax.lax.div(step, tiles_n)
+            some = pl.ds(pl.multiple_of(first + jax.lax.rem(step, tiles_n) * tiles.queries, 8), tiles.queries)
+            await_free(done + step)
+            plgpu.copy_gmem_to_smem(queries.q.at[b, some, head], q_smem.at[slot], q_full.at[slot])
+            plgpu.copy_gmem_to_smem(queries.lse2.at[b, head, some], lse_smem.at[slot], q_full.at[slot])
+            plgpu.copy_gmem_to_smem(queries.do.at[b, some, head], do_smem.at[slot], do_full.at[slot])
+            plgpu.copy_gmem_to_smem(queries.delta.at[b, head, some], delta_smem.at[slot], do_full.at[slot])
+
+        jax.lax.fori_loop(0, tiles_n * G, copy, None)
+        return done + tiles_n * G
+
+    done = jax.lax.fori_loop(0, items.rounds, copy_item, jnp.int32(0))
+    for n in range(tiles.stages):
+        await_free(done + n)
+
+
+class _Gradients:
+    """What a compute warpgroup does: the gradients of 64 keys and values, tile after tile."""
+
+    def __init__(
+        self, case: Case, tiles: KeyTiles, wanted: Any, items: _KeyItems, warpgroup: Any, refs: Any, scratch: Any
+    ):
+        self.case, self.tiles, self.wanted, self.items, self.warpgroup = case, tiles, wanted, items, warpgroup
+        self.keys, _, _, _, *self.out_refs = refs
+        (k_smems, v_smems, *self.buffers, p_smems), (kv_full, *full), used = scratch
+        self.full, self.used = tuple(full), used
+        self.k_smem, self.v_smem, self.kv_full = (x.at[warpgroup] for x in (k_smems, v_smems, kv_full))
+        self.p_smem = None if p_smems is None else p_smems.at[warpgroup]
+
+    def first_key(self, tile):
+        return pl.multiple_of(tile * (self.tiles.warpgroups * ROWS) + self.warpgroup * ROWS, ROWS)
+
+    def fetch_keys(self, n):
+        @pl.when(n < self.items.rounds)
+        def _():
+            b, h, tile = self.items.place(n)
+            for ref, smem in ((self.keys.k, self.k_smem), (self.keys.v, self.v_smem)):
+                rows = self.items.rows_of(ref, b, h, self.first_key(tile))
+                plgpu.copy_gmem_to_smem(rows, smem, self.kv_full)
+
+    def run(self):
+        self.fetch_keys(jnp.int32(0))
+        jax.lax.fori_loop(0, self.items.rounds, self.differentiate, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    def differentiate(self, n, done):
+        """Item n, before which ``done`` steps went by."""
+        case, own = self.case, 2 + 4 * self.warpgroup
+        b, h, tile = self.items.place(n)
+        first, tiles_n, own_first, own_end, *whole = self.items.row(n, own, own + 1, own + 2, own + 3)
+        at = (b, h if self.keys.low.shape[1] > 1 else 0, pl.ds(self.first_key(tile), ROWS))
+        seen = tuple(plgpu.load(x.at[at], layout=BY_ROW, optimized=False) for x in (self.keys.low, self.keys.high))
+        i_first = case.U - case.T + first
+        plgpu.barrier_wait(self.kv_full)
+
+        def zeros(size):
+            return plgpu.layout_cast(jnp.zeros((ROWS, size), jnp.float32), plgpu.Layout.WGMMA)
+
+        def one_head(g, carry):
+            before = done + g * tiles_n
+            skip_steps(self.tiles.stages, self.full, self.used, before, before + own_first)
+            step = functools.partial(self.step, before, i_first, seen, whole)
+            carry = jax.lax.fori_loop(own_first, own_end, step, carry)
+            skip_steps(self.tiles.stages, self.full, self.used, before + own_end, before + tiles_n)
+            return carry
+
+        G = case.H // case.K
+        carry = tuple(zeros(x) if want else None for want, x in zip(self.wanted, (case.N, case.V), strict=True))
+        carry = jax.lax.fori_loop(0, G, one_head, carry) if G > 1 else one_head(0, carry)
+        self.store(b, h, tile, (tiles_n > 0) | (tile < self.items.written), carry)
+        self.fetch_keys(n + 1)
+        return done + tiles_n * G
+
+    def step(self, before, i_first, seen, whole, step, carry):
+        """What one tile of queries adds."""
+        dk, dv = carry
+        (q_full, do_full), (q_used, do_used) = self.full, self.used
+        slot = jax.lax.rem(before + step, jnp.int32(self.tiles.stages))
+        q, do, lse_smem, delta_smem = (x.at[slot] for x in self.buffers)
+        i = i_first + step * self.tiles.queries
+        shape = (ROWS, self.tiles.queries)
+        down = functools.partial(jax.lax.broadcast_in_dim, shape=shape, broadcast_dimensions=[1])
+        across = functools.partial(jax.lax.broadcast_in_dim, shape=shape, broadcast_dimensions=[0])
+
+        def mask(logits):
+            index = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + i
+            return jnp.where((index >= across(seen[0])) & (index < across(seen[1])), logits, -jnp.inf)
+
+        plgpu.barrier_wait(q_full.at[slot])
+        plgpu.barrier_wait(do_full.at[slot])
+        logits, dp = two_products(shape, self.k_smem, q.transpose((1, 0)), self.v_smem, do.transpose((1, 0)))
+        all_seen = (i >= whole[0]) & (i + self.tiles.queries <= whole[1])
+        logits = jax.lax.cond(all_seen, lambda x: x, mask, logits)
+        lse2, delta = (plgpu.load(x, layout=BY_COLUMN) for x in (lse_smem, delta_smem))
+        p = jnp.exp2(logits * (self.case.scale * LOG2_E) - down(lse2))
+        ds = (p * (dp - down(delta))).astype(self.k_smem.dtype)
+        p = p.astype(self.k_smem.dtype)
+        dk, dv, ds, p = jax.lax.optimization_barrier((dk, dv, ds, p))
+        if all(self.wanted) and self.p_smem is None:
+
+            def products(accumulators):
+                plgpu.wgmma(accumulators[0], ds, q)
+                plgpu.wgmma(accumulators[1], p, do)
+
+            dk, dv = pl.run_state(products)((plgpu.ACC.init(dk), plgpu.ACC.init(dv)))
+        else:
+            dk = dk if dk is None else add_product(dk, ds, q, self.p_smem)
+            dv = dv if dv is None else add_product(dv, p, do, self.p_smem)
+        plgpu.barrier_arrive(q_used.at[slot])
+        plgpu.barrier_arrive(do_used.at[slot])
+        return dk, dv
+
+    def store(self, b, h, tile, asked_for, carry) -> None:
+        dk, dv = carry
+        results = [x for x in (None if dk is None else dk * self.case.scale, dv) if x is not None]
+        for ref, result, smem in zip(self.out_refs, results, (self.k_smem, self.v_smem)[: len(results)], strict=True):
+            rows = self.items.rows_of(ref, b, h, self.first_key(tile))
+            if ref.dtype == jnp.float32:
+
+                @pl.when(asked_for)
+                def _(rows=rows, result=result):
+                    rows[...] = result
+
+            else:
+                smem[...] = result.astype(smem.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(smem, rows)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _kernel(case: Case, tiles: KeyTiles, wanted: Any, listed: bool, sizes: Any, refs: Any, *scratch: Any) -> None:
+    _, queries, plan_ref, used_ref, *_ = refs
+    (_, _, *buffers, _), (_, *full), used = scratch
+    warpgroup = jax.lax.axis_index("wg")
+    items = _KeyItems(case, plan_ref, used_ref, sizes[0], sizes[1], listed)
 
     @pl.when(warpgroup == tiles.warpgroups)
     def _copy():
         take_registers(tiles.warpgroups, True)
-
-        def await_free(step):
-            @pl.when(step >= tiles.stages)
-            def _():
-                plgpu.barrier_wait(q_used.at[slot_of(step)])
-                plgpu.barrier_wait(do_used.at[slot_of(step)])
-
-        def copy_item(n, done):
-            b, h, _ = place(n)
-            first, tiles_n = plan_row(n)
-
-            def copy(step, _):
-                slot = slot_of(done + step)
-                head = h * G + jax.lax.div(step, tiles_n)
-                t = pl.multiple_of(first + jax.lax.rem(step, tiles_n) * QUERIES, 8)
-                await_free(done + step)
-                some = pl.ds(t, QUERIES)
-                plgpu.copy_gmem_to_smem(queries.q.at[b, some, head], q_smem.at[slot], q_full.at[slot])
-                plgpu.copy_gmem_to_smem(queries.lse2.at[b, head, some], lse_smem.at[slot], q_full.at[slot])
-                plgpu.copy_gmem_to_smem(queries.do.at[b, some, head], do_smem.at[slot], do_full.at[slot])
-                plgpu.copy_gmem_to_smem(queries.delta.at[b, head, some], delta_smem.at[slot], do_full.at[slot])
-
-            jax.lax.fori_loop(0, tiles_n * G, copy, None)
-            return done + tiles_n * G
-
-        done = jax.lax.fori_loop(0, rounds, copy_item, jnp.int32(0))
-        for n in range(tiles.stages):
-            await_free(done + n)
+        _copy_queries(case, tiles, items, queries, buffers, full, used)
 
     @pl.when(warpgroup < tiles.warpgroups)
     def _compute():
         take_registers(tiles.warpgroups, False)
-        k_smem, v_smem = k_smems.at[warpgroup], v_smems.at[warpgroup]
-        shape = (ROWS, QUERIES)
-        down = functools.partial(jax.lax.broadcast_in_dim, shape=shape, broadcast_dimensions=[1])
-        across = functools.partial(jax.lax.broadcast_in_dim, shape=shape, broadcast_dimensions=[0])
-
-        def first_key(tile):
-            return pl.multiple_of(tile * (tiles.warpgroups * ROWS) + warpgroup * ROWS, ROWS)
-
-        def fetch_keys(n):
-            b, h, tile = place(n)
-            plgpu.copy_gmem_to_smem(rows_of(keys.k, b, h, first_key(tile)), k_smem, kv_full.at[warpgroup])
-            plgpu.copy_gmem_to_smem(rows_of(keys.v, b, h, first_key(tile)), v_smem, kv_full.at[warpgroup])
-
-        def differentiate(n, done):
-            b, h, tile = place(n)
-            own = 2 + 4 * warpgroup
-            first, tiles_n, own_first, own_end, whole_low, whole_high = plan_row(n, own, own + 1, own + 2, own + 3)
-            at = (b, h if keys.low.shape[1] > 1 else 0, pl.ds(first_key(tile), ROWS))
-            low, high = (plgpu.load(x.at[at], layout=BY_ROW, optimized=False) for x in (keys.low, keys.high))
-
-            def skip(step, _):
-                slot = slot_of(done + step)
-                for full, free in ((q_full, q_used), (do_full, do_used)):
-                    plgpu.barrier_wait(full.at[slot])
-                    plgpu.barrier_arrive(free.at[slot])
-
-            def body(before, step, carry):
-                dk, dv = carry
-                slot = slot_of(before + step)
-                i = case.U - case.T + first + step * QUERIES
-                q, do = q_smem.at[slot], do_smem.at[slot]
-
-                def mask(logits):
-                    index = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + i
-                    return jnp.where((index >= across(low)) & (index < across(high)), logits, -jnp.inf)
-
-                plgpu.barrier_wait(q_full.at[slot])
-                plgpu.barrier_wait(do_full.at[slot])
-                logits, dp = two_products(shape, k_smem, q.transpose((1, 0)), v_smem, do.transpose((1, 0)))
-                whole = (i >= whole_low) & (i + QUERIES <= whole_high)
-                logits = jax.lax.cond(whole, lambda x: x, mask, logits)
-                lse2, delta = (plgpu.load(x.at[slot], layout=BY_COLUMN) for x in (lse_smem, delta_smem))
-                p = jnp.exp2(logits * (case.scale * LOG2_E) - down(lse2))
-                ds = (p * (dp - down(delta))).astype(q_smem.dtype)
-                p = p.astype(q_smem.dtype)
-                dk, dv, ds, p = jax.lax.optimization_barrier((dk, dv, ds, p))
-                smem = None if p_smems is None else p_smems.at[warpgroup]
-                if dk is not None and dv is not None and smem is None:
-
-                    def products(accumulators):
-                        plgpu.wgmma(accumulators[0], ds, q)
-                        plgpu.wgmma(accumulators[1], p, do)
-
-                    dk, dv = pl.run_state(products)((plgpu.ACC.init(dk), plgpu.ACC.init(dv)))
-                else:
-                    dk = dk if dk is None else add_product(dk, ds, q, smem)
-                    dv = dv if dv is None else add_product(dv, p, do, smem)
-                plgpu.barrier_arrive(q_used.at[slot])
-                plgpu.barrier_arrive(do_used.at[slot])
-                return dk, dv
-
-            zeros = lambda size: plgpu.layout_cast(jnp.zeros((ROWS, size), jnp.float32), plgpu.Layout.WGMMA)  # noqa: E731
-            plgpu.barrier_wait(kv_full.at[warpgroup])
-            carry = tuple(zeros(size) if want else None for want, size in zip(wanted, (case.N, case.V), strict=True))
-
-            def one_head(g, carry):
-                before = done + g * tiles_n
-                jax.lax.fori_loop(before - done, before - done + own_first, skip, None)
-                carry = jax.lax.fori_loop(own_first, own_end, functools.partial(body, before), carry)
-                jax.lax.fori_loop(before - done + own_end, before - done + tiles_n, skip, None)
-                return carry
-
-            dk, dv = jax.lax.fori_loop(0, G, one_head, carry) if G > 1 else one_head(0, carry)
-            results = [x for x in (None if dk is None else dk * case.scale, dv) if x is not None]
-            for ref, result, smem in zip(
-                out_refs, results, (k_smem, v_smem) if all(wanted) else (k_smem,), strict=True
-            ):
-                if ref.dtype == jnp.float32:
-
-                    @pl.when((tiles_n > 0) | (tile < written))
-                    def _(ref=ref, result=result):
-                        rows_of(ref, b, h, first_key(tile))[...] = result
-
-                else:
-                    smem[...] = result.astype(smem.dtype)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(smem, rows_of(ref, b, h, first_key(tile)))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            pl.when(n + 1 < rounds)(lambda: fetch_keys(n + 1))
-            return done + tiles_n * G
-
-        fetch_keys(jnp.int32(0))
-        jax.lax.fori_loop(0, rounds, differentiate, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0)
+        _Gradients(case, tiles, wanted, items, warpgroup, refs, scratch).run()
 
 
 def call_dkv(
@@ -298,8 +329,8 @@ def _call(
     def entry(*refs):
         keys_refs, query_refs, others = Keys(*refs[:4]), QueryRows(*refs[4:8]), refs[8:]
         pl.run_scoped(
-            lambda *scratch: _kernel(
-                case, tiles, wanted, listed, (written, programs), (keys_refs, query_refs, *others), scratch
+            functools.partial(
+                _kernel, case, tiles, wanted, listed, (written, programs), (keys_refs, query_refs, *others)
             ),
             (
                 plgpu.SMEM((W, ROWS, case.N), given, transforms=SWIZZLED),

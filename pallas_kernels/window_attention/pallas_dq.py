@@ -28,6 +28,7 @@ from pallas_kernels.window_attention.pallas_stream import (
     copy_keys,
     flatten,
     program_count,
+    skip_steps,
     take_registers,
 )
 
@@ -55,83 +56,93 @@ def two_products(shape: tuple[int, int], a, b, c, d):
     return pl.run_scoped(products, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
 
 
-def _kernel(case: Case, tiles: Tiles, q_tiles: int, programs: int, refs: Any, scratch: Any) -> None:
-    q_ref, k_ref, v_ref, do_ref, lse2_ref, delta_ref, key_list, plan, dq_ref = refs
-    (q_smems, do_smems, k_smem, v_smem, ds_smems), (q_full, k_full, v_full), used = scratch
+class _Gradient:
+    """What a compute warpgroup does: the gradient of 64 queries over the steps of their tile, tile after tile."""
+
+    def __init__(self, case: Case, tiles: Tiles, items: Items, warpgroup: Any, refs: Any, scratch: Any):
+        self.case, self.tiles, self.items, self.warpgroup = case, tiles, items, warpgroup
+        self.q_ref, _, _, self.do_ref, self.lse2_ref, self.delta_ref, self.key_list, self.plan, self.dq_ref = refs
+        (q_smems, do_smems, self.k_smem, self.v_smem, ds_smems), (q_full, *full), used = scratch
+        self.full, self.used = tuple(full), used
+        self.q_smem, self.do_smem, self.q_full = (x.at[warpgroup] for x in (q_smems, do_smems, q_full))
+        self.ds_smem = None if ds_smems is None else ds_smems.at[warpgroup]
+
+    def first_query(self, tile):
+        return pl.multiple_of(tile * (self.tiles.warpgroups * ROWS) + self.warpgroup * ROWS, ROWS)
+
+    def fetch_queries(self, n):
+        @pl.when(n < self.items.rounds)
+        def _():
+            b, head, _, tile = self.items.place(n)
+            at = (b, pl.ds(self.first_query(tile), ROWS), head)
+            plgpu.copy_gmem_to_smem(self.q_ref.at[at], self.q_smem, self.q_full)
+            plgpu.copy_gmem_to_smem(self.do_ref.at[at], self.do_smem, self.q_full)
+
+    def run(self):
+        self.fetch_queries(jnp.int32(0))
+        jax.lax.fori_loop(0, self.items.rounds, self.differentiate, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    def differentiate(self, n, done):
+        """Item n, before which ``done`` steps went by."""
+        place = self.items.place(n)
+        b, head, _, tile = place
+        steps = Steps(self.items.row(n, self.warpgroup), self.tiles.keys)
+        masks = Masks(self.case, steps, place, self.first_query(tile), self.plan.begin, self.key_list)
+        here = (b, head, pl.ds(masks.t, ROWS))
+        rows = tuple(plgpu.load(x.at[here], layout=BY_ROW, optimized=False) for x in (self.lse2_ref, self.delta_ref))
+        plgpu.barrier_wait(self.q_full)
+        dq = plgpu.layout_cast(jnp.zeros((ROWS, self.case.N), jnp.float32), plgpu.Layout.WGMMA)
+        if self.key_list is not None:
+            step = functools.partial(self.step, done, rows, masks.listed)
+            dq = jax.lax.fori_loop(0, steps.listed, step, dq)
+        first, end = masks.window_steps()
+        skip_steps(self.tiles.stages, self.full, self.used, done + steps.listed, done + first)
+        dq = jax.lax.fori_loop(first, end, functools.partial(self.step, done, rows, masks.window), dq)
+        skip_steps(self.tiles.stages, self.full, self.used, done + end, done + steps.end)
+        self.q_smem[...] = (dq * self.case.scale).astype(self.q_smem.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(self.q_smem, self.dq_ref.at[b, pl.ds(masks.t, ROWS), head])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        self.fetch_queries(n + 1)
+        return done + steps.end
+
+    def step(self, done, rows, mask, step, dq):
+        """What one tile of keys adds."""
+        lse2, delta = rows
+        (k_full, v_full), (k_used, v_used) = self.full, self.used
+        slot = jax.lax.rem(done + step, jnp.int32(self.tiles.stages))
+        keys, values = self.k_smem.at[slot], self.v_smem.at[slot]
+        shape = (ROWS, self.tiles.keys)
+        plgpu.barrier_wait(k_full.at[slot])
+        plgpu.barrier_wait(v_full.at[slot])
+        logits, dp = two_products(shape, self.q_smem, keys.transpose((1, 0)), self.do_smem, values.transpose((1, 0)))
+        plgpu.barrier_arrive(v_used.at[slot])
+        logits = mask(step, logits)
+        across = functools.partial(jax.lax.broadcast_in_dim, shape=shape, broadcast_dimensions=[0])
+        p = jnp.exp2(logits * (self.case.scale * LOG2_E) - across(lse2))
+        ds = (p * (dp - across(delta))).astype(self.k_smem.dtype)
+        dq, ds = jax.lax.optimization_barrier((dq, ds))
+        dq = add_product(dq, ds, keys, self.ds_smem)
+        plgpu.barrier_arrive(k_used.at[slot])
+        return dq
+
+
+def _kernel(case: Case, tiles: Tiles, q_tiles: int, programs: int, refs: Any, *scratch: Any) -> None:
     warpgroup = jax.lax.axis_index("wg")
+    _, k_ref, v_ref, _, _, _, key_list, plan, _ = refs
+    (_, _, k_smem, v_smem, _), (_, *full), used = scratch
     items = Items(case, plan.rows, q_tiles, programs)
 
     @pl.when(warpgroup == tiles.warpgroups)
     def _copy():
         take_registers(tiles.warpgroups, True)
-        copy_keys(items, tiles, k_ref, v_ref, key_list, (k_smem, v_smem), (k_full, v_full), used)
+        copy_keys(items, tiles, k_ref, v_ref, key_list, (k_smem, v_smem), full, used)
 
     @pl.when(warpgroup < tiles.warpgroups)
     def _compute():
         take_registers(tiles.warpgroups, False)
-        k_used, v_used = used
-        q_smem, do_smem = q_smems.at[warpgroup], do_smems.at[warpgroup]
-        slot_of = lambda step: jax.lax.rem(step, jnp.int32(tiles.stages))  # noqa: E731
-
-        def first_query(tile):
-            return pl.multiple_of(tile * (tiles.warpgroups * ROWS) + warpgroup * ROWS, ROWS)
-
-        def fetch_queries(n):
-            b, head, _, tile = items.place(n)
-            at = (b, pl.ds(first_query(tile), ROWS), head)
-            plgpu.copy_gmem_to_smem(q_ref.at[at], q_smem, q_full.at[warpgroup])
-            plgpu.copy_gmem_to_smem(do_ref.at[at], do_smem, q_full.at[warpgroup])
-
-        def differentiate(n, done):
-            place = items.place(n)
-            b, head, _, tile = place
-            steps = Steps(items.row(n, warpgroup), tiles.keys)
-            masks = Masks(case, steps, place, first_query(tile), plan.begin, key_list)
-            here = (b, head, pl.ds(masks.t, ROWS))
-            lse2, delta = (plgpu.load(x.at[here], layout=BY_ROW, optimized=False) for x in (lse2_ref, delta_ref))
-
-            def skip(step, _):
-                slot = slot_of(done + step)
-                for full, free in ((k_full, k_used), (v_full, v_used)):
-                    plgpu.barrier_wait(full.at[slot])
-                    plgpu.barrier_arrive(free.at[slot])
-
-            def body(mask, step, dq):
-                slot = slot_of(done + step)
-                keys, values = k_smem.at[slot], v_smem.at[slot]
-                plgpu.barrier_wait(k_full.at[slot])
-                plgpu.barrier_wait(v_full.at[slot])
-                logits, dp = two_products(
-                    (ROWS, tiles.keys), q_smem, keys.transpose((1, 0)), do_smem, values.transpose((1, 0))
-                )
-                plgpu.barrier_arrive(v_used.at[slot])
-                logits = mask(step, logits)
-                across = functools.partial(jax.lax.broadcast_in_dim, shape=logits.shape, broadcast_dimensions=[0])
-                p = jnp.exp2(logits * (case.scale * LOG2_E) - across(lse2))
-                ds = (p * (dp - across(delta))).astype(k_smem.dtype)
-                dq, ds = jax.lax.optimization_barrier((dq, ds))
-                dq = add_product(dq, ds, keys, None if ds_smems is None else ds_smems.at[warpgroup])
-                plgpu.barrier_arrive(k_used.at[slot])
-                return dq
-
-            plgpu.barrier_wait(q_full.at[warpgroup])
-            dq = plgpu.layout_cast(jnp.zeros((ROWS, case.N), jnp.float32), plgpu.Layout.WGMMA)
-            if key_list is not None:
-                dq = jax.lax.fori_loop(0, steps.listed, functools.partial(body, masks.listed), dq)
-            first, end = masks.window_steps()
-            jax.lax.fori_loop(steps.listed, first, skip, None)
-            dq = jax.lax.fori_loop(first, end, functools.partial(body, masks.window), dq)
-            jax.lax.fori_loop(end, steps.end, skip, None)
-            q_smem[...] = (dq * case.scale).astype(q_smem.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[b, pl.ds(masks.t, ROWS), head])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            pl.when(n + 1 < items.rounds)(lambda: fetch_queries(n + 1))
-            return done + steps.end
-
-        fetch_queries(jnp.int32(0))
-        jax.lax.fori_loop(0, items.rounds, differentiate, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0)
+        _Gradient(case, tiles, items, warpgroup, refs, scratch).run()
 
 
 def call_dq(
@@ -146,7 +157,7 @@ def call_dq(
 
     def entry(*refs):
         pl.run_scoped(
-            lambda *scratch: _kernel(case, tiles, q_tiles, programs, restore(refs), scratch),
+            functools.partial(_kernel, case, tiles, q_tiles, programs, restore(refs)),
             (
                 plgpu.SMEM((W, ROWS, case.N), q.dtype, transforms=SWIZZLED),
                 plgpu.SMEM((W, ROWS, case.V), q.dtype, transforms=SWIZZLED),

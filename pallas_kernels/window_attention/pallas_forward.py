@@ -34,110 +34,126 @@ from pallas_kernels.window_attention.pallas_stream import (
     copy_keys,
     flatten,
     program_count,
+    skip_steps,
     take_registers,
 )
 
-TILES = {64: Tiles(3, 128, 4), 128: Tiles(2, 128, 2), 256: Tiles(2, 64, 2)}
+TILES = {64: Tiles(4, 64, 6), 128: Tiles(3, 64, 3), 256: Tiles(2, 64, 2)}
 
 
-def _kernel(case: Case, tiles: Tiles, q_tiles: int, programs: int, refs: Any, scratch: Any) -> None:
-    q_ref, k_ref, v_ref, key_list, plan, o_ref, lse_ref = refs
-    (q_smems, o_smems, k_smem, v_smem, lse_smems, p_smems), (q_full, k_full, v_full), used = scratch
-    scale = case.scale * LOG2_E
+class _Attention:
+    """What a compute warpgroup does: the softmax of 64 queries over the steps of their tile, tile after tile."""
+
+    def __init__(self, case: Case, tiles: Tiles, items: Items, warpgroup: Any, refs: Any, scratch: Any):
+        self.case, self.tiles, self.items, self.warpgroup = case, tiles, items, warpgroup
+        self.q_ref, _, _, self.key_list, self.plan, self.o_ref, self.lse_ref = refs
+        (q_smems, o_smems, self.k_smem, self.v_smem, lse_smems, p_smems), (q_full, *full), used = scratch
+        self.full, self.used = tuple(full), used
+        self.q_smem, self.lse_smem, self.q_full = (x.at[warpgroup] for x in (q_smems, lse_smems, q_full))
+        self.own_output = o_smems is not None
+        self.o_smem = o_smems.at[warpgroup] if self.own_output else self.q_smem
+        self.p_smem = None if p_smems is None else p_smems.at[warpgroup]
+        self.scale = case.scale * LOG2_E
+
+    def first_query(self, tile):
+        return pl.multiple_of(tile * (self.tiles.warpgroups * ROWS) + self.warpgroup * ROWS, ROWS)
+
+    def fetch_queries(self, n):
+        @pl.when(n < self.items.rounds)
+        def _():
+            b, head, _, tile = self.items.place(n)
+            rows = pl.ds(self.first_query(tile), ROWS)
+            plgpu.copy_gmem_to_smem(self.q_ref.at[b, rows, head], self.q_smem, self.q_full)
+
+    def run(self):
+        self.fetch_queries(jnp.int32(0))
+        jax.lax.fori_loop(0, self.items.rounds, self.attend, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    def attend(self, n, done):
+        """Item n, before which ``done`` steps went by."""
+        place = self.items.place(n)
+        steps = Steps(self.items.row(n, self.warpgroup), self.tiles.keys)
+        masks = Masks(self.case, steps, place, self.first_query(place[3]), self.plan.begin, self.key_list)
+        plgpu.barrier_wait(self.q_full)
+        carry = (
+            plgpu.layout_cast(jnp.zeros((ROWS, self.case.V), jnp.float32), plgpu.Layout.WGMMA),
+            plgpu.layout_cast(jnp.full((ROWS,), -1e30, jnp.float32), BY_ROW),
+            plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW),
+        )
+        if self.key_list is not None:
+            step = functools.partial(self.step, done, masks.listed)
+            carry = jax.lax.fori_loop(0, steps.listed, step, carry)
+        first, end = masks.window_steps()
+        skip_steps(self.tiles.stages, self.full, self.used, done + steps.listed, done + first)
+        carry = jax.lax.fori_loop(first, end, functools.partial(self.step, done, masks.window), carry)
+        skip_steps(self.tiles.stages, self.full, self.used, done + end, done + steps.end)
+        if self.own_output:  # every logit of this tile is there: its queries make room for the next ones
+            self.fetch_queries(n + 1)
+        self.store(masks, place, carry)
+        if not self.own_output:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.fetch_queries(n + 1)
+        return done + steps.end
+
+    def step(self, done, mask, step, carry):
+        """One tile of keys joins the online softmax."""
+        acc, m, l = carry
+        (k_full, v_full), (k_used, v_used) = self.full, self.used
+        slot = jax.lax.rem(done + step, jnp.int32(self.tiles.stages))
+
+        def products(acc_ref):
+            plgpu.wgmma(acc_ref, self.q_smem, self.k_smem.at[slot].transpose((1, 0)))
+            return acc_ref[...]
+
+        plgpu.barrier_wait(k_full.at[slot])
+        logits = pl.run_scoped(products, plgpu.ACC((ROWS, self.tiles.keys), jnp.float32))
+        plgpu.barrier_arrive(k_used.at[slot])
+        logits = mask(step, logits)
+        # m starts at a finite number, so a row that has seen nothing gives exp2(-inf) = 0 and not NaN.
+        m_new = jnp.maximum(m, logits.max(axis=1) * self.scale)
+        fade = jnp.exp2(m - m_new)
+        p = jnp.exp2(logits * self.scale - jax.lax.broadcast_in_dim(m_new, logits.shape, [0]))
+        acc *= jax.lax.broadcast_in_dim(fade, acc.shape, [0])
+        l = l * fade + p.sum(axis=1)
+        p = p.astype(self.k_smem.dtype)
+        # All that the product reads is there before it starts, or the compiler would serialise it.
+        acc, m_new, l, p = jax.lax.optimization_barrier((acc, m_new, l, p))
+        plgpu.barrier_wait(v_full.at[slot])
+        acc = add_product(acc, p, self.v_smem.at[slot], self.p_smem)
+        plgpu.barrier_arrive(v_used.at[slot])
+        return acc, m_new, l
+
+    def store(self, masks: Masks, place, carry) -> None:
+        acc, m, l = carry
+        if masks.begins is not None:
+            l = jnp.where(masks.begins < PADDING, l, 0.0)
+        seen = l > 0
+        divisor = jnp.where(seen, l, 1.0)
+        factor = jnp.where(seen, 1.0 / divisor, 0.0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the results before these have left the buffers
+        self.o_smem[...] = (acc * jax.lax.broadcast_in_dim(factor, acc.shape, [0])).astype(self.o_smem.dtype)
+        self.lse_smem[...] = jnp.where(seen, m * (1 / LOG2_E) + jnp.log(divisor), -jnp.inf)
+        plgpu.commit_smem()
+        b, head, _, _ = place
+        plgpu.copy_smem_to_gmem(self.o_smem, self.o_ref.at[b, pl.ds(masks.t, ROWS), head])
+        plgpu.copy_smem_to_gmem(self.lse_smem, self.lse_ref.at[b, head, pl.ds(masks.t, ROWS)])
+
+
+def _kernel(case: Case, tiles: Tiles, q_tiles: int, programs: int, refs: Any, *scratch: Any) -> None:
     warpgroup = jax.lax.axis_index("wg")
+    (_, k_ref, v_ref, key_list, plan, _, _), ((_, _, k_smem, v_smem, _, _), (_, *full), used) = refs, scratch
     items = Items(case, plan.rows, q_tiles, programs)
 
     @pl.when(warpgroup == tiles.warpgroups)
     def _copy():
         take_registers(tiles.warpgroups, True)
-        copy_keys(items, tiles, k_ref, v_ref, key_list, (k_smem, v_smem), (k_full, v_full), used)
+        copy_keys(items, tiles, k_ref, v_ref, key_list, (k_smem, v_smem), full, used)
 
     @pl.when(warpgroup < tiles.warpgroups)
     def _compute():
         take_registers(tiles.warpgroups, False)
-        k_used, v_used = used
-        q_smem, o_smem, lse_smem = q_smems.at[warpgroup], o_smems.at[warpgroup], lse_smems.at[warpgroup]
-        slot_of = lambda step: jax.lax.rem(step, jnp.int32(tiles.stages))  # noqa: E731
-
-        def first_query(tile):
-            return pl.multiple_of(tile * (tiles.warpgroups * ROWS) + warpgroup * ROWS, ROWS)
-
-        def fetch_queries(n):
-            b, head, _, tile = items.place(n)
-            plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(first_query(tile), ROWS), head], q_smem, q_full.at[warpgroup])
-
-        def attend(n, done):
-            place = items.place(n)
-            steps = Steps(items.row(n, warpgroup), tiles.keys)
-            masks = Masks(case, steps, place, first_query(place[3]), plan.begin, key_list)
-
-            def skip(step, _):
-                slot = slot_of(done + step)
-                for full, free in ((k_full, k_used), (v_full, v_used)):
-                    plgpu.barrier_wait(full.at[slot])
-                    plgpu.barrier_arrive(free.at[slot])
-
-            def body(mask, step, carry):
-                acc, m, l = carry
-                slot = slot_of(done + step)
-
-                def products(acc_ref):
-                    plgpu.wgmma(acc_ref, q_smem, k_smem.at[slot].transpose((1, 0)))
-                    return acc_ref[...]
-
-                plgpu.barrier_wait(k_full.at[slot])
-                logits = pl.run_scoped(products, plgpu.ACC((ROWS, tiles.keys), jnp.float32))
-                plgpu.barrier_arrive(k_used.at[slot])
-                logits = mask(step, logits)
-                # m starts at a finite number, so a row that has seen nothing gives exp2(-inf) = 0 and not NaN.
-                m_new = jnp.maximum(m, logits.max(axis=1) * scale)
-                fade = jnp.exp2(m - m_new)
-                p = jnp.exp2(logits * scale - jax.lax.broadcast_in_dim(m_new, logits.shape, [0]))
-                acc *= jax.lax.broadcast_in_dim(fade, acc.shape, [0])
-                l = l * fade + p.sum(axis=1)
-                p = p.astype(k_smem.dtype)
-                # All that the product reads is there before it starts, or the compiler would serialise it.
-                acc, m_new, l, p = jax.lax.optimization_barrier((acc, m_new, l, p))
-                plgpu.barrier_wait(v_full.at[slot])
-                acc = add_product(acc, p, v_smem.at[slot], None if p_smems is None else p_smems.at[warpgroup])
-                plgpu.barrier_arrive(v_used.at[slot])
-                return acc, m_new, l
-
-            plgpu.barrier_wait(q_full.at[warpgroup])
-            carry = (
-                plgpu.layout_cast(jnp.zeros((ROWS, case.V), jnp.float32), plgpu.Layout.WGMMA),
-                plgpu.layout_cast(jnp.full((ROWS,), -1e30, jnp.float32), BY_ROW),
-                plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW),
-            )
-            if key_list is not None:
-                carry = jax.lax.fori_loop(0, steps.listed, functools.partial(body, masks.listed), carry)
-            first, end = masks.window_steps()
-            jax.lax.fori_loop(steps.listed, first, skip, None)
-            carry = jax.lax.fori_loop(first, end, functools.partial(body, masks.window), carry)
-            jax.lax.fori_loop(end, steps.end, skip, None)
-            if o_smems is not q_smems:  # every logit of this tile is there: its queries make room for the next ones
-                pl.when(n + 1 < items.rounds)(lambda: fetch_queries(n + 1))
-            acc, m, l = carry
-            if masks.begins is not None:
-                l = jnp.where(masks.begins < PADDING, l, 0.0)
-            seen = l > 0
-            divisor = jnp.where(seen, l, 1.0)
-            factor = jnp.where(seen, 1.0 / divisor, 0.0)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the results before these have left the buffers
-            o_smem[...] = (acc * jax.lax.broadcast_in_dim(factor, acc.shape, [0])).astype(o_smem.dtype)
-            lse_smem[...] = jnp.where(seen, m * (1 / LOG2_E) + jnp.log(divisor), -jnp.inf)
-            plgpu.commit_smem()
-            b, head, _, _ = place
-            plgpu.copy_smem_to_gmem(o_smem, o_ref.at[b, pl.ds(masks.t, ROWS), head])
-            plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[b, head, pl.ds(masks.t, ROWS)])
-            if o_smems is q_smems:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                pl.when(n + 1 < items.rounds)(lambda: fetch_queries(n + 1))
-            return done + steps.end
-
-        fetch_queries(jnp.int32(0))
-        jax.lax.fori_loop(0, items.rounds, attend, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0)
+        _Attention(case, tiles, items, warpgroup, refs, scratch).run()
 
 
 def shared_memory(case: Case, tiles: Tiles) -> dict[str, int]:
@@ -165,15 +181,9 @@ def call_forward(
     programs = program_count(items, case.B * case.H)
     arrays, restore = flatten((q, k, v, key_list, plan))
 
-    def body(refs, buffers, *rest):
-        q_smems, o_smems, *others = buffers
-        _kernel(
-            case, tiles, q_tiles, programs, refs, ((q_smems, q_smems if o_smems is None else o_smems, *others), *rest)
-        )
-
     def entry(*refs):
         pl.run_scoped(
-            functools.partial(body, restore(refs)),
+            functools.partial(_kernel, case, tiles, q_tiles, programs, restore(refs)),
             (
                 plgpu.SMEM((W, ROWS, case.N), q.dtype, transforms=SWIZZLED),
                 plgpu.SMEM((W, ROWS, case.V), q.dtype, transforms=SWIZZLED) if own_output(case, tiles) else None,

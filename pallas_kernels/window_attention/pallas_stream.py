@@ -145,6 +145,18 @@ def copy_keys(items: Items, tiles: Tiles, k_ref, v_ref, key_list: KeyList | None
         await_free(done + n)
 
 
+def skip_steps(stages: int, full: Any, used: Any, first: Any, end: Any) -> None:
+    """Lets steps go by whose buffers (one of every pair) this warpgroup has no use for."""
+
+    def skip(step, _):
+        slot = jax.lax.rem(step, jnp.int32(stages))
+        for arrived, free in zip(full, used, strict=True):
+            plgpu.barrier_wait(arrived.at[slot])
+            plgpu.barrier_arrive(free.at[slot])
+
+    jax.lax.fori_loop(first, end, skip, None)
+
+
 class Masks:
     """Which of a warpgroup's queries (rows) see which keys (columns) of a step."""
 
