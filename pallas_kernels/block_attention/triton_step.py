@@ -1,9 +1,10 @@
-"""Block attention in triton.language: one token per sequence over a cache that is updated in place, in two launches.
+"""Block attention in triton.language: one token per sequence over a cache that is updated in place, in four launches.
 
-First: one program of each sequence and KV head selects, others share the block means and the window, and write the new
-token and the mean of the block that it completes. Second: programs share the selected blocks; the one that comes last
-in its row joins all parts under the gates. Which one that is decides nothing, as parts are joined in their order. So a
-single sequence fills the GPU too.
+First: programs share the block means; each leaves its logits and its part of the compressed branch, and one writes the
+mean of the block that the token completes. Second: one program of each sequence and KV head selects, while others share
+the window and write the token. Third: programs share the selected blocks. Last: the parts are joined under the gates.
+Several programs work for one sequence, so that a single sequence fills the GPU too; and each launch runs little code,
+because the time of so short a one goes into fetching it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from pallas_kernels.block_attention.blocks import BlockCache
-from pallas_kernels.block_attention.triton import columns, online, store_chosen
+from pallas_kernels.block_attention.triton_select import columns, online, store_chosen
 from pallas_kernels.block_attention.triton_tiles import load_keys, power_of_2, shared_constants, slots
 from pallas_kernels.tiles import ceil_div
 from pallas_kernels.triton_call import fold_batch, jit, tl, triton_call
+
+
+@jit
+def _position(length, active, batch, U, ACTIVE: tl.constexpr):
+    """Where the sequence's new token goes; -1 where it has none, or no room for it."""
+    t = tl.load(length + batch)
+    real = t < U
+    if ACTIVE:
+        real = real & (tl.load(active + batch) != 0)
+    return tl.where(real, t, -1)
 
 
 @jit
@@ -67,137 +78,124 @@ def _one_more(queries, key, value, exists, acc, m, l, SCALE: tl.constexpr):
 
 
 @jit
-def _mean_logits(queries, pooled_k, entry, old, K: tl.constexpr, N: tl.constexpr, SCALE: tl.constexpr,
-                 N_BLOCK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """[blocks, queries], in base 2, of the ``old`` blocks in the cache."""
-    keys = load_keys(pooled_k, entry, old, K, N, N_BLOCK).to(queries.dtype)
-    logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * SCALE
-    return tl.where((entry < old)[:, None], logits, float("-inf"))
-
-
-@jit
-def _select(
-    queries, pooled_k, old, completes, mean, current, selected, scratch, C_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    WARPS: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr, K: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
-    SCALE: tl.constexpr, ROWS: tl.constexpr, N_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+def _means_kernel(
+    q, new_k, new_v, length, active, k, v, pooled_k_in, pooled_v_in, U, pooled_k, pooled_v, logits, sums, tops,
+    weights, C: tl.constexpr, MEANS_EACH: tl.constexpr, TILE: tl.constexpr, ACTIVE: tl.constexpr, K: tl.constexpr,
+    G: tl.constexpr, N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
+    N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes the numbers of the selected blocks, ascending; -1 fills up."""
-    part, g = tl.arange(0, CHUNK), tl.arange(0, ROWS)
-    none = tl.zeros([ROWS, 1], tl.float32)
-    m, l = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
-    _, m, l = _one_more(queries, mean, tl.zeros([1], tl.float32), completes, none, m, l, SCALE)
-    for start in range(0, old, CHUNK):
-        logits = _mean_logits(queries, pooled_k, start + part, old, K, N, SCALE, N_BLOCK, PRECISION)
-        m_new = tl.maximum(m, tl.max(logits, 0))
-        l = l * tl.exp2(m - m_new) + tl.sum(tl.exp2(logits - m_new[None, :]), 0)
-        m = m_new
-    log_sum = tl.where(g < G, m + tl.log2(tl.where(l > 0, l, 1.0)), float("inf"))
-    for start in range(0, old, CHUNK):
-        logits = _mean_logits(queries, pooled_k, start + part, old, K, N, SCALE, N_BLOCK, PRECISION)
-        importance = tl.minimum(tl.sum(tl.exp2(logits - log_sum[None, :]), 1), G * 1.0)
-        tl.store(scratch + start + part, importance, mask=start + part < old)
-    tl.debug_barrier()  # what other threads left in scratch is read
-    # Every warp finds the same.
-    number = columns(C_BLOCK, WARPS)
-    current = current + tl.zeros([WARPS], tl.int32)
-    value = tl.load(scratch + number, mask=number < old, other=0.0)
-    pointer = selected + tl.zeros([WARPS], tl.int32)
-    store_chosen(
-        pointer, value, number, current, tl.zeros_like(current) + M, number < current[None, :, None], G, M, SLOTS
-    )
-
-
-@jit
-def _look_kernel(
-    q, new_k, new_v, length, active, k_in, v_in, pooled_k_in, pooled_v_in, U, k, v, pooled_k, pooled_v, selected,
-    arrived, position, scratch, sums, tops, weights, C: tl.constexpr, C_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    M: tl.constexpr, SLOTS: tl.constexpr, MEANS: tl.constexpr, MEANS_EACH: tl.constexpr, WINDOWS: tl.constexpr,
-    WARPS: tl.constexpr, WINDOW_EACH: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr, ACTIVE: tl.constexpr,
-    K: tl.constexpr, G: tl.constexpr, N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr,
-    ROWS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    # The cache is written in place: the pointers that end in _in are those of the outputs.
+    # Written in place: the pointers that end in _in are those of the outputs.
     part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = batch * K + head
-    t = tl.load(length + batch)
-    real = t < U
-    if ACTIVE:
-        real = real & (tl.load(active + batch) != 0)
-    t = tl.where(real, t, -1)
+    t = _position(length, active, batch, U, ACTIVE)
     old = tl.minimum(tl.maximum(t, 0) // S, C)
-    completes = (t >= 0) & ((t + 1) % S == 0) & (old < C)
     k += batch * U * (K * N) + head * N
     v += batch * U * (K * V) + head * V
     pooled_k += batch * C * (K * N) + head * N
     pooled_v += batch * C * (K * V) + head * V
+    logits += row * (G * C)
     queries = _group(q, row, G, N, ROWS, N_BLOCK)
-    token_k = _token(new_k, k, row, N, N_BLOCK)
-    n, w = tl.arange(0, N_BLOCK), tl.arange(0, V_BLOCK)
-    mean_k = tl.zeros([N_BLOCK], token_k.dtype)
-    if (part <= MEANS) & completes:
-        mean_k = _mean(k, token_k, t, S, K, N, N_BLOCK)
-    if part == 0:
-        tl.store(arrived + row, 0)
-        tl.store(position + row, t)
-        _select(
-            queries, pooled_k, old, completes, mean_k, tl.where(real, t // S, -1), selected + row * M,
-            scratch + row * C, C_BLOCK, CHUNK, WARPS, M, SLOTS, K, G, N, SCALE, ROWS, N_BLOCK, PRECISION,
-        )  # fmt: skip
-    else:
-        acc = tl.zeros([ROWS, V_BLOCK], tl.float32)
-        m = tl.full([ROWS], -1e30, tl.float32)
-        l = tl.zeros([ROWS], tl.float32)
-        token_v = _token(new_v, v, row, V, V_BLOCK)
-        line = tl.arange(0, TILE)
-        if part <= MEANS:
-            first = (part - 1) * MEANS_EACH
-            for start in range(first, tl.minimum(first + MEANS_EACH, old), TILE):
-                keys = load_keys(pooled_k, start + line, old, K, N, N_BLOCK).to(queries.dtype)
-                values = load_keys(pooled_v, start + line, old, K, V, V_BLOCK).to(queries.dtype)
-                acc, m, l = online(queries, keys, values, (start + line < old)[None, :], acc, m, l, SCALE, PRECISION)
-            if completes & (old >= first) & (old < first + MEANS_EACH):
-                mean_v = _mean(v, token_v, t, S, K, V, V_BLOCK)
-                acc, m, l = _one_more(queries, mean_k, mean_v, True, acc, m, l, SCALE)
-                tl.store(pooled_k + old * (K * N) + n, mean_k, mask=n < N)
-                tl.store(pooled_v + old * (K * V) + w, mean_v, mask=w < V)
-        else:
-            first = tl.maximum(t + 1 - WINDOW, 0) + (part - 1 - MEANS) * WINDOW_EACH
-            for start in range(first, tl.minimum(first + WINDOW_EACH, t), TILE):
-                keys = load_keys(k, start + line, t, K, N, N_BLOCK).to(queries.dtype)
-                values = load_keys(v, start + line, t, K, V, V_BLOCK).to(queries.dtype)
-                acc, m, l = online(queries, keys, values, (start + line < t)[None, :], acc, m, l, SCALE, PRECISION)
-            if (t >= first) & (t < first + WINDOW_EACH):
-                acc, m, l = _one_more(queries, token_k, token_v, True, acc, m, l, SCALE)
-                tl.store(k + t * (K * N) + n, token_k, mask=n < N)
-                tl.store(v + t * (K * V) + w, token_v, mask=w < V)
-        _leave(sums, tops, weights, acc, m, l, row * (MEANS + WINDOWS) + part - 1, G, V, V_BLOCK)
+    acc = tl.zeros([ROWS, V_BLOCK], tl.float32)
+    m = tl.full([ROWS], -1e30, tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    first, g = part * MEANS_EACH, tl.arange(0, ROWS)
+    for start in range(first, tl.minimum(first + MEANS_EACH, old), TILE):
+        entry = start + tl.arange(0, TILE)
+        keys = load_keys(pooled_k, entry, old, K, N, N_BLOCK).to(queries.dtype)
+        values = load_keys(pooled_v, entry, old, K, V, V_BLOCK).to(queries.dtype)
+        products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * SCALE
+        products = tl.where((entry < old)[None, :], products, float("-inf"))
+        tl.store(logits + g[:, None] * C + entry[None, :], products, mask=(g < G)[:, None] & (entry < old)[None, :])
+        m_new = tl.maximum(m, tl.max(products, 1))
+        p, fade = tl.exp2(products - m_new[:, None]), tl.exp2(m - m_new)
+        l = l * fade + tl.sum(p, 1)
+        acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
+        m = m_new
+    if (t >= 0) & ((t + 1) % S == 0) & (old < C) & (old >= first) & (old < first + MEANS_EACH):
+        n, w = tl.arange(0, N_BLOCK), tl.arange(0, V_BLOCK)
+        mean_k = _mean(k, _token(new_k, k, row, N, N_BLOCK), t, S, K, N, N_BLOCK)
+        mean_v = _mean(v, _token(new_v, v, row, V, V_BLOCK), t, S, K, V, V_BLOCK)
+        tl.store(pooled_k + old * (K * N) + n, mean_k, mask=n < N)
+        tl.store(pooled_v + old * (K * V) + w, mean_v, mask=w < V)
+        acc, m, l = _one_more(queries, mean_k, mean_v, True, acc, m, l, SCALE)
+    _leave(sums, tops, weights, acc, m, l, row * tl.num_programs(0) + part, G, V, V_BLOCK)
 
 
 @jit
-def _joined(sums, tops, weights, first, g, COUNT: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
-            V: tl.constexpr, V_BLOCK: tl.constexpr):  # fmt: skip
-    """The softmax of queries g whose COUNT parts begin with ``first``; 0 where nothing was seen."""
-    part, n = tl.arange(0, BLOCK), tl.arange(0, V_BLOCK)
-    place = (first + part)[:, None] * G + g[None, :]
-    held = (part < COUNT)[:, None] & (g < G)[None, :]
-    # Not from the first-level cache, which does not see what other programs write.
-    top = tl.load(tops + place, mask=held, other=-1e30, cache_modifier=".cg")
-    weight = tl.load(weights + place, mask=held, other=0.0, cache_modifier=".cg")
-    mask = held[:, :, None] & (n < V)[None, None, :]
-    value = tl.load(sums + place[:, :, None] * V + n[None, None, :], mask=mask, other=0.0, cache_modifier=".cg")
-    fade = tl.exp2(top - tl.max(top, 0)[None, :])
-    total = tl.sum(fade * weight, 0)
-    return tl.sum(fade[:, :, None] * value, 0) / tl.where(total > 0, total, 1.0)[:, None]
+def _select(
+    logits, tops, weights, selected, scratch, current, C: tl.constexpr, C_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    MEANS: tl.constexpr, MEANS_BLOCK: tl.constexpr, WARPS: tl.constexpr, M: tl.constexpr,
+    G: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Writes the numbers of the selected blocks, ascending; -1 fills up."""
+    g, part = tl.arange(0, ROWS), tl.arange(0, MEANS_BLOCK)
+    held = (part < MEANS)[:, None] & (g < G)[None, :]
+    top = tl.load(tops + part[:, None] * G + g[None, :], mask=held, other=-1e30)
+    highest = tl.max(top, 0)
+    weight = tl.load(weights + part[:, None] * G + g[None, :], mask=held, other=0.0)
+    whole = tl.sum(weight * tl.exp2(top - highest[None, :]), 0)
+    log_sum = tl.where(g < G, highest + tl.log2(tl.where(whole > 0, whole, 1.0)), 0.0)
+    for start in range(0, current, CHUNK):
+        number = start + tl.arange(0, CHUNK)
+        mask = (g < G)[:, None] & (number < tl.minimum(current, C))[None, :]
+        value = tl.load(logits + g[:, None] * C + number[None, :], mask=mask, other=float("-inf"))
+        importance = tl.minimum(tl.sum(tl.exp2(value - log_sum[:, None]), 0), G * 1.0)
+        tl.store(scratch + number, importance, mask=number < C)
+    tl.debug_barrier()  # what other threads left in scratch is read
+    number = columns(C_BLOCK, WARPS)  # every warp finds the same
+    current = current + tl.zeros([WARPS], tl.int32)
+    earlier = number < current[None, :, None]
+    value = tl.load(scratch + number, mask=earlier & (number < C), other=0.0)
+    pointer = selected + tl.zeros([WARPS], tl.int32)
+    store_chosen(pointer, value, number, current, tl.zeros_like(current) + M, earlier, G, M)
+
+
+@jit
+def _window_kernel(
+    q, new_k, new_v, length, active, logits, mean_tops, mean_weights, k_in, v_in, U, k, v, selected, position, scratch,
+    sums, tops, weights, C: tl.constexpr, C_BLOCK: tl.constexpr, CHUNK: tl.constexpr, MEANS: tl.constexpr,
+    MEANS_BLOCK: tl.constexpr, WARPS: tl.constexpr, M: tl.constexpr, WINDOW: tl.constexpr,
+    WINDOW_EACH: tl.constexpr, TILE: tl.constexpr, ACTIVE: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
+    N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
+    N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = batch * K + head
+    t = _position(length, active, batch, U, ACTIVE)
+    if part == 0:
+        tl.store(position + row, t)
+        parts = row * (MEANS * G)
+        _select(
+            logits + row * (G * C), mean_tops + parts, mean_weights + parts, selected + row * M, scratch + row * C,
+            tl.where(t >= 0, t // S, -1), C, C_BLOCK, CHUNK, MEANS, MEANS_BLOCK, WARPS, M, G, ROWS,
+        )  # fmt: skip
+    else:
+        k += batch * U * (K * N) + head * N
+        v += batch * U * (K * V) + head * V
+        queries = _group(q, row, G, N, ROWS, N_BLOCK)
+        acc = tl.zeros([ROWS, V_BLOCK], tl.float32)
+        m = tl.full([ROWS], -1e30, tl.float32)
+        l = tl.zeros([ROWS], tl.float32)
+        first = tl.maximum(t + 1 - WINDOW, 0) + (part - 1) * WINDOW_EACH
+        for start in range(first, tl.minimum(first + WINDOW_EACH, t), TILE):
+            token = start + tl.arange(0, TILE)
+            keys = load_keys(k, token, t, K, N, N_BLOCK).to(queries.dtype)
+            values = load_keys(v, token, t, K, V, V_BLOCK).to(queries.dtype)
+            acc, m, l = online(queries, keys, values, (token < t)[None, :], acc, m, l, SCALE, PRECISION)
+        if (t >= first) & (t < first + WINDOW_EACH):
+            token_k, token_v = _token(new_k, k, row, N, N_BLOCK), _token(new_v, v, row, V, V_BLOCK)
+            n, w = tl.arange(0, N_BLOCK), tl.arange(0, V_BLOCK)
+            acc, m, l = _one_more(queries, token_k, token_v, True, acc, m, l, SCALE)
+            tl.store(k + t * (K * N) + n, token_k, mask=n < N)
+            tl.store(v + t * (K * V) + w, token_v, mask=w < V)
+        _leave(sums, tops, weights, acc, m, l, row * (tl.num_programs(0) - 1) + part - 1, G, V, V_BLOCK)
 
 
 @jit
 def _selected_kernel(
-    q, k, v, gates, selected, position, look_sums, look_tops, look_weights, arrived_in, U, o, sums, tops,
-    weights, arrived, M: tl.constexpr, MEANS: tl.constexpr, WINDOWS: tl.constexpr, SELECTORS: tl.constexpr,
-    SHARE: tl.constexpr, WIDTH: tl.constexpr, JOINED: tl.constexpr, MEANS_BLOCK: tl.constexpr,
-    WINDOWS_BLOCK: tl.constexpr, SELECTORS_BLOCK: tl.constexpr, K: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
-    V: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, N_BLOCK: tl.constexpr,
-    V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, selected, position, U, sums, tops, weights, M: tl.constexpr, SHARE: tl.constexpr, WIDTH: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr,
+    ROWS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = batch * K + head
@@ -216,34 +214,57 @@ def _selected_kernel(
         keys = load_keys(k, token, t + 1, K, N, N_BLOCK).to(queries.dtype)
         values = load_keys(v, token, t + 1, K, V, V_BLOCK).to(queries.dtype)
         acc, m, l = online(queries, keys, values, (token <= t)[None, :], acc, m, l, SCALE, PRECISION)
-    _leave(sums, tops, weights, acc, m, l, row * SELECTORS + part, G, V, V_BLOCK)
-    tl.debug_barrier()  # the whole part is written before its program counts as arrived
-    if tl.atomic_add(arrived + row, 1, sem="acq_rel") == SELECTORS - 1:
-        LOOKS: tl.constexpr = MEANS + WINDOWS
-        for start in range(0, G, JOINED):
-            g = start + tl.arange(0, JOINED)
-            gate = gates + (row * G + g) * 3
-            looks = row * LOOKS
-            c = _joined(look_sums, look_tops, look_weights, looks, g, MEANS, MEANS_BLOCK, G, V, V_BLOCK)
-            w = _joined(look_sums, look_tops, look_weights, looks + MEANS, g, WINDOWS, WINDOWS_BLOCK, G, V, V_BLOCK)
-            s = _joined(sums, tops, weights, row * SELECTORS, g, SELECTORS, SELECTORS_BLOCK, G, V, V_BLOCK)
-            result = tl.load(gate, mask=g < G, other=0.0).to(tl.float32)[:, None] * c
-            result += tl.load(gate + 1, mask=g < G, other=0.0).to(tl.float32)[:, None] * s
-            result += tl.load(gate + 2, mask=g < G, other=0.0).to(tl.float32)[:, None] * w
-            n = tl.arange(0, V_BLOCK)
-            place = o + (row * G + g)[:, None] * V + n[None, :]
-            tl.store(place, result.to(o.dtype.element_ty), mask=(g < G)[:, None] & (n < V)[None, :])
+    _leave(sums, tops, weights, acc, m, l, row * tl.num_programs(0) + part, G, V, V_BLOCK)
+
+
+@jit
+def _joined(sums, tops, weights, row, g, COUNT: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, V: tl.constexpr,
+            V_BLOCK: tl.constexpr):  # fmt: skip
+    """The softmax of one query, of which there are COUNT parts; 0 where nothing was seen."""
+    part, n = tl.arange(0, BLOCK), tl.arange(0, V_BLOCK)
+    place = (row * COUNT + part) * G + g
+    top = tl.load(tops + place, mask=part < COUNT, other=-1e30)
+    weight = tl.load(weights + place, mask=part < COUNT, other=0.0)
+    mask = (part < COUNT)[:, None] & (n < V)[None, :]
+    value = tl.load(sums + place[:, None] * V + n[None, :], mask=mask, other=0.0)
+    fade = tl.exp2(top - tl.max(top, 0))
+    whole = tl.sum(fade * weight, 0)
+    return tl.sum(fade[:, None] * value, 0) / tl.where(whole > 0, whole, 1.0)
+
+
+@jit
+def _join_kernel(
+    gates, length, active, c_sums, c_tops, c_weights, w_sums, w_tops, w_weights, s_sums, s_tops, s_weights, o,
+    new_length, MEANS: tl.constexpr, WINDOWS: tl.constexpr, SELECTORS: tl.constexpr, MEANS_BLOCK: tl.constexpr,
+    WINDOWS_BLOCK: tl.constexpr, SELECTORS_BLOCK: tl.constexpr, H: tl.constexpr, G: tl.constexpr, V: tl.constexpr,
+    V_BLOCK: tl.constexpr, ACTIVE: tl.constexpr,
+):  # fmt: skip
+    query = tl.program_id(0).to(tl.int64)
+    row, g = query // G, query % G
+    c = _joined(c_sums, c_tops, c_weights, row, g, MEANS, MEANS_BLOCK, G, V, V_BLOCK)
+    s = _joined(s_sums, s_tops, s_weights, row, g, SELECTORS, SELECTORS_BLOCK, G, V, V_BLOCK)
+    w = _joined(w_sums, w_tops, w_weights, row, g, WINDOWS, WINDOWS_BLOCK, G, V, V_BLOCK)
+    gate = gates + query * 3
+    result = tl.load(gate).to(tl.float32) * c + tl.load(gate + 1).to(tl.float32) * s
+    result += tl.load(gate + 2).to(tl.float32) * w
+    n = tl.arange(0, V_BLOCK)
+    tl.store(o + query * V + n, result.to(o.dtype.element_ty), mask=n < V)
+    if query % H == 0:
+        more = 1
+        if ACTIVE:
+            more = tl.load(active + query // H)
+        tl.store(new_length + query // H, tl.load(length + query // H) + more)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Tokens or means that a program reads at a time, the most parts of a look, warps and stages."""
+    """Tokens or means that a program reads at a time, the most parts of a branch, logits read at a time, warps."""
 
     tile: int = 128
     parts: int = 16
-    look_warps: int = 8
-    look_stages: int = 3
+    chunk: int = 512
     warps: int = 4
+    join_warps: int = 1
 
 
 TILES = Tiles()
@@ -266,68 +287,90 @@ def _shares(count: int, tile: int) -> tuple[int, int]:
 def _step(
     q: Array, k: Array, v: Array, gates: Array, cache: BlockCache, active: Array | None, *, case: Any, window: int
 ) -> tuple[Array, BlockCache]:
-    B, (U, C, M, window) = q.shape[0], (case.U, cache.pooled_k.shape[1], slots(case), min(window, case.U))
+    case = dataclasses.replace(case, B=q.shape[0])
+    C, M, window = cache.pooled_k.shape[1], slots(case), min(window, case.U)
     constants = {name: shared_constants(case)[name] for name in ("K", "G", "N", "V", "S", "SCALE", "PRECISION")}
-    constants |= dict(ROWS=power_of_2(constants["G"], 16), N_BLOCK=power_of_2(case.N, 16), M=M)
+    constants |= dict(ROWS=power_of_2(constants["G"], 16), N_BLOCK=power_of_2(case.N, 16))
     constants |= dict(V_BLOCK=power_of_2(case.V, 16))
     tile = max(TILES.tile if case.dtype != "float32" else 32, case.block_size)
-    (means, means_each), (windows, window_each) = _shares(C, tile), _shares(window, tile)
-    width = tile // case.block_size
-    selectors, share = _shares(M, width)
+    counts, eaches = zip(_shares(C, tile), _shares(window, tile), _shares(M, tile // case.block_size), strict=True)
+    sizes = dict(zip(("MEANS", "WINDOWS", "SELECTORS"), counts, strict=True))
+    blocks = {f"{name}_BLOCK": power_of_2(count) for name, count in sizes.items()}
+    C_BLOCK = power_of_2(C, 32)
+    joins: dict[str, Any] = {**sizes, **blocks, **{name: constants[name] for name in ("G", "V", "V_BLOCK")}}
+    flags: dict[str, Any] = dict(TILE=tile, ACTIVE=active is not None, C=C)
+    selection = dict(
+        C_BLOCK=C_BLOCK,
+        CHUNK=min(C_BLOCK, max(32, TILES.chunk * 16 // constants["ROWS"])),
+        WARPS=TILES.warps,
+        M=M,
+        MEANS=sizes["MEANS"],
+        MEANS_BLOCK=blocks["MEANS_BLOCK"],
+    )
+
+    def like(*arrays: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
 
     def parts(count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        shape = (B, case.K, count, constants["G"])
+        shape = (case.B, case.K, count, constants["G"])
         return tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*shape, case.V), shape, shape))
 
-    C_BLOCK = power_of_2(C, 32)
-    rows = jax.ShapeDtypeStruct((B, case.K), jnp.int32)
-    *held, selected, arrived, position, _, look_sums, look_tops, look_weights = triton_call(
-        _look_kernel,
-        *(q, k, v, cache.length, active, *cache[:4], U),
-        out_shape=(
-            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache[:4]),
-            *(jax.ShapeDtypeStruct((B, case.K, M), jnp.int32), rows, rows),
-            jax.ShapeDtypeStruct((B, case.K, C), jnp.float32),
-            *parts(means + windows),
-        ),
-        grid=(1 + means + windows, case.K, B),
-        num_warps=TILES.look_warps,
-        num_stages=TILES.look_stages,
-        input_output_aliases={5 + i: i for i in range(4)},
-        C=C,
-        C_BLOCK=C_BLOCK,
-        CHUNK=min(C_BLOCK, tile),
-        WARPS=TILES.look_warps,
-        SLOTS=power_of_2(M, 2),
-        MEANS=means,
-        MEANS_EACH=means_each,
-        WINDOWS=windows,
-        WINDOW_EACH=window_each,
+    def launch(kernel: Any, programs: int, arrays: Any, outputs: Any, aliases: dict[int, int], **options: Any) -> Any:
+        return triton_call(
+            kernel,
+            *arrays,
+            case.U,
+            out_shape=outputs,
+            grid=(programs, case.K, case.B),
+            num_warps=TILES.warps,
+            input_output_aliases=aliases,
+            **options,
+            **constants,
+        )
+
+    new = (q, k, v, cache.length, active)
+    logits = jax.ShapeDtypeStruct((case.B, case.H, C), jnp.float32)
+    pooled_k, pooled_v, logits, *compressed = launch(
+        _means_kernel,
+        counts[0],
+        (*new, *cache[:4]),
+        (*like(cache.pooled_k, cache.pooled_v), logits, *parts(counts[0])),
+        {7: 0, 8: 1},
+        MEANS_EACH=eaches[0],
+        **flags,
+    )
+    chosen_blocks = jax.ShapeDtypeStruct((case.B, case.K, M), jnp.int32)
+    position = jax.ShapeDtypeStruct((case.B, case.K), jnp.int32)
+    scratch = jax.ShapeDtypeStruct((case.B, case.K, C), jnp.float32)
+    k_all, v_all, selected, position, _, *windowed = launch(
+        _window_kernel,
+        1 + counts[1],
+        (*new, logits, *compressed[1:], cache.k, cache.v),
+        (*like(cache.k, cache.v), chosen_blocks, position, scratch, *parts(counts[1])),
+        {8: 0, 9: 1},
         WINDOW=window,
-        TILE=tile,
-        ACTIVE=active is not None,
-        **constants,
+        WINDOW_EACH=eaches[1],
+        **selection,
+        **flags,
     )
-    counts = dict(MEANS=means, WINDOWS=windows, SELECTORS=selectors)
-    blocks = {f"{name}_BLOCK": power_of_2(count) for name, count in counts.items()}
-    most = max(blocks.values()) * constants["V_BLOCK"]
-    joins: dict[str, Any] = {**counts, **blocks, "JOINED": max(1, min(constants["ROWS"], 8192 // most))}
-    o, *_ = triton_call(
+    looks = launch(
         _selected_kernel,
-        *(q, held[0], held[1], gates, selected, position, look_sums, look_tops, look_weights, arrived, U),
-        out_shape=(
-            jax.ShapeDtypeStruct((B, 1, case.H, case.V), q.dtype),
-            *parts(selectors),
-            rows,
-        ),
-        grid=(selectors, case.K, B),
-        num_warps=TILES.warps,
-        input_output_aliases={9: 4},
-        SHARE=share,
-        WIDTH=width,
-        **joins,
-        **constants,
+        counts[2],
+        (q, k_all, v_all, selected, position),
+        parts(counts[2]),
+        {},
+        M=M,
+        SHARE=eaches[2],
+        WIDTH=tile // case.block_size,
     )
-    k_all, v_all, pooled_k, pooled_v = held
-    length = cache.length + (1 if active is None else active)
+    o, length = triton_call(
+        _join_kernel,
+        *(gates, cache.length, active, *compressed, *windowed, *looks),
+        out_shape=(jax.ShapeDtypeStruct((case.B, 1, case.H, case.V), q.dtype), *like(cache.length)),
+        grid=(case.B * case.H,),
+        num_warps=TILES.join_warps,
+        H=case.H,
+        ACTIVE=active is not None,
+        **joins,
+    )
     return o, BlockCache(k_all, v_all, pooled_k, pooled_v, length)
