@@ -15,6 +15,8 @@ from pallas_kernels.triton_call import check_installed, jit, tl, triton_call
 from pallas_kernels.window_attention import triton_bwd, triton_step, triton_update
 from pallas_kernels.window_attention.api import Case, Operands
 from pallas_kernels.window_attention.triton_tiles import (
+    LANES,
+    capability,
     load_rows,
     make_plan,
     options,
@@ -37,7 +39,7 @@ def _forward_kernel(
     begin, counts, index, expiry, never, cache_k, cache_v, cache_position, cache_expiry, cache_survey,
     T, U, window, o, lse,
     H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr,
-    SEGMENTS: tl.constexpr, RETAINED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SEGMENTS: tl.constexpr, RETAINED: tl.constexpr, EVEN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Programs with the most keys first: without a window the last queries see the most.
@@ -54,12 +56,13 @@ def _forward_kernel(
     begins, begin_low, begin_high = query_begins(begin + b * U, i, U, SEGMENTS)
     acc = tl.zeros((QUERIES, V_BLOCK), tl.float32)
     m = tl.full((QUERIES,), -1e30, tl.float32)
-    l = tl.zeros((QUERIES,), tl.float32)
+    l = tl.zeros((QUERIES, LANES), tl.float32)
     acc, m, l = stream(
         q_tile, q_tile, acc, m, l, i, begins, begin_low, begin_high, i_first, i_last, b, h,
         k, v, counts, index, expiry, never, cache_k, cache_v, cache_position, cache_expiry, cache_survey, U, window,
-        K, N, V, C, SCALE, SEGMENTS, RETAINED, KEYS, N_BLOCK, V_BLOCK, PRECISION, False,
+        K, N, V, C, SCALE, SEGMENTS, RETAINED, EVEN, KEYS, N_BLOCK, V_BLOCK, PRECISION, False,
     )  # fmt: skip
+    l = tl.sum(l, 1)
     if SEGMENTS:
         l = tl.where(begins < 2**30, l, 0.0)
     seen = l > 0
@@ -102,6 +105,11 @@ def forward(case: Case, operands: Operands) -> Any:
 def check(case: Any) -> None:
     """Raises UnsupportedCase where these kernels do not run the case."""
     check_installed("window_attention")
+    if capability() < 8:
+        raise UnsupportedCase(
+            f"window_attention: compute capability {capability()}; implementation='triton' needs 8.0 (Ampere); "
+            "use 'xla'"
+        )
     if max(case.N, case.V) > 256:
         raise UnsupportedCase(
             f"window_attention: head sizes N={case.N}, V={case.V}; implementation='triton' takes at most 256; use 'xla'"

@@ -39,8 +39,8 @@ def _dq_kernel(
     begin, counts, index, expiry, never, cache_k, cache_v, cache_position, cache_expiry, cache_survey,
     o, lse, do, dlse, T, U, window, dq, delta_rows, lse2_rows,
     H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr,
-    SEGMENTS: tl.constexpr, RETAINED: tl.constexpr, LSE_GRADIENT: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, RETAINED: tl.constexpr, EVEN: tl.constexpr, LSE_GRADIENT: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tl.program_id(1)
@@ -70,7 +70,7 @@ def _dq_kernel(
     acc, lse2, delta = stream(
         q_tile, do_tile, acc, lse2, delta, i, begins, begin_low, begin_high, i_first, i_last, b, h,
         k, v, counts, index, expiry, never, cache_k, cache_v, cache_position, cache_expiry, cache_survey, U, window,
-        K, N, V, C, SCALE, SEGMENTS, RETAINED, KEYS, N_BLOCK, V_BLOCK, PRECISION, True,
+        K, N, V, C, SCALE, SEGMENTS, RETAINED, EVEN, KEYS, N_BLOCK, V_BLOCK, PRECISION, True,
     )  # fmt: skip
     n = tl.arange(0, N_BLOCK)
     dq_rows = dq + b * T * H * N + head * N + t[:, None] * (H * N) + n[None, :]

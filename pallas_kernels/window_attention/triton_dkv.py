@@ -21,17 +21,20 @@ from pallas_kernels.window_attention.triton_tiles import (
 
 @jit
 def _add_queries(
-    keys, values, position, low, span, q_head, do_head, delta_row, lse2_row, begin, t_first, masked, T, U, dk, dv,
+    keys, values, position, low, span, q, do, delta_rows, lse2_rows, begin, head, t_first, masked, T, U, dk, dv,
     H: tl.constexpr, N: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr, SEGMENTS: tl.constexpr,
     QUERIES: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv with one more tile of queries of one head, from t_first on; those beyond T are masked."""
+    """dk and dv with one more tile of queries of one head (numbered over the batch), from t_first on to T."""
     t = t_first + tl.arange(0, QUERIES)
-    row = tl.minimum(t, T - 1)
-    q_tile = load_rows(q_head, row, H * N, None, N, N_BLOCK, False)
-    do_tile = load_rows(do_head, row, H * V, None, V, V_BLOCK, False)
-    lse2 = tl.load(lse2_row + row)
-    delta = tl.load(delta_row + row)
+    row = t
+    if masked:
+        row = tl.minimum(t, T - 1)
+    start = (head // H).to(tl.int64) * T * H + head % H
+    q_tile = load_rows(q + start * N, row, H * N, None, N, N_BLOCK, False)
+    do_tile = load_rows(do + start * V, row, H * V, None, V, V_BLOCK, False)
+    lse2 = tl.load(lse2_rows + head * T + row)
+    delta = tl.load(delta_rows + head * T + row)
     logits = tl.dot(keys, tl.trans(q_tile), input_precision=PRECISION)
     p = tl.exp2(logits * SCALE - lse2[None, :])
     if masked:
@@ -104,6 +107,15 @@ def _intervals(
 
 
 @jit
+def _split(n, tiles, HEADS: tl.constexpr):
+    """(head of the group, tile) number n."""
+    if HEADS == 1:
+        return 0, n
+    else:
+        return n // tiles, n % tiles
+
+
+@jit
 def _gradients(
     keys, values, position, low, high, i_first, i_end, whole, whole_end, b, h,
     q, do, delta_rows, lse2_rows, begin, T, U, dk, dv,
@@ -111,26 +123,33 @@ def _gradients(
     QUERIES: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys: every head of the group goes through the queries that see one of them."""
-    # From query indices to query numbers t, in tiles; those from whole to whole_end need no mask.
+    # From query indices to query numbers t, in tiles: masked, whole from whole to whole_end, masked to the end.
     skip = U - T
     first = tl.maximum(i_first - skip, 0)
-    end_t = i_end - skip
-    whole = whole - skip
-    whole_end = tl.minimum(whole_end - skip, end_t)
+    end_t = tl.maximum(i_end - skip, first)
+    before = tl.cdiv(tl.maximum(tl.minimum(whole - skip, end_t) - first, 0), QUERIES)
+    whole = first + before * QUERIES
+    whole_tiles = tl.maximum(tl.minimum(whole_end - skip, end_t) - whole, 0) // QUERIES
+    whole_end = whole + whole_tiles * QUERIES
+    masked_tiles = before + tl.cdiv(tl.maximum(end_t - whole_end, 0), QUERIES)
     span = span_of(low, high)
     begin_row = begin + b * U
-    for g in range(0, H // K):
-        head = h * (H // K) + g
-        q_head = q + b * T * H * N + head * N
-        do_head = do + b * T * H * V + head * V
-        delta_row = delta_rows + (b * H + head) * T
-        lse2_row = lse2_rows + (b * H + head) * T
-        for t_first in range(first, end_t, QUERIES):
-            masked = (t_first < whole) | (t_first + QUERIES > whole_end)
-            dk, dv = _add_queries(
-                keys, values, position, low, span, q_head, do_head, delta_row, lse2_row, begin_row, t_first, masked,
-                T, U, dk, dv, H, N, V, SCALE, SEGMENTS, QUERIES, N_BLOCK, V_BLOCK, PRECISION,
-            )  # fmt: skip
+    # One loop over the heads of the group and their tiles: nested ones would spill registers.
+    head = b * H + h * (H // K)
+    for n in range(0, (H // K) * masked_tiles):
+        other, tile = _split(n, masked_tiles, H // K)
+        t_first = tl.where(tile < before, first + tile * QUERIES, whole_end + (tile - before) * QUERIES)
+        dk, dv = _add_queries(
+            keys, values, position, low, span, q, do, delta_rows, lse2_rows, begin_row, head + other, t_first, True,
+            T, U, dk, dv, H, N, V, SCALE, SEGMENTS, QUERIES, N_BLOCK, V_BLOCK, PRECISION,
+        )  # fmt: skip
+    for n in range(0, (H // K) * whole_tiles):
+        other, tile = _split(n, whole_tiles, H // K)
+        dk, dv = _add_queries(
+            keys, values, position, low, span, q, do, delta_rows, lse2_rows, begin_row, head + other,
+            whole + tile * QUERIES, False,
+            T, U, dk, dv, H, N, V, SCALE, SEGMENTS, QUERIES, N_BLOCK, V_BLOCK, PRECISION,
+        )  # fmt: skip
     return dk * (SCALE * 0.6931471805599453), dv
 
 
@@ -140,8 +159,8 @@ def _dkv_kernel(
     begin, counts, index, expiry, never, cache_k, cache_v, cache_position, cache_expiry, cache_survey,
     ends, do, delta_rows, lse2_rows, listed_dk, listed_dv, T, U, window, dk, dv, dscores,
     H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr,
-    SEGMENTS: tl.constexpr, RETAINED: tl.constexpr, SCORES: tl.constexpr, KIND: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, RETAINED: tl.constexpr, EVEN: tl.constexpr, SCORES: tl.constexpr, KIND: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # KIND "window": all keys; "retained": the list, into its order; "cache": the columns of a cache.
     group = tl.program_id(1).to(tl.int64)

@@ -23,6 +23,7 @@ from pallas_kernels.window_attention.api import Case, Operands
 from pallas_kernels.window_attention.columns import Retained, document_bounds, survey
 
 LOG2_E = 1.4426950408889634
+LANES = tl.constexpr(8) if tl is not None else 8
 
 
 @jit
@@ -121,7 +122,8 @@ def _attend(
     m_new = tl.maximum(m, tl.max(logits, 1) * SCALE)
     p = tl.exp2(logits * SCALE - m_new[:, None])
     fade = tl.exp2(m - m_new)
-    l = l * fade + tl.sum(p, 1)
+    # The denominator in LANES parts, which lie in one thread each: they are joined once, after the last tile.
+    l = l * fade[:, None] + tl.sum(tl.reshape(p, (p.shape[0], p.shape[1] // LANES, LANES)), 1)
     acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
     return acc, m_new, l
 
@@ -163,28 +165,42 @@ def stream(
     q_tile, do_tile, acc, m, l, i, begins, begin_low, begin_high, i_first, i_last, b, h,
     k, v, counts, index, expiry, never, cache_k, cache_v, cache_position, cache_expiry, cache_survey, U, window,
     K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr, SEGMENTS: tl.constexpr,
-    RETAINED: tl.constexpr, KEYS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
+    RETAINED: tl.constexpr, EVEN: tl.constexpr, KEYS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, DQ: tl.constexpr,
 ):  # fmt: skip
     """All the keys that a tile of queries sees go through the pass.
 
-    The window has one loop, which branches around the mask: a second one would begin with loads to wait for. Retained
-    keys have two, because those without a mask need no expiry. Rows beyond the end of a stream stand for some row that
-    exists, and are masked.
+    Forward, the window has one loop, which branches around the mask: a second one would begin with loads to wait for.
+    Backward the branch costs registers, and retained keys without a mask need no expiry: two loops there. Rows beyond
+    the end of a stream stand for some row that exists, and are masked.
     """
     group = b * K + h
     lane = tl.arange(0, KEYS)
     k_head = k + b * U * K * N + h * N
     v_head = v + b * U * K * V + h * V
     first, whole, whole_end, end = window_tiles(i_first, i_last, begin_low, begin_high, window, KEYS)
-    for j_first in range(first, end, KEYS):
-        j = j_first + lane
-        masked = (j_first < whole) | (j_first >= whole_end)
-        span = tl.zeros_like(j).to(tl.uint32) + window
-        acc, m, l = _meet(
-            q_tile, do_tile, k_head, v_head, tl.minimum(j, U - 1), i, begins, j, j, span, masked, acc, m, l,
-            K, N, V, SCALE, SEGMENTS, N_BLOCK, V_BLOCK, PRECISION, DQ,
-        )  # fmt: skip
+    span = tl.zeros_like(lane).to(tl.uint32) + window
+    if DQ:
+        for j_first in range(whole, whole_end, KEYS):
+            acc, m, l = _meet(
+                q_tile, do_tile, k_head, v_head, j_first + lane, None, None, None, None, None, False, acc, m, l,
+                K, N, V, SCALE, SEGMENTS, N_BLOCK, V_BLOCK, PRECISION, DQ,
+            )  # fmt: skip
+        before = (whole - first) // KEYS
+        for n in range(0, before + tl.cdiv(end - whole_end, KEYS)):
+            j = tl.where(n < before, first + n * KEYS, whole_end + (n - before) * KEYS) + lane
+            acc, m, l = _meet(
+                q_tile, do_tile, k_head, v_head, tl.minimum(j, U - 1), i, begins, j, j, span, True, acc, m, l,
+                K, N, V, SCALE, SEGMENTS, N_BLOCK, V_BLOCK, PRECISION, DQ,
+            )  # fmt: skip
+    else:
+        for j_first in range(first, end, KEYS):
+            j = j_first + lane
+            row = j if EVEN else tl.minimum(j, U - 1)
+            acc, m, l = _meet(
+                q_tile, do_tile, k_head, v_head, row, i, begins, j, j, span, (j_first < whole) | (j_first >= whole_end),
+                acc, m, l, K, N, V, SCALE, SEGMENTS, N_BLOCK, V_BLOCK, PRECISION, DQ,
+            )  # fmt: skip
 
     if RETAINED:
         first, whole_end, end = retained_tiles(
@@ -196,8 +212,9 @@ def stream(
                 q_tile, do_tile, k_head, v_head, j, None, None, None, None, None, False, acc, m, l,
                 K, N, V, SCALE, SEGMENTS, N_BLOCK, V_BLOCK, PRECISION, DQ,
             )  # fmt: skip
-        for c_first in range(whole_end, end, KEYS):
-            c = c_first + lane
+        # Half a tile at a time: the masks of a whole one would raise the registers of the entire kernel.
+        for c_first in range(whole_end, end, KEYS // 2):
+            c = c_first + tl.arange(0, KEYS // 2)
             j = tl.load(index + group * U + tl.minimum(c, end - 1))
             high = tl.where(c < end, tl.load(expiry + group * U + tl.minimum(c, end - 1)), 0)
             acc, m, l = _meet(
@@ -310,13 +327,34 @@ TILES = {
     ("forward", 64): Tiles(64, 64, 4, 3),
     ("forward", 128): Tiles(128, 64, 8, 3),
     ("forward", 256): Tiles(64, 64, 4, 2),
-    ("dq", 64): Tiles(64, 64, 4, 2),
+    ("dq", 64): Tiles(64, 32, 4, 3),
     ("dq", 128): Tiles(64, 64, 4, 2),
     ("dq", 256): Tiles(64, 32, 8, 2),
     ("dkv", 64): Tiles(64, 64, 4, 3),
     ("dkv", 128): Tiles(64, 64, 8, 2),
     ("dkv", 256): Tiles(32, 64, 8, 2),
 }
+
+
+# The same for Ampere and Ada: chosen by what the compiler says of registers, in the 99 KB of shared memory that the
+# smallest of them have; never run.
+TILES_BEFORE_HOPPER = {
+    ("forward", 64): Tiles(64, 64, 4, 3),
+    ("forward", 128): Tiles(64, 64, 4, 2),
+    ("forward", 256): Tiles(64, 32, 8, 2),
+    ("dq", 64): Tiles(64, 32, 4, 2),
+    ("dq", 128): Tiles(64, 32, 4, 2),
+    ("dq", 256): Tiles(64, 32, 8, 1),
+    ("dkv", 64): Tiles(32, 64, 4, 2),
+    ("dkv", 128): Tiles(64, 64, 8, 2),
+    ("dkv", 256): Tiles(32, 32, 8, 1),
+}
+
+
+def capability() -> float:
+    """The compute capability of the GPU that kernels are made for: 9.0 where there is none to ask."""
+    device = jax.local_devices()[0]
+    return float(device.compute_capability) if device.platform == "gpu" else 9.0
 
 
 def block(size: int) -> int:
@@ -327,7 +365,7 @@ def block(size: int) -> int:
 def tiles_for(case: Case, name: str) -> Tiles:
     """The tiles of a pass ("forward", "dq" or "dkv")."""
     size = max(64, block(case.N), block(case.V))
-    tiles = TILES[name, size]
+    tiles = (TILES if capability() >= 9 else TILES_BEFORE_HOPPER)[name, size]
     if case.dtype != "float32":
         return tiles
     # Exact float32 products run on the plain multipliers, from registers: small tiles.
@@ -345,6 +383,7 @@ def options(case: Case, tiles: Tiles) -> dict[str, Any]:
         "SCALE": case.scale * LOG2_E,
         "SEGMENTS": case.segment_ids,
         "RETAINED": case.expiry and window_of(case) < case.U,
+        "EVEN": case.U % tiles.keys == 0,
         "QUERIES": tiles.queries,
         "KEYS": tiles.keys,
         "N_BLOCK": block(case.N),
