@@ -30,6 +30,7 @@ from lte_jax.evaluate.probe import probe
 from lte_jax.generate import generate
 from lte_jax.model import LanguageModel
 from lte_jax.sampling import Sampling
+from lte_jax.sharding import rows_mesh
 
 FLAGS = flags.FLAGS
 
@@ -73,6 +74,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "local_data", None, "For tasks: documents in place of the hub, as FOLDER/OWNER/NAME/SPLIT.jsonl."
     )
+    flags.DEFINE_integer("devices", 1, "For tasks: share each batch over so many devices, each with whole weights.")
     flags.DEFINE_bool("log_samples", False, "For tasks: write documents, answers and scores to OUTPUT.samples.jsonl.")
     flags.DEFINE_integer("seed", 0, "For --own and tasks: of drawn samples and examples.")
     flags.DEFINE_string("metadata", "{}", "For tasks: JSON of further values that some take.")
@@ -151,7 +153,9 @@ def evaluate_tasks(
     except ImportError as error:
         raise RuntimeError(f"--tasks needs lm-evaluation-harness ({error}): pip install -e '.[eval]'") from None
     model, found = load_with_tokenizer(checkpoint, tokenizer, needed=True, step=step, **(types or {}))
-    results = run_tasks(HarnessModel(model, found, texts, **(adapter or {})), tasks, **options)
+    settings = dict(adapter or {})
+    mesh = rows_mesh(settings.pop("devices", 1))
+    results = run_tasks(HarnessModel(model, found, texts, mesh=mesh, **settings), tasks, **options)
     target = Path(output) if output else restore.find(checkpoint).folder / "tasks.json"
     samples = results.pop("samples", None)
     if samples is not None:
@@ -343,6 +347,7 @@ def _run() -> None:
             "reading": FLAGS.reading or "prompt",
             "add_bos_token": FLAGS.add_bos,
             "answers": FLAGS.cache,
+            "devices": FLAGS.devices,
         }
         evaluate_tasks(
             FLAGS.checkpoint,

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import app, flags, logging
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -28,7 +27,7 @@ from lte_jax.generate import Generation, StopFilter, generate
 from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel
 from lte_jax.sampling import Sampling
-from lte_jax.sharding import MeshConfig, make_mesh
+from lte_jax.sharding import rows_mesh
 
 FLAGS = flags.FLAGS
 
@@ -246,15 +245,13 @@ def load_speaker(
     **types: Any,
 ) -> Speaker:
     """A model and its tokenizer; raises ValueError where there is none, or too few devices."""
-    if not 1 <= devices <= jax.local_device_count():
-        raise ValueError(f"--devices={devices}: it must lie in [1, {jax.local_device_count()}], what is here")
+    mesh = rows_mesh(devices)
     model, found = restore.load_model(checkpoint, step=step, **types)
     if tokenizer is not None:
         found = load_tokenizer(tokenizer)
         check_fits(found, model.config.vocab_size)
     if found is None:
         raise ValueError(f"{checkpoint} holds no tokenizer: name one with --tokenizer ('bytes', a file or a folder)")
-    mesh = None if devices == 1 else make_mesh(MeshConfig(), jax.local_devices()[:devices])
     return Speaker(model, found, settings, mesh)
 
 

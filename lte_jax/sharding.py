@@ -145,6 +145,17 @@ def batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     return named(("batch", "length"), shape, mesh)
 
 
+def rows_mesh(devices: int) -> Mesh | None:
+    """The mesh for ``over_rows`` on the first ``devices`` of this process; None for one.
+
+    Raises:
+      ValueError: there are not so many.
+    """
+    if not 1 <= devices <= jax.local_device_count():
+        raise ValueError(f"--devices={devices}: it must lie in [1, {jax.local_device_count()}], what is here")
+    return None if devices == 1 else make_mesh(MeshConfig(), jax.local_devices()[:devices])
+
+
 def by_rows(mesh: Mesh, before: int = 0) -> PartitionSpec:
     """Rows over all devices, each with whole weights; ``before`` dimensions come before that of the rows."""
     return PartitionSpec(*(None,) * before, tuple(mesh.axis_names))

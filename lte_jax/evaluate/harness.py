@@ -21,12 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from lte_jax import sharding
 from lte_jax.data.tokenizer import Tokenizer, check_fits, known_text
 from lte_jax.evaluate.answers import Answers
 from lte_jax.losses import token_losses
@@ -45,14 +47,15 @@ class HarnessModel(TemplateLM):
       model: weights and settings.
       tokenizer: must fit the model's vocabulary.
       generator: ``generator(model, prompts, *, max_new_tokens, temperature, top_k, top_p, eos_id, stop, decode,
-        reading)`` gives each prompt's text up to a stop string (passed in: evaluation and generation do not import one
-        another).
+        reading, mesh)`` gives each prompt's text up to a stop string (passed in: evaluation and generation do not
+        import one another).
       max_length: the longest sequence; default the model's.
       max_gen_toks: tokens to generate where a task names no number.
       batch_size: sequences at a time.
       reading: how LTE reads a sequence; "prompt" is the authors' evaluation.
       add_bos_token: whether every context begins with the bos token (the paper: yes).
       answers: a file that keeps answers, so that a killed evaluation goes on where it stopped.
+      mesh: the devices that share a batch's rows, each with whole weights; None for the model's own device.
 
     Raises:
       ValueError: a tokenizer that does not fit the vocabulary or lacks a token, or a file of other answers.
@@ -70,10 +73,13 @@ class HarnessModel(TemplateLM):
         reading: Reading = "prompt",
         add_bos_token: bool = True,
         answers: str | os.PathLike[str] | None = None,
+        mesh: Mesh | None = None,
     ):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: it must be at least 1")
+        if mesh is not None and batch_size % mesh.size:
+            raise ValueError(f"batch_size={batch_size} is not a multiple of the {mesh.size} devices that share it")
         check_fits(tokenizer, model.config.vocab_size)
         if tokenizer.eos_id is None:
             raise ValueError(f"tokenizer {tokenizer.name!r} names no end token, which the harness stops at; give one")
@@ -81,10 +87,14 @@ class HarnessModel(TemplateLM):
             raise ValueError(f"tokenizer {tokenizer.name!r} names no bos token; set add_bos_token=False")
         self.model, self.text, self.generator = model, tokenizer, generator
         self.max_length = model.config.max_length if max_length is None else max_length
+        if self.max_length > model.config.max_length:
+            logger.warning("max_length=%d: the model was made for %d", self.max_length, model.config.max_length)
         self.max_gen_toks, self.batch_size, self.reading = max_gen_toks, batch_size, reading
         self.add_bos_token = add_bos_token
         self.truncated = 0
         self._graph, self._state = nnx.split(model)
+        self._mesh = mesh
+        self._state = sharding.put(self._state, mesh, PartitionSpec())
         self._answers = None if answers is None else Answers(answers, self._owner())
 
     def _owner(self) -> dict[str, Any]:
@@ -169,8 +179,10 @@ class HarnessModel(TemplateLM):
             ids[row, :size] = whole[:-1]
             labels[row, size - len(continuation) : size] = continuation
             segment_ids[row, :size] = 1
+        rows = None if self._mesh is None else sharding.by_rows(self._mesh)
+        batch = sharding.put((ids, labels, segment_ids), self._mesh, rows)
         loss, greedy = jax.device_get(
-            _score_batch(self._graph, self._state, ids, labels, segment_ids, reading=self.reading)
+            _score_batch(self._graph, self._state, *batch, reading=self.reading, mesh=self._mesh)
         )
         return [(-float(loss[row]), bool(greedy[row])) for row in range(len(requests))]
 
@@ -230,7 +242,7 @@ class HarnessModel(TemplateLM):
         temperature = float(kwargs.pop("temperature", 0.0)) if kwargs.pop("do_sample", False) else 0.0
         texts = self.generator(
             self.model,
-            [context[-room:] for context in contexts],
+            [context[-room:] or [self.prefix_token_id] for context in contexts],
             max_new_tokens=new,
             temperature=temperature,
             top_k=int(kwargs.pop("top_k", 0)),
@@ -239,6 +251,7 @@ class HarnessModel(TemplateLM):
             stop=tuple(stop),
             decode=known_text(self.text),
             reading=self.reading,
+            mesh=self._mesh,
         )
         return [postprocess_generated_text(text, stop, None) for text in texts]
 
@@ -248,8 +261,24 @@ class HarnessModel(TemplateLM):
             logger.warning("%d of %d requests are cut at the left to max_length=%d", count, total, self.max_length)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="reading")
-def _score_batch(graph: Any, state: Any, ids: jax.Array, labels: jax.Array, segment_ids: jax.Array, *, reading: str):
-    model = nnx.merge(graph, state)
-    loss, correct, _ = token_losses(model, ids, labels, segment_ids=segment_ids, reading=reading)
-    return jnp.sum(loss, axis=1), jnp.all((correct > 0) | (labels < 0), axis=1)
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("reading", "mesh"))
+def _score_batch(
+    graph: Any,
+    state: Any,
+    ids: jax.Array,
+    labels: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    reading: str,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The loss of each row's labels [B], and whether argmax gives them all [B]."""
+
+    def local(state: Any, ids: jax.Array, labels: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graph, state)
+        loss, correct, _ = token_losses(model, ids, labels, segment_ids=segment_ids, reading=reading)
+        return jnp.sum(loss, axis=1), jnp.all((correct > 0) | (labels < 0), axis=1)
+
+    rows = None if mesh is None else sharding.by_rows(mesh)
+    specs = (PartitionSpec(), rows, rows, rows)
+    return sharding.over_rows(local, mesh, specs, (rows, rows))(state, ids, labels, segment_ids)

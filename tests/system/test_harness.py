@@ -238,18 +238,43 @@ def test_ruler_makes_its_samples_with_the_models_own_tokenizer(run, tmp_path, mo
 
     from lte_jax.evaluate.harness import HarnessModel
 
-    adapter = HarnessModel(build(), load_tokenizer("bytes"), perfect, max_length=2048 + 128, batch_size=4)
-    found = tasks.run_tasks(adapter, ["niah_single_1"], lengths=[1024, 2048], limit=3, seed=1, log_samples=True)
+    adapter = HarnessModel(build(), load_tokenizer("bytes"), perfect, max_length=4096 + 128, batch_size=4)
+    lengths = [1024, 2048, 4096]
+    found = tasks.run_tasks(adapter, ["niah_single_1"], lengths=lengths, limit=2, seed=1, log_samples=True)
     numbers = found["results"]["niah_single_1"]
-    assert {name: value for name, value in numbers.items() if name.endswith("4,none") or name.endswith("8,none")} == {
+    assert {name: value for name, value in numbers.items() if name[0].isdigit() and "stderr" not in name} == {
         "1024,none": 1.0,
         "2048,none": 1.0,
+        "4096,none": 1.0,
     }
     assert found["truncated"] == 0 and len(asked) == 6
-    assert max(asked[:3]) > 2048 - 128 - 512 and max(asked[3:]) <= 1024  # sorted by length, longest first
+    assert 2048 < max(asked[:2]) <= 4096 and max(asked[4:]) <= 1024  # sorted by length, longest first
     docs = [sample["doc"]["input"] for sample in found["samples"]["niah_single_1"]]
-    again = tasks.run_tasks(adapter, ["niah_single_1"], lengths=[1024, 2048], limit=3, seed=1, log_samples=True)
+    again = tasks.run_tasks(adapter, ["niah_single_1"], lengths=lengths, limit=2, seed=1, log_samples=True)
     assert [sample["doc"]["input"] for sample in again["samples"]["niah_single_1"]] == docs
+
+
+def test_a_mesh_answers_as_one_device_does(run, documents, tmp_path):
+    options = dict(local_data=str(documents))
+    alone = evaluate_tasks(str(run), ["piqa", "fda_v0"], str(tmp_path / "one.json"), **options)
+    shared = evaluate_tasks(
+        str(run), ["piqa", "fda_v0"], str(tmp_path / "two.json"), adapter={"devices": 2, "batch_size": 8}, **options
+    )
+    assert shared["results"] == alone["results"]
+    with pytest.raises(ValueError, match="batch_size=3 is not a multiple of the 2 devices"):
+        evaluate_tasks(str(run), ["piqa"], adapter={"devices": 2, "batch_size": 3}, **options)
+    with pytest.raises(ValueError, match=r"--devices=9: it must lie in \[1, 8\]"):
+        evaluate_tasks(str(run), ["piqa"], adapter={"devices": 9}, **options)
+
+
+def test_lengths_beyond_the_models_are_said_and_empty_contexts_begin_a_text(caplog):
+    asked = adapter(max_length=200, add_bos_token=False)
+    assert "max_length=200: the model was made for 96" in caplog.text
+    (value, _) = asked.loglikelihood(instances("loglikelihood", [("", "abc")]), disable_tqdm=True)[0]
+    np.testing.assert_allclose(value, log_probs([256, *b"abc", 0], "prompt")[:3].sum(), atol=1e-4)
+    options = {"until": ["\n"], "max_gen_toks": 4}
+    (text,) = asked.generate_until(instances("generate_until", [("", options)]), disable_tqdm=True)
+    assert text == adapter(max_length=200).generate_until(instances("generate_until", [("", options)]), True)[0]
 
 
 def test_names_for_several_tasks():
