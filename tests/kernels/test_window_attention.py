@@ -125,6 +125,21 @@ def truth(setup: Setup, a: dict, do: np.ndarray, dlse: np.ndarray, scale: float)
 
 
 DIFFERENTIABLE = ("q", "k", "v", "s", "ck", "cv")
+FLOATS = ("q", "k", "v", "ck", "cv")
+
+
+def dtype_for(implementation: str) -> str:
+    """float32, or the widest that the implementation takes."""
+    return "bfloat16" if implementation == "pallas" else "float32"
+
+
+def rounded(a: dict, dtype: str) -> dict:
+    """The arguments as the operation gets them: in ``dtype`` where that is free."""
+    return {name: np.asarray(jnp.asarray(x, dtype) if name in FLOATS else x) for name, x in a.items()}
+
+
+def widened(a: dict) -> dict:
+    return {name: x.astype(np.float32) if name in FLOATS else x for name, x in a.items()}
 
 
 def call(setup: Setup, a: dict, implementation: str, **options):
@@ -188,9 +203,11 @@ def compare(actual: tuple[dict, dict], expected: tuple[dict, dict], dtype: str =
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_rule(name, implementation):
-    setup = SETUPS[name]
-    a, d = make(setup), cotangents(setup)
-    compare(with_gradients(setup, a, *d, implementation, runs=2, scale=0.7), truth(setup, a, *d, 0.7))
+    setup, dtype = SETUPS[name], dtype_for(implementation)
+    a, (do, dlse) = rounded(make(setup), dtype), cotangents(setup)
+    do = np.asarray(jnp.asarray(do, dtype))
+    actual = with_gradients(setup, a, do, dlse, implementation, runs=2, scale=0.7)
+    compare(actual, truth(setup, widened(a), do.astype(np.float32), dlse, 0.7), dtype)
 
 
 IN_BLOCKS = ("window of one", "full", "full over a prefix", "one head keeps all", "everything kept", "all at once")
@@ -225,22 +242,19 @@ def test_reference_follows_the_rule():
 def test_low_precision(dtype, implementation):
     """Against the truth of the rounded inputs, so that only the operation's own rounding is measured."""
     setup = Setup(150, 161, 37, C=11, expiry="some", N=16, V=16, B=1)
-    a, (do, dlse) = make(setup), cotangents(setup)
-    floats = [name for name in DIFFERENTIABLE if name != "s"]
-    low = {name: np.asarray(jnp.asarray(x, dtype) if name in floats else x) for name, x in a.items()}
+    low, (do, dlse) = rounded(make(setup), dtype), cotangents(setup)
     do = np.asarray(jnp.asarray(do, dtype))
     values, gradients = with_gradients(setup, low, do, dlse, implementation)
     assert values["o"].dtype == dtype and values["lse"].dtype == np.float32 and gradients["s"].dtype == np.float32
-    assert all(gradients[name].dtype == dtype for name in floats)
-    rounded = {name: x.astype(np.float32) if name in floats else x for name, x in low.items()}
-    compare((values, gradients), truth(setup, rounded, do.astype(np.float32), dlse, setup.N**-0.5), dtype)
+    assert all(gradients[name].dtype == dtype for name in FLOATS)
+    compare((values, gradients), truth(setup, widened(low), do.astype(np.float32), dlse, setup.N**-0.5), dtype)
 
 
 def test_packed_equals_alone(implementation):
     """Documents in one row, padding around them full of large numbers, against each document in a row of its own."""
     lengths, gaps, W = (13, 21), (3, 5, 2), 4
     U = sum(lengths) + sum(gaps)
-    setup = Setup(U, U, W, expiry="until", B=1)
+    setup, dtype = Setup(U, U, W, expiry="until", B=1), dtype_for(implementation)
     a, (do, dlse) = make(setup), cotangents(setup)
     starts = (gaps[0], gaps[0] + lengths[0] + gaps[1])
     ids = np.zeros((1, U), np.int32)
@@ -249,6 +263,7 @@ def test_packed_equals_alone(implementation):
     padding = ids[0] == 0
     for name in ("q", "k", "v", "s"):
         a[name][:, padding] = 1e4
+    a, do = rounded(a, dtype), np.asarray(jnp.asarray(do, dtype))
     packed, gradients = with_gradients(setup, a | dict(segment_ids=ids), do, dlse, implementation)
     assert all((x[:, padding] == 0).all() for x in (packed["o"], *gradients.values()))
     assert (packed["lse"][:, padding] == -np.inf).all()
@@ -259,14 +274,14 @@ def test_packed_equals_alone(implementation):
         own = dataclasses.replace(setup, T=length, U=length)
         expected = with_gradients(own, alone, do[:, part], dlse[:, part], implementation)
         actual = jax.tree.map(lambda x, part=part: x[:, part], (packed, gradients))
-        compare(actual, expected)
+        compare(actual, expected, dtype)
 
 
 def test_continues_from_columns(implementation):
     """The second part of a sequence over a window's history and a store is what the whole sequence gives there."""
     T, U, W, cut = 23, 50, 6, 27
-    whole = Setup(U, U, W, expiry="until")
-    a = make(whole)
+    whole, dtype = Setup(U, U, W, expiry="until"), dtype_for(implementation)
+    a = rounded(make(whole), dtype)
     expected = jax.jit(lambda a: call(whole, a, implementation))(a)[:, cut:]
     keep = slice(cut - W + 1, None)  # the history that the window still needs, then the new tokens
     second = {name: x[:, keep] for name, x in a.items() if name != "q"} | dict(q=a["q"][:, cut:])
@@ -276,7 +291,7 @@ def test_continues_from_columns(implementation):
     until = np.maximum(a["expiry"][:, :shift] - shift, 0)
     second |= dict(ck=a["k"][:, :shift], cv=a["v"][:, :shift], position=position, until=until)
     setup = dataclasses.replace(whole, T=T, U=U - shift, C=shift)
-    assert_close(jax.jit(lambda a: call(setup, a, implementation))(second), expected, "window_attention")
+    assert_close(jax.jit(lambda a: call(setup, a, implementation))(second), expected, "window_attention", dtype)
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.02])
@@ -314,18 +329,18 @@ def test_long_sequence_takes_linear_memory(kept):
 
 def test_vmap(implementation, small_blocks):
     """Over values and gradients, with one argument that is not mapped."""
-    setup = SETUPS["columns of packed rows"]
-    many = [jax.tree.map(jnp.asarray, make(setup, seed)) for seed in range(3)]
+    setup, dtype = SETUPS["columns of packed rows"], dtype_for(implementation)
+    many = [jax.tree.map(jnp.asarray, rounded(make(setup, seed), dtype)) for seed in range(3)]
     shared = {name: many[0][name] for name in ("segment_ids", "k")}
     mapped = [{name: x for name, x in a.items() if name not in shared} for a in many]
 
     def loss(q, rest):
-        return jnp.sum(jnp.sin(call(setup, rest | shared | dict(q=q), implementation)))
+        return jnp.sum(jnp.sin(call(setup, rest | shared | dict(q=q), implementation).astype(jnp.float32)))
 
     gradient = jax.jit(jax.grad(loss))
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *mapped)
     actual = jax.jit(jax.vmap(jax.grad(loss)))(stacked["q"], stacked)
-    assert_close(actual, jnp.stack([gradient(a["q"], a) for a in mapped]), "window_attention gradient")
+    assert_close(actual, jnp.stack([gradient(a["q"], a) for a in mapped]), "window_attention gradient", dtype)
 
 
 def test_vmap_folds_into_the_batch(monkeypatch):
