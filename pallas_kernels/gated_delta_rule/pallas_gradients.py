@@ -63,12 +63,7 @@ def _of_queries(m: Any, turn: Any, place: Any, *, blocks: int, scale: float, run
 
     def multiply(slot, sums):
         do, r, dv, state = m.do_s.at[slot], m.r_s.at[slot], m.dv_s.at[slot], m.states_s.at[slot]
-        queries, keys, read = sums
-        return (
-            t.product(do, r.T, SQUARE, queries),
-            t.product(dv, r.T, SQUARE, keys),
-            t.product(do, state, shape, read),
-        )
+        return t.accumulate(sums, [(do, r.T), (dv, r.T), (do, state)])
 
     queries, keys, read = _blocks(m, turn, blocks, (t.zeros(SQUARE), t.zeros(SQUARE), t.zeros(shape)), multiply)
     plgpu.barrier_wait(m.inputs_full)
@@ -129,10 +124,13 @@ def _of_keys(m: Any, turn: Any, place: Any, *, blocks: int, normalize: bool) -> 
 
     def multiply(slot, sums):
         r, dv, state, dstate = m.r_s.at[slot], m.dv_s.at[slot], m.states_s.at[slot], m.dstates_s.at[slot]
-        read, write, carried = sums
-        read, write = t.product(dv, state, shape, read), t.product(r, dstate, shape, write)
-        both = [plgpu.load(x, layout=WGMMA).astype(jnp.float32) for x in (state, dstate)]
-        return read, write, carried + (both[0] * both[1]).sum(axis=1)
+        *products, carried = sums
+        products = t.accumulate(tuple(products), [(dv, state), (r, dstate)])
+        for part in range(shape[1] // CHUNK):  # in parts for the registers' sake
+            columns = pl.ds(part * CHUNK, CHUNK)
+            both = [plgpu.load(x.at[:, columns], layout=WGMMA).astype(jnp.float32) for x in (state, dstate)]
+            carried += (both[0] * both[1]).sum(axis=1)
+        return *products, carried
 
     nothing = plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.float32), ROWS)
     read, write, carried = _blocks(m, turn, blocks, (t.zeros(shape), t.zeros(shape), nothing), multiply)

@@ -136,6 +136,24 @@ def products(
     return result if start is None else start + result  # the interpreter's accumulators begin at zero
 
 
+def accumulate(
+    sums: tuple[jax.Array, ...], pairs: list[tuple[Any, Any]], meanwhile: Callable[[], Any] | None = None
+) -> tuple[jax.Array, ...]:
+    """Each sum plus the product of its pair (both in shared memory), all started before the first is waited for."""
+    if interpreting():
+        if meanwhile is not None:
+            meanwhile()
+        return tuple(product(a, b, (x.shape[0], x.shape[1]), x) for x, (a, b) in zip(sums, pairs, strict=True))
+
+    def multiply(accumulators):
+        for accumulator, (a, b) in zip(accumulators, pairs, strict=True):
+            plgpu.wgmma(accumulator, a, b)
+        if meanwhile is not None:
+            meanwhile()
+
+    return jax.lax.optimization_barrier(pl.run_state(multiply)(tuple(plgpu.ACC.init(x) for x in sums)))
+
+
 def split(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """x as a sum of two numbers of a 16-bit dtype."""
     high = x.astype(dtype)
