@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule import triton_split as split
+from pallas_kernels.gated_delta_rule.triton_tiles import HEAD_SIZES, choose
 from pallas_kernels.tiles import ceil_div, check_choice
 from pallas_kernels.triton_call import check_installed, fold_batch, interpreting, jit, tl, triton_call
 
 CHUNK = 64
-BLOCK_V = 64
 
 
 @jit
@@ -58,16 +58,6 @@ def end_of_chunk(coarse, fine):
     """The running sum's two parts at the last token."""
     is_last = tl.arange(0, 64) == 63
     return tl.sum(tl.where(is_last, coarse, 0.0), 0), tl.sum(tl.where(is_last, fine, 0.0), 0)
-
-
-@jit
-def inverse_norm(x, NORMALIZE: tl.constexpr):
-    """1 / sqrt(sum x^2 + 1e-6) of each row, or ones."""
-    if NORMALIZE:
-        x = x.to(tl.float32)
-        return tl.rsqrt(tl.sum(x * x, 1) + 1e-6)
-    else:
-        return tl.full([64], 1.0, tl.float32)
 
 
 @jit
@@ -106,7 +96,7 @@ def dot_in_pairs(left, right, into, PRECISION: tl.constexpr):
 
 @jit
 def _within_chunks(
-    q_ptr, k_ptr, g_ptr, beta_ptr, run_ptr, T, scale,
+    q_ptr, k_ptr, g_ptr, beta_ptr, run_ptr, T, scale, key_size,
     inverse_ptr, scores_ptr, factors_ptr,
     H: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
     NORMALIZE: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
@@ -114,15 +104,27 @@ def _within_chunks(
     chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     NT = tl.cdiv(T, 64)
-    rows, n = tl.arange(0, 64), tl.arange(0, N)
+    rows = tl.arange(0, 64)
     i, j = rows[:, None], rows[None, :]
     inside = (chunk * 64 + i) < T
-    at = ((b * T + chunk * 64 + i) * K + h // (H // K)) * N + n[None, :]
-    k = tl.load(k_ptr + at, mask=inside, other=0.0)
-    q = tl.load(q_ptr + at, mask=inside, other=0.0)
+    first = ((b * T + chunk * 64) * K + h // (H // K)) * N
+    qk, kk = tl.zeros([64, 64], tl.float32), tl.zeros([64, 64], tl.float32)
+    rq, rk = tl.zeros([64], tl.float32), tl.zeros([64], tl.float32)
+    # key_size is N as a run-time value: a loop of known length would be unrolled, with all its loads in registers.
+    for _ in range(key_size // 64):
+        q = tl.load(q_ptr + first + i * (K * N) + j, mask=inside, other=0.0)
+        k = tl.load(k_ptr + first + i * (K * N) + j, mask=inside, other=0.0)
+        qk = tl.dot(q, tl.trans(k), qk, input_precision=PRECISION)
+        kk = tl.dot(k, tl.trans(k), kk, input_precision=PRECISION)
+        if NORMALIZE:
+            rq += tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
+            rk += tl.sum(k.to(tl.float32) * k.to(tl.float32), 1)
+        first += 64
+    if NORMALIZE:
+        rq, rk = tl.rsqrt(rq + 1e-6) * scale, tl.rsqrt(rk + 1e-6)
+    else:
+        rq, rk = rq + scale, rk + 1.0
     coarse, fine, beta, run, before = load_gates(g_ptr, beta_ptr, run_ptr, T, b, h, chunk, H, RUNS)
-    rq = inverse_norm(q, NORMALIZE) * scale
-    rk = inverse_norm(k, NORMALIZE)
     sees = i >= j
     if RUNS:
         sees = sees & (run[:, None] == run[None, :])
@@ -130,10 +132,9 @@ def _within_chunks(
     decay = tl.exp(tl.where(sees, apart, float("-inf"))) * (beta * rk)[None, :]
 
     tile = (bh * NT + chunk) * 4096 + i * 64 + j
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * decay * rq[:, None]
-    tl.store(scores_ptr + tile, scores.to(scores_ptr.dtype.element_ty))
-    keys = tl.dot(k, tl.trans(k), input_precision=PRECISION) * tl.where(i > j, decay * rk[:, None], 0.0)
-    inverse = invert_unit_lower(keys, PRECISION, HALF)
+    tl.store(scores_ptr + tile, (qk * decay * rq[:, None]).to(scores_ptr.dtype.element_ty))
+    kk *= tl.where(i > j, decay * rk[:, None], 0.0)
+    inverse = invert_unit_lower(kk, PRECISION, HALF)
     tl.store(inverse_ptr + tile, inverse.to(inverse_ptr.dtype.element_ty))
 
     coarse_end, fine_end = end_of_chunk(coarse, fine)
@@ -236,7 +237,7 @@ def check(case: Any) -> None:
     if not interpreting():  # dots of float32 operands in full precision do not use the tensor cores
         low = ("bfloat16", "float16")
         check_choice("gated_delta_rule", "dtype", case.dtype, low, "cast q, k and v or use implementation='xla'")
-    check_choice("gated_delta_rule", "key head size", case.head_size, (64, 128, 256), "use implementation='xla'")
+    check_choice("gated_delta_rule", "key head size", case.head_size, HEAD_SIZES, "use implementation='xla'")
     sizes = (case.head_size, 2 * case.head_size)
     check_choice("gated_delta_rule", "value head size", case.value_size, sizes, "use implementation='xla'")
 
@@ -253,29 +254,30 @@ def within_chunks(q, k, g, beta, runs, *, scale: float, normalize: bool) -> tupl
     """
     B, T, K, N = k.shape
     H, chunks = g.shape[2], ceil_div(T, CHUNK)
+    tile = choose("within", N)
     return triton_call(
-        _within_chunks, q, k, g, beta, runs, T, scale,
+        _within_chunks, q, k, g, beta, runs, T, scale, N,
         out_shape=(
             jax.ShapeDtypeStruct((B, H, chunks, CHUNK, CHUNK), k.dtype),
             jax.ShapeDtypeStruct((B, H, chunks, CHUNK, CHUNK), k.dtype),
             jax.ShapeDtypeStruct((B, H, chunks, 4, CHUNK), jnp.float32),
         ),
-        grid=(chunks, B * H), num_warps=4, num_stages=1,
+        grid=(chunks, B * H), num_warps=tile.warps, num_stages=tile.stages,
         H=H, K=K, N=N, NORMALIZE=normalize, RUNS=runs is not None, PRECISION=precision(k.dtype),
         HALF=normalize and k.dtype != jnp.float32,
     )  # fmt: skip
 
 
-def _launch_scan(
-    q, k, v, inverse, scores, factors, initial, outputs, blocks, plan, *, ends, writes=False, states=False
-):
+def _launch_scan(q, k, v, inverse, scores, factors, initial, outputs, plan, *, ends, writes=False, states=False):
     B, T, K, N = k.shape
     H, V = v.shape[2:]
+    tile = choose("scan", N)
+    blocks, segments = ((V + N) // tile.block, plan.segments - 1) if ends else (V // tile.block, plan.segments)
     return triton_call(
         _scan_chunks, q, k, v, inverse, scores, factors, initial, T, plan.length, out_shape=outputs,
-        grid=(blocks, B * H, plan.segments - 1 if ends else plan.segments), num_warps=4, num_stages=2,
-        H=H, K=K, N=N, V=V, BV=BLOCK_V, INITIAL=initial is not None, SEGMENTS=plan.segments, ENDS=ends, WRITES=writes,
-        STATES=states, EVEN=T % CHUNK == 0, PRECISION=precision(k.dtype),
+        grid=(blocks, B * H, segments), num_warps=tile.warps, num_stages=tile.stages,
+        H=H, K=K, N=N, V=V, BV=tile.block, INITIAL=initial is not None, SEGMENTS=plan.segments, ENDS=ends,
+        WRITES=writes, STATES=states, EVEN=T % CHUNK == 0, PRECISION=precision(k.dtype),
     )  # fmt: skip
 
 
@@ -287,13 +289,13 @@ def scan_chunks(q, k, v, inverse, scores, factors, initial_state, *, writes: boo
     """
     B, T, _, N = k.shape
     H, V = v.shape[2:]
-    plan = split.plan(B * H * (V // BLOCK_V), ceil_div(T, CHUNK))
+    plan = split.plan(B * H * V // 64, ceil_div(T, CHUNK))
     small = jax.ShapeDtypeStruct((B, 1), v.dtype)
     arrays = (q, k, v, inverse, scores, factors)
     start, transitions = initial_state, None
     if plan.segments > 1:
         ends = jax.ShapeDtypeStruct((B, H, plan.segments - 1, V + N, N), jnp.float32)
-        *_, ends = _launch_scan(*arrays, None, (small, small, small, ends), (V + N) // BLOCK_V, plan, ends=True)
+        *_, ends = _launch_scan(*arrays, None, (small, small, small, ends), plan, ends=True)
         ends, transitions = ends[..., :V, :], ends[..., V:, :]
         start = split.join(initial_state, ends, transitions, backwards=False)
     outputs = (
@@ -302,9 +304,7 @@ def scan_chunks(q, k, v, inverse, scores, factors, initial_state, *, writes: boo
         jax.ShapeDtypeStruct((B, H, ceil_div(T, CHUNK), V, N), k.dtype) if states else small,
         jax.ShapeDtypeStruct((B, H, N, V), jnp.float32),
     )
-    o, r, before, final_state = _launch_scan(
-        *arrays, start, outputs, V // BLOCK_V, plan, ends=False, writes=writes, states=states
-    )
+    o, r, before, final_state = _launch_scan(*arrays, start, outputs, plan, ends=False, writes=writes, states=states)
     return o, r if writes else None, before if states else None, final_state, transitions
 
 

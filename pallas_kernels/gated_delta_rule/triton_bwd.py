@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule import triton_split as split
-from pallas_kernels.gated_delta_rule.triton import BLOCK_V, CHUNK, dot_in_pairs, precision
+from pallas_kernels.gated_delta_rule.triton import CHUNK, dot_in_pairs, precision
 from pallas_kernels.gated_delta_rule.triton_gradients import gradients
+from pallas_kernels.gated_delta_rule.triton_tiles import choose
 from pallas_kernels.tiles import ceil_div
 from pallas_kernels.triton_call import jit, tl, triton_call
 
@@ -100,11 +101,12 @@ def _reverse_scan(
 def _launch_scan(q, k, do, inverse, scores, factors, dfinal, outputs, plan, *, ends: bool):
     B, T, K, N = k.shape
     H, V = do.shape[2:]
+    tile = choose("reverse_scan", N)
     return triton_call(
         _reverse_scan, q, k, do, inverse, scores, factors, dfinal, T, plan.length, out_shape=outputs,
-        grid=(V // BLOCK_V, B * H, plan.segments - 1 if ends else plan.segments), num_warps=4, num_stages=2,
-        H=H, K=K, N=N, V=V, BV=BLOCK_V, SEGMENTS=plan.segments, ENDS=ends, EVEN=T % CHUNK == 0,
-        PRECISION=precision(k.dtype),
+        grid=(V // tile.block, B * H, plan.segments - 1 if ends else plan.segments),
+        num_warps=tile.warps, num_stages=tile.stages, H=H, K=K, N=N, V=V, BV=tile.block, SEGMENTS=plan.segments,
+        ENDS=ends, EVEN=T % CHUNK == 0, PRECISION=precision(k.dtype),
     )  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def _scan_back(q, k, do, inverse, scores, factors, transitions, dfinal) -> tuple
     """(gradient of the state after each chunk, transposed [B,H,chunks,V,N]; dv; dinitial_state)."""
     B, T, _, N = k.shape
     H, V = do.shape[2:]
-    plan = split.plan(B * H * (V // BLOCK_V), ceil_div(T, CHUNK))
+    plan = split.plan(B * H * V // 64, ceil_div(T, CHUNK))
     arrays = (q, k, do, inverse, scores, factors)
     if plan.segments > 1:
         small = jax.ShapeDtypeStruct((B, 1), k.dtype)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule.triton import CHUNK, end_of_chunk, load_gates, precision
+from pallas_kernels.gated_delta_rule.triton_tiles import choose
 from pallas_kernels.tiles import ceil_div
 from pallas_kernels.triton_call import jit, tl, triton_call
 
@@ -198,13 +199,15 @@ def gradients(q, k, g, beta, runs, r, do, dv, states, dstates, factors, *, scale
     gates = jax.ShapeDtypeStruct((B, T, H), jnp.float32)
     square = jax.ShapeDtypeStruct((B, H, chunks, CHUNK, CHUNK), k.dtype)
     options: dict[str, Any] = dict(H=H, K=K, N=N, V=V, NORMALIZE=normalize, PRECISION=precision(k.dtype))
+    tile = choose("pairs", N)
     pairs = triton_call(
         _pairs, q, k, g, beta, runs, r, do, dv, T, scale, N, V,
         out_shape=(square, square, jax.ShapeDtypeStruct((B, H, chunks, 4, CHUNK), jnp.float32), gates, gates),
-        grid=(chunks, B * H), num_warps=4, num_stages=2, RUNS=runs is not None, **options,
+        grid=(chunks, B * H), num_warps=tile.warps, num_stages=tile.stages, RUNS=runs is not None, **options,
     )  # fmt: skip
+    tile = choose("gradients", N)
     return triton_call(
         _gradients, q, k, r, do, dv, states, dstates, factors, *pairs, T, N, V,
         out_shape=(per_head, per_head, gates, gates),
-        grid=(chunks, B * H), num_warps=4, num_stages=1, BN=64, **options,
+        grid=(chunks, B * H), num_warps=tile.warps, num_stages=tile.stages, BN=tile.block, **options,
     )  # fmt: skip

@@ -35,7 +35,7 @@ _LEAST_CHUNKS = 16
 
 
 def plan(programs: int, chunks: int) -> Plan:
-    """How to split ``chunks``, if a scan has ``programs`` independent programs without a split.
+    """How to split ``chunks``, if a scan without a split has ``programs`` independent blocks of 64 values.
 
     One segment if more than 33 programs (a quarter of an H200's 132 multiprocessors); else as many as make 256
     programs, of at least 16 chunks each.
