@@ -1,0 +1,93 @@
+"""Do block attention's Triton kernels still compile for Hopper, within their registers, on a machine without a GPU?"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import triton_call
+from pallas_kernels.block_attention import triton as block_attention
+from pallas_kernels.block_attention.api import Case
+from pallas_kernels.block_attention.blocks import BlockCache, table_size
+
+needs_triton = pytest.mark.skipif(
+    triton_call.triton is None, reason="triton is not installed; pip install '.[cuda]' restores this test"
+)
+
+# Spilled bytes per thread allowed, by head size and block size: what the compiler said of the measured tiles, rounded up.
+# Blocks of 16 are 4096 behind 65,536 tokens, which a warp of the decode step's selection holds in registers.
+SPILLS = {
+    ("_pieces_kernel", 128, 64): 64,
+    ("_sum_kernel", 128, 64): 8,
+    ("_means_kernel", 128, 64): 16,
+    ("_means_kernel", 128, 32): 160,
+    ("_window_kernel", 64, 16): 480,
+}
+KERNELS = {"_select_kernel", "_selected_kernel", "_dq_kernel", "_pieces_kernel", "_sum_kernel", "_means_kernel"}
+GATHERING = KERNELS - {"_selected_kernel", "_pieces_kernel"} | {"_parts_kernel", "_merge_kernel", "_pieces_dq_kernel"}
+STEP = {"_means_kernel", "_window_kernel", "_selected_kernel", "_join_kernel"}
+
+
+def _spec(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _whole(group, N, S, M):
+    """The calls of a forward and a backward pass over 4096 tokens."""
+    B, T, K = 2, 4096, 2
+    H = K * group
+    case = Case(B, T, T, H, K, N, N, "bfloat16", S, M, 0.1, False, False)
+
+    def run(q, k, v, do):
+        outputs, residuals = block_attention.forward(case, q, k, v, None)
+        return block_attention.backward(case, q, k, v, None, outputs, residuals, (do, do))
+
+    wide, narrow = _spec(B, T, H, N), _spec(B, T, K, N)
+    return triton_call.record_calls(run, wide, narrow, narrow, wide)
+
+
+def _step(group, N, S, M):
+    """The calls of a decode step behind up to 65,535 tokens."""
+    B, U, K = 2, 65536, 2
+    H, C = K * group, table_size(U, S)
+    case = Case(B, 1, U, H, K, N, N, "bfloat16", S, M, 0.1, False, True)
+    keys, means = _spec(B, U, K, N), _spec(B, C, K, N)
+    cache = BlockCache(keys, keys, means, means, _spec(B, dtype=jnp.int32))
+
+    def run(q, k, v, gates, cache):
+        return block_attention.step(case, q, k, v, gates, cache, None, 512)
+
+    new = _spec(B, 1, K, N)
+    return triton_call.record_calls(run, _spec(B, 1, H, N), new, new, _spec(B, 1, H, 3), cache)
+
+
+def _exhaustive(*values):
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("group", "N", "S", "M"),
+    [
+        (16, 64, 64, 16),
+        _exhaustive(16, 128, 64, 16),
+        _exhaustive(8, 64, 64, 16),
+        _exhaustive(4, 64, 32, 8),
+        _exhaustive(2, 128, 32, 16),
+        _exhaustive(1, 64, 64, 16),
+        _exhaustive(1, 64, 16, 1),
+        _exhaustive(32, 64, 16, 32),
+    ],
+)
+def test_compiles_without_further_spills(group, N, S, M):
+    whole, step = _whole(group, N, S, M), _step(group, N, S, M)
+    assert {call.kernel.__name__ for call in whole} == (GATHERING if group <= 4 else KERNELS)
+    assert {call.kernel.__name__ for call in step} == STEP
+    for kernel in map(triton_call.compile_call, [*whole, *step]):
+        if kernel.name not in ("_sum_kernel", "_merge_kernel", "_join_kernel"):
+            assert "wgmma" in kernel.ptx or "mma.sync" in kernel.ptx, f"{kernel.name} does not use the tensor cores"
+        assert kernel.shared_bytes <= 227 * 1024
+        allowed = SPILLS.get((kernel.name, N, S), 0)
+        assert kernel.spill_bytes <= allowed, (
+            f"{kernel.name} at {group} heads, head size {N}, blocks of {S} spills {kernel.spill_bytes} bytes per "
+            f"thread ({kernel.registers} registers); {allowed} are allowed"
+        )
