@@ -27,7 +27,6 @@ from pallas_kernels.block_attention.triton_tiles import (
     PIECE,
     load_heads,
     load_keys,
-    power_of_2,
     shared_constants,
     tile_rows,
 )
@@ -115,33 +114,26 @@ def _pieces_kernel(
 
 @jit
 def _sum_kernel(
-    partial,
-    pieces,
-    first,
-    ordinal,
-    T,
-    P,
-    total,
-    K: tl.constexpr,
-    S: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    partial_k, partial_v, pieces, first, ordinal, T, P, total_k, total_v, K: tl.constexpr, S: tl.constexpr,
+    N: tl.constexpr, V: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
+):  # fmt: skip
     """Adds the pieces of a block in order; writes the tokens of the block alone."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     edge = pieces + (batch * K + head) * (tl.num_programs(0) + 1) + block
     at, stop = tl.load(edge), tl.load(edge + 1)
     if at < stop:
-        row, n = tl.arange(0, S), tl.arange(0, BLOCK)
+        row, n, w = tl.arange(0, S), tl.arange(0, N_BLOCK), tl.arange(0, V_BLOCK)
         token = tl.load(first + (batch * K + head) * P + at) + row
         inside = (token < T) & (tl.load(ordinal + batch * T + token, mask=token < T, other=-1) == block)
-        mask = (n < SIZE)[None, :]
-        value = tl.zeros([S, BLOCK], tl.float32)
+        dk = tl.zeros([S, N_BLOCK], tl.float32)
+        dv = tl.zeros([S, V_BLOCK], tl.float32)
         for piece in range(at, stop):
-            source = ((batch * K + head) * P + piece) * S + row
-            value += tl.load(partial + source[:, None] * SIZE + n[None, :], mask=mask, other=0.0)
-        target = total + ((batch * T + token) * K + head)[:, None] * SIZE + n[None, :]
-        tl.store(target, value, mask=inside[:, None] & mask)
+            source = (((batch * K + head) * P + piece) * S + row)[:, None]
+            dk += tl.load(partial_k + source * N + n[None, :], mask=(n < N)[None, :], other=0.0)
+            dv += tl.load(partial_v + source * V + w[None, :], mask=(w < V)[None, :], other=0.0)
+        target = ((batch * T + token) * K + head)[:, None]
+        tl.store(total_k + target * N + n[None, :], dk, mask=inside[:, None] & (n < N)[None, :])
+        tl.store(total_v + target * V + w[None, :], dv, mask=inside[:, None] & (w < V)[None, :])
 
 
 @jit
@@ -307,18 +299,13 @@ def _selected_keys(
     P = lists.begin.shape[-1]
     blocks = block_bound(T, S, case.segment_ids)
     ordinal = ordinals(place, S, case.segment_ids)
-    dk, dv = (
-        triton_call(
-            _sum_kernel,
-            *(part, lists.pieces, lists.first, ordinal, T, P),
-            out_shape=jax.ShapeDtypeStruct((B, T, K, size), jnp.float32),
-            grid=(blocks, K, B),
-            K=K,
-            S=S,
-            SIZE=size,
-            BLOCK=power_of_2(size, 16),
-        )
-        for part, size in zip(partial, (case.N, case.V), strict=True)
+    constants = {name: shared_constants(case)[name] for name in ("K", "S", "N", "V", "N_BLOCK", "V_BLOCK")}
+    dk, dv = triton_call(
+        _sum_kernel,
+        *(*partial, lists.pieces, lists.first, ordinal, T, P),
+        out_shape=[jax.ShapeDtypeStruct((B, T, K, size), jnp.float32) for size in (case.N, case.V)],
+        grid=(blocks, K, B),
+        **constants,
     )
     return dk, dv
 

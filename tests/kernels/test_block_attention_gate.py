@@ -13,7 +13,7 @@ needs_triton = pytest.mark.skipif(
     triton_call.triton is None, reason="triton is not installed; pip install '.[cuda]' restores this test"
 )
 
-# Spilled bytes per thread allowed, by head size and block size: what the compiler said of the measured tiles, rounded up.
+# Spilled bytes per thread allowed, by head size and block size: what the compiler said of the tiles, rounded up.
 # Blocks of 16 are 4096 behind 65,536 tokens, which a warp of the decode step's selection holds in registers.
 SPILLS = {
     ("_pieces_kernel", 128, 64): 64,
