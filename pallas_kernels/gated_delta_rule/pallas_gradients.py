@@ -40,6 +40,17 @@ def _undo_norm(x: jax.Array, dx: jax.Array, norm: jax.Array) -> jax.Array:
     return dx - x * t.along_rows(along, (x.shape[0], x.shape[1]))
 
 
+def _write(x: jax.Array, buffer: Any, into: Any) -> None:
+    """By way of a buffer, for which there is no room where the rows are float32."""
+    if buffer is None:
+        plgpu.commit_smem()  # what was read from the inputs' buffers is written next by a copy
+        into[...] = x
+    else:
+        buffer[...] = x.astype(buffer.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(buffer, into)
+
+
 def _blocks(m: Any, turn: Any, blocks: int, starts: tuple[Any, ...], multiply: Any) -> tuple[Any, ...]:
     """Sums over the blocks of values of this program's chunk ``turn``, accumulated by ``multiply(slot, sums)``."""
 
@@ -99,9 +110,7 @@ def _of_queries(m: Any, turn: Any, place: Any, *, blocks: int, scale: float, run
     dq = t.product(m.queries_s, m.k_s, shape, read)
     if normalize:
         dq = _undo_norm(q, dq, norm_q)
-    m.dq_s[...] = dq.astype(m.dq_s.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(m.dq_s, m.dq.at[b, pl.ds(n * CHUNK, CHUNK), h])
+    _write(dq, getattr(m, "dq_s", None), m.dq.at[b, pl.ds(n * CHUNK, CHUNK), h])
 
     plgpu.barrier_wait(m.handed)
     later = plgpu.load(m.column, layout=COLUMNS) - from_column + plgpu.load(m.hand.at[DREAD], layout=COLUMNS)
@@ -153,11 +162,9 @@ def _of_keys(m: Any, turn: Any, place: Any, *, blocks: int, normalize: bool) -> 
     if normalize:
         dk = _undo_norm(k, dk, factors[t.NORM_K])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    m.dk_s[...] = dk.astype(m.dk_s.dtype)
-    plgpu.commit_smem()
+    _write(dk, getattr(m, "dk_s", None), m.dk.at[b, pl.ds(n * CHUNK, CHUNK), h])
     plgpu.barrier_arrive(m.pairs_read)
     plgpu.barrier_arrive(m.inputs_used)
-    plgpu.copy_smem_to_gmem(m.dk_s, m.dk.at[b, pl.ds(n * CHUNK, CHUNK), h])
 
 
 def _bring(m: Any, turn: Any, place: Any, *, blocks: int, group: int) -> None:
@@ -230,14 +237,10 @@ def scratch(size: int, dtype: Any, out_dtype: Any) -> dict[str, Any]:
     gates, factors = plgpu.SMEM((t.GATES, CHUNK), jnp.float32), plgpu.SMEM((t.FACTORS, CHUNK), jnp.float32)
     values, states = t.buffer((STAGES, CHUNK, BLOCK_V), dtype), t.buffer((STAGES, BLOCK_V, size), dtype)
     rows, pairs = t.buffer((CHUNK, size), dtype), t.buffer(SQUARE, dtype)
-    out = (
-        t.buffer((CHUNK, size), out_dtype)
-        if jnp.dtype(out_dtype).itemsize == 2
-        else plgpu.SMEM((CHUNK, size), out_dtype)
-    )
+    out = {"dq_s": rows, "dk_s": rows} if jnp.dtype(out_dtype).itemsize == 2 else {}
     return {
         "q_s": rows, "k_s": rows, "do_s": values, "dv_s": values, "r_s": values,
-        "states_s": states, "dstates_s": states, "queries_s": pairs, "keys_s": pairs, "dq_s": out, "dk_s": out,
+        "states_s": states, "dstates_s": states, "queries_s": pairs, "keys_s": pairs, **out,
         "by_row": gates, "by_column": gates, "factors_row": factors, "factors_column": factors,
         "hand": plgpu.SMEM((4, CHUNK), jnp.float32), "column": vector, "dg_s": vector, "dbeta_s": vector,
         "full": plgpu.Barrier(num_arrivals=5, num_barriers=STAGES),
