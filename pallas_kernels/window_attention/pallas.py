@@ -6,6 +6,7 @@ The forward pass is ``pallas_forward``, the backward pass ``pallas_bwd``; other 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from pallas_kernels.window_attention import pallas_dkv, pallas_dq
 from pallas_kernels.window_attention.api import Case, Gradients, Operands
 from pallas_kernels.window_attention.pallas_bwd import differentiate
 from pallas_kernels.window_attention.pallas_forward import TILES, call_forward, shared_memory
+from pallas_kernels.window_attention.pallas_gather import gather_rows
 from pallas_kernels.window_attention.pallas_plan import Known, pad_rows, plan_queries, survey_data
 
 FOLD_VMAP = True
@@ -45,7 +47,7 @@ def _at_size(case: Case, operands: Operands) -> tuple[Case, Operands]:
 def forward(case: Case, operands: Operands, interpreted: bool = False) -> Any:
     """((o, lse), the list of retained keys, () without one)."""
     wide, padded = _at_size(case, operands)
-    known = survey_data(wide, padded)
+    known = survey_data(wide, padded, gather=functools.partial(gather_rows, interpreted=interpreted))
     o, lse = _attend(wide, padded, known, interpreted)
     return (o[..., : case.V], lse), () if known.kept is None else known.kept
 

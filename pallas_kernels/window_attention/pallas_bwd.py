@@ -7,12 +7,14 @@ in float32 before the one rounding, and dscores = sum_n dv v comes from that sum
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
 
 from pallas_kernels.window_attention import pallas_dkv, pallas_dq
 from pallas_kernels.window_attention.api import Case, Gradients, Operands, row_delta
+from pallas_kernels.window_attention.pallas_gather import gather_rows
 from pallas_kernels.window_attention.pallas_plan import (
     Known,
     cached_slots,
@@ -28,7 +30,8 @@ def differentiate(
     case: Case, operands: Operands, o: Any, lse: Any, residuals: Any, do: Any, dlse: Any, interpreted: bool = False
 ) -> Gradients:
     """The gradients of every differentiable operand; N = V is one of the sizes that the kernels have."""
-    known = survey_data(case, operands, residuals or None)
+    gather = functools.partial(gather_rows, interpreted=interpreted)
+    known = survey_data(case, operands, residuals or None, gather=gather)
     dq_tiles, dkv_tiles = pallas_dq.TILES[case.N], pallas_dkv.TILES[case.N]
     q, k, v, do8 = (pad_rows(x) for x in (operands.q, operands.k, operands.v, do))
     rows = round_up(case.T, dq_tiles.warpgroups * 64) + dkv_tiles.queries

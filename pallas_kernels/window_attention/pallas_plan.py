@@ -8,6 +8,7 @@ The numbers and places of a tile's steps are one row of int32, so the time of a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxtyping import Array, Int32
 
 from pallas_kernels.window_attention.api import Case, Operands
 from pallas_kernels.window_attention.columns import PADDING, DocumentBounds, Retained, document_bounds, retained, survey
+from pallas_kernels.window_attention.pallas_gather import gather_rows
 
 ROWS = 64  # queries, or keys, of a warpgroup
 EDGE = 256  # slots beyond the list that a masked tile may ask about
@@ -57,7 +59,9 @@ def pad_rows(x: Array) -> Array:
     return jnp.pad(x, ((0, 0), (0, max(-x.shape[1] % 8, 128 - x.shape[1])), (0, 0), (0, 0)))
 
 
-def survey_data(case: Case, operands: Operands, kept: Retained | None = None) -> Known:
+def survey_data(
+    case: Case, operands: Operands, kept: Retained | None = None, *, gather: Callable[..., Any] = gather_rows
+) -> Known:
     """The document bounds, the list and what is known of it; ``kept`` is given if it is known."""
     W = window_of(case)
     bounds = document_bounds(operands.segment_ids) if operands.segment_ids is not None else None
@@ -71,7 +75,7 @@ def survey_data(case: Case, operands: Operands, kept: Retained | None = None) ->
         assert cache is not None
         parts.append(_cache_part(case, columns, W, bounds, cache[:, :, 2]))
     if kept is not None:
-        parts.append(_retained_part(case, operands.k, operands.v, kept, W, bounds))
+        parts.append(_retained_part(case, operands, kept, W, bounds, gather))
     if not parts:
         return Known(bounds, None, None, None)
     k, v, low, high = (jnp.concatenate(x, axis=2) if len(x) > 1 else x[0] for x in zip(*parts, strict=True))
@@ -94,17 +98,18 @@ def _cache_part(case: Case, columns: Any, W: int, bounds: DocumentBounds | None,
 
 
 def _retained_part(
-    case: Case, k: Array, v: Array, kept: Retained, W: int, bounds: DocumentBounds | None
+    case: Case, operands: Operands, kept: Retained, W: int, bounds: DocumentBounds | None, gather: Callable[..., Any]
 ) -> list[Array]:
-    there = jnp.arange(case.U, dtype=jnp.int32) < kept.counts[:, :, -1:]
-    position = jnp.where(there, kept.position, 0)
-    low, high = position + W, jnp.where(there, kept.expiry, 0)
+    slots = round_up(case.U, ROUND)
+    position, expiry = (_pad_slots(x, slots) for x in (kept.position, kept.expiry))
+    count = kept.counts[:, :, -1]
+    there = jnp.arange(slots, dtype=jnp.int32) < count[..., None]
+    position = jnp.where(there, position, 0)
+    low, high = position + W, jnp.where(there, expiry, 0)
     if bounds is not None:
         end = jnp.take_along_axis(bounds.end, position.reshape(case.B, -1), axis=1).reshape(position.shape)
         high = jnp.minimum(high, end)
-    slots = round_up(case.U, ROUND)
-    pick = lambda x: jnp.take_along_axis(x.swapaxes(1, 2), position[..., None], axis=2, mode="promise_in_bounds")  # noqa: E731
-    return [_pad_slots(x, slots) for x in (pick(k), pick(v), low, high)]
+    return [*gather(operands.k, operands.v, position, count), low, high]
 
 
 class QueryPlan(NamedTuple):
