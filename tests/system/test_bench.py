@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.benchmarks import clock, gate, model_page, models, operations, report
+from experiments.benchmarks import authors_model, clock, gate, model_page, models, operations, report
 from experiments.benchmarks.cases import Options
 from experiments.benchmarks.peers import PEERS, PeerMissing, authors_file
 
@@ -184,6 +184,11 @@ def test_missing_authors_are_explained(tmp_path):
         authors_file(None, "x.py")
     with pytest.raises(PeerMissing, match="there is no x"):
         authors_file(str(tmp_path), "x.py")
+
+
+def test_the_authors_model_needs_their_checkout(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no fla/layers/lte.py in it"):
+        authors_model.prepare(str(tmp_path), 3)
 
 
 def test_whole_models_are_timed_at_every_length_and_batch(monkeypatch):
