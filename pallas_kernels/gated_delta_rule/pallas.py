@@ -48,8 +48,10 @@ def _whole_chunks(x: jax.Array, mode: str = "constant") -> jax.Array:
     return x if missing == 0 else jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), mode=mode)
 
 
-@functools.partial(fold_batch, static=("scale", "normalize", "save_states"))
-def _forward(q, k, v, g, beta, runs, initial_state, *, scale: float, normalize: bool, save_states: bool):
+@functools.partial(fold_batch, static=("scale", "normalize", "save_r", "save_states"))
+def _forward(
+    q, k, v, g, beta, runs, initial_state, *, scale: float, normalize: bool, save_r: bool, save_states: bool
+):  # fmt: skip
     T = q.shape[1]
     q, k, v, g, beta = (_whole_chunks(x) for x in (q, k, v, g, beta))
     runs = None if runs is None else _whole_chunks(runs, "edge")
@@ -57,26 +59,36 @@ def _forward(q, k, v, g, beta, runs, initial_state, *, scale: float, normalize: 
     inverse, scores, factors = pallas_within.within_chunks(
         q, k, gates, scale=scale, runs=runs is not None, normalize=normalize
     )
-    o, r, final_state, states = pallas_scan.scan_chunks(
-        q, k, v, inverse, scores, factors, initial_state, save_states=save_states
+    o, final_state, r, states = pallas_scan.scan_chunks(
+        q, k, v, inverse, scores, factors, initial_state, save_r=save_r, save_states=save_states
     )
-    return o[:, :T], final_state, (gates, inverse, scores, factors, r, states)
+    return o[:, :T], final_state, r, (gates, inverse, scores, factors, states)
 
 
-def forward(q, k, v, g, beta, runs, initial_state, *, scale, normalize, return_updates, save_states=True):
+def _updates(r, beta):
+    return r[:, : beta.shape[1]].astype(jnp.float32) * beta[..., None]
+
+
+def forward(q, k, v, g, beta, runs, initial_state, *, scale, normalize, return_updates):
     """o, final_state, updates, residuals; the protocol is in ``api``."""
-    o, final_state, residuals = _forward(
-        q, k, v, g, beta, runs, initial_state, scale=scale, normalize=normalize, save_states=save_states
+    o, final_state, r, residuals = _forward(
+        q, k, v, g, beta, runs, initial_state, scale=scale, normalize=normalize, save_r=True, save_states=True
     )
-    updates = None
-    if return_updates:
-        updates = residuals[-2][:, : q.shape[1]].astype(jnp.float32) * beta[..., None]
-    return o, final_state, updates, residuals
+    return o, final_state, _updates(r, beta) if return_updates else None, (*residuals, r)
+
+
+def values(q, k, v, g, beta, runs, initial_state, *, scale, normalize, return_updates):
+    """o, final_state, updates, without the states and r of every chunk."""
+    o, final_state, r, _ = _forward(
+        q, k, v, g, beta, runs, initial_state, scale=scale, normalize=normalize, save_r=return_updates,
+        save_states=False,
+    )  # fmt: skip
+    return o, final_state, _updates(r, beta) if return_updates else None
 
 
 @functools.partial(fold_batch, static=("scale", "normalize"))
 def _backward(q, k, runs, residuals, do, dfinal_state, *, scale: float, normalize: bool):
-    gates, inverse, scores, factors, r, states = residuals
+    gates, inverse, scores, factors, states, r = residuals
     T, groups = q.shape[1], (*q.shape[:3], -1, q.shape[3])
     q_whole, k, do = (_whole_chunks(x) for x in (q, k, do))
     dstates, dv, dinitial = pallas_bwd.scan_back(q_whole, k, do, inverse, scores, factors, dfinal_state)

@@ -125,7 +125,8 @@ def _form_outputs(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) -
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the state's buffer, and that of the o before
         plgpu.barrier_arrive(m.state_read)
         plgpu.barrier_wait(m.r_ready)
-        plgpu.copy_smem_to_gmem(m.r_s, m.r.at[b, rows, h, columns])
+        if m.r is not None:
+            plgpu.copy_smem_to_gmem(m.r_s, m.r.at[b, rows, h, columns])
         o = t.product(m.scores_s.at[slot], m.r_s, shape, o)
         m.o_s[...] = o.astype(dtype)
         plgpu.commit_smem()
@@ -195,11 +196,12 @@ def scan_chunks(
     factors: jax.Array,
     initial_state: jax.Array | None,
     *,
+    save_r: bool,
     save_states: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """(o, r [B,T,H,V] in the dtype of v, final state [B,H,N,V] float32, states); T whole chunks.
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+    """(o [B,T,H,V] in the dtype of v, final state [B,H,N,V] float32, r, states); T whole chunks.
 
-    ``states``: that before each chunk, transposed: [B,H,chunks,V,N] in the dtype of v, or None.
+    If wanted, else None: r like o, and the state before each chunk, transposed, [B,H,chunks,V,N] in the dtype of v.
     """
     B, T, K, N = k.shape
     H, V = v.shape[2:]
@@ -214,7 +216,7 @@ def scan_chunks(
         },
         outputs={
             "o": by_value,
-            "r": by_value,
+            "r": by_value if save_r else None,
             "final": jax.ShapeDtypeStruct((B, H, V, N), jnp.float32),
             "states": jax.ShapeDtypeStruct((B, H, chunks, V, N), dtype) if save_states else None,
         },
@@ -222,4 +224,4 @@ def scan_chunks(
         grid={"b": B, "h": H, "block": V // BLOCK_V},
         warpgroups=3,
     )  # fmt: skip
-    return results["o"], results["r"], jnp.swapaxes(results["final"], 2, 3), results.get("states")
+    return results["o"], jnp.swapaxes(results["final"], 2, 3), results.get("r"), results.get("states")
