@@ -93,6 +93,7 @@ def _kept(found: Found) -> Any:
         axis.plot(token, head, "k.", markersize=3)
         axis.axvline(len(found.tokens) - 1 - found.window[row] - 0.5, color="green", linewidth=1)
         axis.set_ylabel(f"layer {found.layers[row]}\nhead")
+        axis.set_yticks(range(heads))
         figure.colorbar(image, ax=axis, label="score")
     axes[-1].set_xlabel("token (dot: held at the end; right of the line: in the window)")
     return figure
@@ -105,7 +106,9 @@ def _counts(found: Found) -> Any:
     figure, axis = plt.subplots(figsize=(2 + 0.5 * counts.shape[1], 1.5 + 0.4 * counts.shape[0]))
     image = axis.imshow(counts, aspect="auto", cmap="viridis", vmin=0, vmax=max(found.budget))
     for (row, head), count in np.ndenumerate(counts):
-        axis.text(head, row, str(count), ha="center", va="center", color="white", fontsize=7)
+        color = "black" if count > max(found.budget) / 2 else "white"
+        axis.text(head, row, str(count), ha="center", va="center", color=color, fontsize=7)
+    axis.set_xticks(range(counts.shape[1]))
     axis.set_yticks(range(len(found.layers)), [str(layer) for layer in found.layers])
     axis.set(xlabel="head", ylabel="layer")
     figure.colorbar(image, ax=axis, label="slots filled")

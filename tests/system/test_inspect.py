@@ -22,11 +22,11 @@ TEXT = "what is kept of this text, and for how long?"
 
 
 @functools.cache
-def build() -> LanguageModel:
+def build(retention: str = "learned") -> LanguageModel:
     router = dict(conv_sizes=(3,), conv_dilations=(2,))
     pattern = (
         GatedDeltaNet(num_heads=2, head_dim=4),
-        LTE(num_heads=4, num_kv_heads=2, window=WINDOW, budget=BUDGET, sinks=SINKS, **router),
+        LTE(num_heads=4, num_kv_heads=2, window=WINDOW, budget=BUDGET, sinks=SINKS, retention=retention, **router),
     )
     config = ModelConfig(vocab_size=260, width=16, num_layers=4, pattern=pattern, init_std=0.3, max_length=64)
     model = LanguageModel(config, rngs=nnx.Rngs(1))
@@ -37,8 +37,8 @@ def build() -> LanguageModel:
 
 
 @functools.cache
-def found():
-    return probe(build(), tokens())
+def found(retention: str = "learned"):
+    return probe(build(retention), tokens())
 
 
 def tokens() -> np.ndarray:
@@ -46,9 +46,9 @@ def tokens() -> np.ndarray:
 
 
 @functools.cache
-def stores() -> np.ndarray:
+def stores(retention: str = "learned") -> np.ndarray:
     """[T, layers, M, K]: the positions in every store after each token, from decoding one by one."""
-    model, seen = build(), []
+    model, seen = build(retention), []
     cache = model.init_cache(1)
     for token in tokens():
         _, cache = model.extend(np.array([[token]]), cache)
@@ -56,8 +56,15 @@ def stores() -> np.ndarray:
     return np.stack(seen)
 
 
-def test_what_is_held_is_what_decoding_holds():
-    look, last = found(), stores()[-1]
+@pytest.mark.parametrize(
+    "retention",
+    [
+        "learned",
+        *(pytest.param(rule, marks=pytest.mark.exhaustive) for rule in ("recency", "random", "write_strength")),
+    ],
+)
+def test_what_is_held_is_what_decoding_holds(retention):
+    look, last = found(retention), stores(retention)[-1]
     for layer in range(2):
         for head in range(2):
             held = np.flatnonzero(look.held[layer, :, head])
