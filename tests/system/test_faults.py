@@ -30,17 +30,6 @@ from tests.system.worker import experiment
 ONE = jax.devices()[:1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Compiled programs are kept between the runs of this file: all but one are the same."""
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-
-
 def small(**changes):
     return dataclasses.replace(experiment(), steps=8, checkpoint=CheckpointConfig(every=3, keep=2), **changes)
 
