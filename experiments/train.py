@@ -61,9 +61,11 @@ def _leave(text: str) -> None:
     import jax
 
     if jax.distributed.is_initialized():
-        print(text, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)
+        try:
+            print(text, file=sys.stderr, flush=True)
+            sys.stdout.flush()
+        finally:  # also where the disk of the log is full
+            os._exit(1)
 
 
 def _prepare() -> None:

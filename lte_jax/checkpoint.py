@@ -19,7 +19,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self._keep, self._read_only = keep, read_only
         self._pending: int | None = None
+        self._failure: BaseException | None = None
         if read_only and not self.folder.is_dir():
             raise CheckpointError(f"{self.folder}: no checkpoints there")
         self._manager = ocp.CheckpointManager(
@@ -87,7 +89,19 @@ class Checkpoints:
                 enable_async_checkpointing=asynchronous and not read_only,
                 step_name_format=ocp.path.step.standard_name_format(),
             ),
+            handler_registry=self._handlers(),
         )
+
+    def _handlers(self) -> Any:
+        def note(error: BaseException) -> None:
+            self._failure = error
+
+        arrays, values = _Watched(note), ocp.JsonCheckpointHandler()
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for kind, handler in (("Standard", arrays), ("Json", values)):
+            for action in ("Save", "Restore"):
+                registry.add(None, getattr(ocp.args, kind + action), handler)
+        return registry
 
     def steps(self) -> list[int]:
         """Steps that look complete, oldest first; ``restore`` proves it."""
@@ -122,7 +136,12 @@ class Checkpoints:
         Raises:
           CheckpointError: the save in the background failed.
         """
-        if self._pending is None or self._manager.is_saving_in_progress():
+        if self._pending is None:
+            return None
+        if self._failure is not None and jax.process_count() > 1:
+            # Orbax would wait here for the other processes, which wait for this one until their time is out.
+            raise self._failed(self._pending, self._failure)
+        if self._manager.is_saving_in_progress():
             return None
         step, self._pending = self._pending, None
         try:
@@ -138,17 +157,15 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when nothing is being written; raises as ``poll``."""
-        if self._pending is None:
-            return
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            step, self._pending = self._pending, None
-            raise self._failed(step, error) from error
-        self.poll()
+        while self._pending is not None:
+            self.poll()
+            if self._pending is not None:
+                time.sleep(0.005)
 
     def close(self) -> None:
-        """Waits for the save in progress, then lets go of threads."""
+        """Waits for the save in progress, then lets go of threads; after a failure among several processes, neither."""
+        if self._failure is not None and jax.process_count() > 1:
+            return
         try:
             self.wait()
         finally:
@@ -274,6 +291,32 @@ class Checkpoints:
         return CheckpointError(
             f"saving step {step} to {self.folder} failed: {cause[0][:300] if cause else type(error).__name__}; {last}"
         )
+
+
+class _Watched(ocp.StandardCheckpointHandler):
+    """Tells at once when writing fails, before Orbax waits for the other processes to say so."""
+
+    def __init__(self, on_failure: Callable[[BaseException], None]):
+        super().__init__()
+        self._on_failure = on_failure
+
+    async def async_save(self, *args: Any, **kwargs: Any) -> Any:
+        writes = await super().async_save(*args, **kwargs)
+        return [_WatchedWrite(write, self._on_failure) for write in writes or ()]
+
+
+class _WatchedWrite:
+    """One write in the background, with Orbax's interface of a future."""
+
+    def __init__(self, write: Any, on_failure: Callable[[BaseException], None]):
+        self._write, self._on_failure = write, on_failure
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return self._write.result(timeout=timeout)
+        except BaseException as error:
+            self._on_failure(error)
+            raise
 
 
 def checksums(tree: Any) -> dict[str, int]:

@@ -225,6 +225,35 @@ def test_an_error_in_one_process_ends_the_launch_at_once(cache, tmp_path):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_full_disk_under_one_process_ends_the_launch_and_leaves_the_last_step(single, cache, tmp_path, process):
+    """Though Orbax lets the processes wait for one another for ten minutes."""
+    folder = tmp_path / "run"
+    run, seconds = launch(folder, cache, 2, 4, *MESH, fault=f"disk:{process}:3")
+    assert run.returncode == 1 and f"process {process} ended with exit code 1" in run.stderr, run.stderr[-3000:]
+    assert process or re.search(r"error: saving step \d to .* failed", run.stderr)  # the other's log is full too
+    assert seconds < 60
+    print(f"\na full disk under process {process} of two: the launch ended after {seconds:.1f} s")
+    assert train(experiment(), folder, devices=ONE).finished
+    check_same_run(folder, single, STEPS)
+
+
+@pytest.mark.exhaustive
+def test_two_processes_agree_to_skip_a_truncated_step(single, cache, tmp_path):
+    folder = tmp_path / "run"
+    assert launch(folder, cache, 2, 4, *MESH, fault="kill:0:4")[0].returncode == 137
+    newest = max(
+        (path for path in (folder / "checkpoints").iterdir() if path.name.isdigit()), key=lambda x: int(x.name)
+    )
+    for file in (newest / "params").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:-20])
+    run, _ = launch(folder, cache, 2, 4, *MESH)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert f"from step {int(newest.name) - 1}" in run.stdout and list(newest.parent.glob(f"damaged-{newest.name}-*"))
+    check_same_run(folder, single, STEPS)
+
+
+@pytest.mark.exhaustive
 def test_without_a_launcher_the_heartbeat_ends_the_others(cache, tmp_path):
     """One of two processes is killed; the other ends by itself, and the last step is intact."""
     folder, port = tmp_path / "run", socket_number() % 4096 + 61440

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import signal
 import time
 
@@ -50,6 +51,10 @@ def _inject(kind: str, process: int, step: int) -> None:
             (self.folder / "fault.json").write_text(json.dumps({"time": time.time()}))
             if kind == "error":
                 raise ValueError("a bad record on one process")
+            if kind == "disk":  # a write beyond the limit fails as on a full disk
+                limit = 1_000 if process else 5_000  # process 0 writes more, and goes on with its metrics
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+                return run_step(self, state, batch, interrupted)
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}[kind])
         return run_step(self, state, batch, interrupted)
 
