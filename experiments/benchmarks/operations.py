@@ -67,9 +67,11 @@ def _row(
     setup = case.make(options)
     contenders, missing = assemble(setup, implementations, peers, say)
     found: dict[str, dict[str, float]] = {}
+    equal: dict[str, bool] = {}
     if errors and setup.reference is not None:
         truth = setup.reference()
         found = {c.name: _errors(c, truth) for c in contenders if c.values is not None}
+        equal = {c.name: _same_bits(c) for c in contenders if c.values is not None and c.name in implementations}
     copy, moved = copy_contender(copy_bytes)
     times = measure([*contenders, copy], rounds=rounds, trace=jax.default_backend() == "gpu")
     return {
@@ -79,7 +81,9 @@ def _row(
         "bytes": setup.bytes,
         "copy_gbps": moved / times["copy"].best * 1e-6,
         "contenders": [
-            _entry(c, times[c.name], found.get(c.name, {}), c.name not in implementations) for c in contenders
+            _entry(c, times[c.name], found.get(c.name, {}), c.name not in implementations)
+            | {"same_bits": equal.get(c.name)}
+            for c in contenders
         ],
         "missing": missing,
     }
@@ -109,6 +113,13 @@ def _errors(contender: Contender, truth: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def _same_bits(contender: Contender) -> bool:
+    """Whether two calls on the same inputs give the same bits."""
+    assert contender.values is not None
+    first, second = (contender.values(contender.call()) for _ in range(2))
+    return all(np.array_equal(first[name], second[name], equal_nan=True) for name in first)
+
+
 def lines(row: dict[str, Any]) -> list[str]:
     """A case as text for the screen."""
     floor = row["bytes"] / row["copy_gbps"] * 1e-6
@@ -118,6 +129,10 @@ def lines(row: dict[str, Any]) -> list[str]:
         errors = " ".join(f"{name} {value:.1e}" for name, value in found["errors"].items())
         text.append(
             f"  {found['name']:24s} device {busy} calls {found['calls']:8.4f} ms x{found['repeats']} "
-            f"spread {found['spread']:.2f} {errors} {found['note']}"
+            f"spread {found['spread']:.2f} {errors} {_bits(found)}{found['note']}"
         )
     return text + [f"  {name:24s} not timed: {reason}" for name, reason in row["missing"].items()]
+
+
+def _bits(found: dict[str, Any]) -> str:
+    return {None: "", True: "same bits twice ", False: "OTHER BITS THE SECOND TIME "}[found["same_bits"]]

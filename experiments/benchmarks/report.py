@@ -70,6 +70,7 @@ def _lines(row: dict[str, Any]) -> list[str]:
         ratio = "" if found["peer"] or not peers else f"{found['best'] / min(peers):.2f}"
         busy = "" if found["busy"] is None else f"{found['busy']:.4f}"
         error = "" if not found["errors"] else _worst(found["errors"])
+        error += {True: ", same bits twice", False: ", other bits the second time"}.get(found.get("same_bits"), "")
         cells = [first, found["name"], busy, f"{found['calls']:.4f}", ratio, f"{found['best'] / floor:.1f}", error]
         lines.append("| " + " | ".join([*cells, found["note"]]) + " |")
         first = ""
