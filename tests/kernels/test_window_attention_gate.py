@@ -1,0 +1,141 @@
+"""Do the Triton kernels of window attention still compile within their registers and shared memory, without a GPU?"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import triton_call
+from pallas_kernels.dispatch import UnsupportedCase
+from pallas_kernels.window_attention import (
+    Columns,
+    DecodeCache,
+    triton,
+    triton_tiles,
+    window_attention,
+    window_attention_step,
+    window_attention_update_step,
+)
+
+pytestmark = pytest.mark.skipif(
+    triton_call.triton is None, reason="triton is not installed; pip install '.[cuda]' restores this test"
+)
+
+# Shared memory that one program may have, in KB, by compute capability.
+SHARED = {80: 163, 89: 99, 90: 227}
+# Spilled bytes per thread allowed, by (Hopper?, dtype, head size) and kernel; 0 without an entry.
+SPILLS = {
+    (True, "bfloat16", 64): {"_dkv_kernel": 64},
+    (True, "bfloat16", 128): {},
+    (True, "bfloat16", 256): {"_forward_kernel": 144, "_dkv_kernel": 672},
+    (True, "float32", 64): {"_dq_kernel": 8},
+    (False, "bfloat16", 64): {"_dkv_kernel": 8},
+    (False, "bfloat16", 128): {"_forward_kernel": 64},
+    (False, "bfloat16", 256): {},
+    (False, "float32", 64): {},
+}
+
+
+def spec(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def attention_calls(size, dtype=jnp.bfloat16, columns=0, documents=False):
+    """Every kernel call of the forward and the backward pass."""
+    B, T, H, K = 2, 1024, 4, 2
+    arrays = [spec(dtype, B, T, H, size), spec(dtype, B, T, K, size), spec(dtype, B, T, K, size)]
+    fixed = {"expiry": spec(jnp.int32, B, T, K)}
+    if documents:
+        fixed["segment_ids"] = spec(jnp.int32, B, T)
+    held = [spec(dtype, B, columns, K, size)] * 2 if columns else []
+    slots = [spec(jnp.int32, B, columns, K)] * 2 if columns else []
+
+    def program(arrays, scores, held, slots, fixed):
+        def attend(arrays, scores, held):
+            store = Columns(*held, *slots) if held else None
+            return window_attention(
+                *arrays, scores, window=300, columns=store, return_lse=True, implementation="triton", **fixed
+            )
+
+        o, pullback = jax.vjp(attend, arrays, scores, held)
+        return pullback(o)
+
+    return triton_call.record_calls(program, arrays, spec(jnp.float32, B, T, K), held, slots, fixed)
+
+
+def step_calls(size, group, dtype=jnp.bfloat16):
+    B, K, R, M = 4, 2, 65, 32
+    cache = DecodeCache(
+        spec(dtype, B, R, K, size),
+        spec(dtype, B, R, K, size),
+        spec(jnp.float32, B, R, K),
+        spec(dtype, B, M, K, size),
+        spec(dtype, B, M, K, size),
+        spec(jnp.int32, B, M, K),
+        spec(jnp.float32, B, M, K),
+    )
+
+    def program(q, k, v, score, cache, length):
+        options = {"implementation": "triton"}
+        o, _ = window_attention_update_step(q, k, v, score, cache, length, sinks=4, reach=6, **options)
+        valid = (jnp.ones((B, R, K), bool), jnp.ones((B, K), jnp.int32))
+        return o, window_attention_step(
+            q, (cache.ring_k, cache.store_k), (cache.ring_v, cache.store_v), valid, **options
+        )
+
+    token = spec(dtype, B, K, size)
+    return triton_call.record_calls(
+        program, spec(dtype, B, K * group, size), token, token, spec(jnp.float32, B, K), cache, spec(jnp.int32, B)
+    )
+
+
+def check(calls, capability, wanted, allowance):
+    """``allowance``: spilled bytes per kernel name, 0 without an entry."""
+    compiled = [triton_call.compile_call(call, capability) for call in calls]
+    assert {kernel.name for kernel in compiled} == wanted
+    for kernel in compiled:
+        allowed = allowance.get(kernel.name, 0)
+        assert kernel.spill_bytes <= allowed, (
+            f"{kernel.name} {kernel.constexprs.get('KIND', '')} for sm_{capability} spills {kernel.spill_bytes} bytes "
+            f"per thread ({kernel.registers} registers); {allowed} are allowed"
+        )
+        assert kernel.shared_bytes <= SHARED[capability] * 1024, f"{kernel.name}: {kernel.shared_bytes} bytes"
+        if capability == 90 and kernel.name in ("_forward_kernel", "_dq_kernel", "_dkv_kernel"):
+            assert "wgmma" in kernel.ptx or kernel.constexprs["PRECISION"] != "tf32", f"{kernel.name}: no tensor cores"
+
+
+PASSES = {"_list_kernel", "_forward_kernel", "_dq_kernel", "_dkv_kernel"}
+STEPS = {"_part_kernel", "_join_kernel", "_update_part_kernel", "_update_join_kernel"}
+
+
+def test_training_kernels_compile_without_spills():
+    check(attention_calls(64), 90, PASSES, {"_dkv_kernel": 16})
+
+
+def test_decode_kernels_compile_without_spills():
+    check(step_calls(64, 1), 90, STEPS, {})
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize(
+    "dtype, size", [("bfloat16", 64), ("bfloat16", 128), ("bfloat16", 256), ("float16", 64), ("float32", 64)]
+)
+def test_every_kernel_compiles(dtype, size, capability, monkeypatch):
+    """The variants with documents and columns, which need the most registers."""
+    monkeypatch.setattr(triton_tiles, "capability", lambda: capability / 10)
+    monkeypatch.setattr(triton, "capability", lambda: capability / 10)
+    allowance = SPILLS[capability >= 90, "float32" if dtype == "float32" else "bfloat16", size]
+    if (dtype, capability) == ("float32", 89):
+        with pytest.raises(UnsupportedCase, match=r"float32 with head sizes N=64, V=64 on compute capability 8\.9"):
+            attention_calls(size, jnp.dtype(dtype))
+    else:
+        check(attention_calls(size, jnp.dtype(dtype), columns=33, documents=True), capability, PASSES, allowance)
+    for group in (1, 4):
+        check(step_calls(size, group, jnp.dtype(dtype)), capability, STEPS, allowance)
+
+
+def test_float32_of_large_heads_is_refused_before_a_launch():
+    with pytest.raises(UnsupportedCase, match="float32 with head sizes N=128, V=128"):
+        attention_calls(128, jnp.float32)
