@@ -253,11 +253,13 @@ class Checkpoints:
 
     def _put_aside(self, step: int) -> None:
         """Renames a step that cannot be used, so that it is neither counted nor in the way of a new save."""
-        if self._read_only or jax.process_index() != 0:
+        if self._read_only:
             return
-        source = self.folder / str(step)
-        number = next(n for n in range(10_000) if not (self.folder / f"damaged-{step}-{n}").exists())
-        source.rename(self.folder / f"damaged-{step}-{number}")
+        if jax.process_index() == 0:
+            source = self.folder / str(step)
+            number = next(n for n in range(10_000) if not (self.folder / f"damaged-{step}-{n}").exists())
+            source.rename(self.folder / f"damaged-{step}-{number}")
+        _everywhere(True)  # every process forgets the step, after it is gone
         self._manager.reload()
 
     def _prune(self) -> None:
