@@ -121,9 +121,8 @@ def check(case: Any) -> None:
     if isinstance(case, Case):
         if case.dtype == "float32" and (max(case.N, case.V) > 64 or 8 < capability() < 9):
             raise UnsupportedCase(
-                f"window_attention: float32 with head sizes N={case.N}, V={case.V} on compute capability {capability()}; "
-                "its products in three parts need the shared memory of 8.0 or 9.0, at head sizes up to 64; use bfloat16, "
-                "float16 or 'xla'"
+                f"window_attention: float32 with head sizes N={case.N}, V={case.V} on {capability()}; its "
+                "products fit into the shared memory of capability 8.0 and 9.0 up to 64; use bfloat16, float16 or 'xla'"
             )
         rows = max(case.T * case.H, case.U * case.K, case.C * case.K) * max(case.N, case.V)
         if rows >= 2**31:
