@@ -21,15 +21,20 @@ RETAINING = LTE(num_heads=2, num_kv_heads=2, window=13, budget=6, sinks=2, dropo
 PATTERNS = {
     "lalte": (GDN, RETAINING),
     "lalte_shared": (GDN, dataclasses.replace(RETAINING, routing_shared="all")),
-    "hola": (GDN, dataclasses.replace(RETAINING, retention="write_strength")),
-    "lansa": (GDN, NSA(num_heads=4, num_kv_heads=2, head_dim=8, block_size=4, block_counts=3, window=5)),
-    "gdn_swa": (GDN, WindowAttention(num_heads=2, num_kv_heads=1, window=9)),
+    "all others": (
+        GDN,
+        dataclasses.replace(RETAINING, retention="write_strength"),
+        NSA(num_heads=4, num_kv_heads=2, head_dim=8, block_size=4, block_counts=3, window=5),
+        WindowAttention(num_heads=2, num_kv_heads=1, window=9),
+        FullAttention(num_heads=2, qk_norm=True),
+    ),
     "transformer": (FullAttention(num_heads=2),),
 }
 
 
 def config(pattern: str = "lalte", **changes) -> ModelConfig:
-    values = dict(vocab_size=40, width=16, num_layers=4, pattern=PATTERNS[pattern], init_std=0.2, max_length=128)
+    layers = 2 * len(PATTERNS[pattern])
+    values = dict(vocab_size=40, width=16, num_layers=layers, pattern=PATTERNS[pattern], init_std=0.2, max_length=128)
     return ModelConfig(**{**values, **changes})
 
 
@@ -42,7 +47,7 @@ def tokens(batch: int = 2, length: int = 50, seed: int = 1) -> np.ndarray:
     return np.asarray(jax.random.randint(jax.random.key(seed), (batch, length), 0, 40))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", ["lalte", "lalte_shared", "all others"])
 def test_prompt_and_steps_equal_the_streaming_pass(pattern):
     model, ids = build(pattern), tokens()
     expected = model(ids, reading="streaming").logits
@@ -55,7 +60,7 @@ def test_prompt_and_steps_equal_the_streaming_pass(pattern):
     assert cache.length.tolist() == [50, 50]
 
 
-@pytest.mark.parametrize("pattern", ["lalte", "lansa", "gdn_swa"])
+@pytest.mark.parametrize("pattern", ["lalte", "all others"])
 def test_left_padding_is_invisible(pattern):
     model, ids = build(pattern), tokens(length=40)
     lengths = [40, 23]
@@ -63,21 +68,22 @@ def test_left_padding_is_invisible(pattern):
     logits, cache = model.extend(ids, model.init_cache(2), mask)
     whole = model(ids, mask).logits
     step, _ = model.extend(ids[:, :1], cache, np.concatenate([mask, np.ones((2, 1), np.int32)], axis=1))
-    for row, n in enumerate(lengths):
-        alone, alone_cache = model.extend(ids[row : row + 1, 40 - n :], model.init_cache(1))
-        assert_close(logits[row, 40 - n :], alone[0], "model")
-        assert_close(whole[row, 40 - n :], model(ids[row : row + 1, 40 - n :]).logits[0], "model")
-        assert_close(step[row], model.extend(ids[row : row + 1, :1], alone_cache)[0][0], "model")
+    assert_close(logits[0], whole[0], "model")
+    row, n = 1, lengths[1]
+    alone, alone_cache = model.extend(ids[row : row + 1, 40 - n :], model.init_cache(1))
+    assert_close(logits[row, 40 - n :], alone[0], "model")
+    assert_close(whole[row, 40 - n :], alone[0], "model")
+    assert_close(step[row], model.extend(ids[row : row + 1, :1], alone_cache)[0][0], "model")
 
 
 def test_caches_can_be_forked():
     model, ids = build(), tokens()
-    _, cache = model.extend(ids[:, :30], model.init_cache(2))
+    _, cache = model.extend(ids[:, :31], model.init_cache(2), reading="streaming")
     before = jax.tree.map(np.asarray, cache)
-    first, _ = model.extend(ids[:, 30:35], cache)
-    model.extend(ids[:, 40:47], cache)
+    first, _ = model.extend(ids[:, 31:44], cache)
+    model.extend(ids[:, 37:50], cache)
     jax.tree.map(np.testing.assert_array_equal, cache, before)
-    again, _ = model.extend(ids[:, 30:35], jax.tree.map(jnp.copy, cache))
+    again, _ = model.extend(ids[:, 31:44], jax.tree.map(jnp.copy, cache))
     np.testing.assert_array_equal(first, again)
 
 
@@ -95,22 +101,23 @@ def test_compilation_does_not_grow_with_depth():
     assert program(24) < 1.02 * program(4)
 
 
+@functools.cache
+def gradients_with(remat: str):
+    graph, state = nnx.split(LanguageModel(config(), rngs=nnx.Rngs(0), remat=remat))
+    ids = jnp.asarray(tokens(length=33), jnp.int32)
+
+    @jax.jit
+    @jax.grad
+    def gradients(state):
+        return training_loss(nnx.merge(graph, state), ids, jnp.full((2, 2), 0.1), key=jax.random.key(3))[0]
+
+    return gradients(state)
+
+
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "none"])
 def test_remat_changes_no_gradient(policy):
-    ids = jnp.asarray(tokens(length=33), jnp.int32)
-    results = []
-    for remat in ("none", policy):
-        model = LanguageModel(config(), rngs=nnx.Rngs(0), remat=remat)
-        graph, state = nnx.split(model)
-
-        @jax.jit
-        @jax.grad
-        def gradients(state, graph=graph):
-            weights = jnp.full((2, 2), 0.1)
-            return training_loss(nnx.merge(graph, state), ids, weights, key=jax.random.key(3))[0]
-
-        results.append(gradients(state))
-    for ours, expected in zip(jax.tree.leaves(results[1]), jax.tree.leaves(results[0]), strict=True):
+    changed, plain = gradients_with(policy), gradients_with("none")
+    for ours, expected in zip(jax.tree.leaves(changed), jax.tree.leaves(plain), strict=True):
         assert rms_error(ours, expected) < 1e-5
 
 
@@ -143,7 +150,7 @@ def test_the_routing_is_keyed_by_layer():
     output = build()(tokens())
     assert sorted(output.scores) == sorted(output.selected) == [1, 3]
     assert output.scores[1].shape == (2, 50, 2) and output.scores[1].dtype == jnp.float32
-    assert build("gdn_swa")(tokens()).scores == {}
+    assert build("transformer")(tokens()).scores == {}
 
 
 @pytest.mark.parametrize(
