@@ -142,10 +142,12 @@ def check_collectives(text, mesh_config):
         elif len(shape) >= 3 and (DATA.length in shape[:2] or shape[1] == tokens):
             # Activations: the lookup in a table that is split over width, and the best token over a split vocabulary.
             lookup, best = "_take" in where, shape[2:] == (mesh_config.tensor,)
-            assert lookup or best, (kind, shape, where)
+            # Fewer KV heads than devices of the tensor axis are whole on each: k and v, half as wide as q.
+            few = KV_HEADS % mesh_config.tensor and shape[2:] == (KV_HEADS * HEAD_SIZE,)
+            assert lookup or best or few, (kind, shape, where)
 
 
-HEADS, HEAD_SIZE = 4, 4
+HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 4
 
 
 def config_of(mixer):
