@@ -216,6 +216,8 @@ def tiles_of(case: StepCase | UpdateCase) -> tuple[StepTiles, int]:
     tiles = STEP_TILES["one" if case.H == case.K else "several"]
     if max(case.N, case.V) > 128:
         tiles = dataclasses.replace(tiles, keys=32, stages=min(tiles.stages, 2))
+    if case.dtype == "float32":
+        tiles = dataclasses.replace(tiles, keys=min(tiles.keys, 32), stages=1)
     parts = max(1, min(64, tiles.programs // (case.B * case.K)))
     return tiles, tiles.keys * -(-sum(case.slots) // (parts * tiles.keys))
 
