@@ -19,6 +19,7 @@ Sweeps that are too large for the default run. One command runs them all and rew
     .venv/bin/pytest -m exhaustive
 
 A part of them (`-k`, a file, a case) rewrites the lines that it touches: "run" counts the cases of the last run.
+A test of the list that has no line here has not been run since the page exists; "+" beside a commit: files differed.
 
 | test | cases | run | passed | failed | skipped | seconds | date | commit | machine |
 |---|---|---|---|---|---|---|---|---|---|
