@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dispatch import UnsupportedCase
-from pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step, triton_split
+from pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step, triton_split, triton_tiles
 from pallas_kernels.gated_delta_rule.xla import recurrence
 from tests.kernels.gated_delta_truth import NAMES, truth
 from tests.tolerances import assert_close, rms_error
@@ -317,6 +317,26 @@ def test_split_over_segments(implementation):
     inputs, cotangents = make_inputs(tokens, decays=(0.0, 0.001, 0.1), **shape)
     check(inputs, cotangents, implementation)
     check(inputs, cotangents, implementation, rows([(1, 1500), (0, 20), (2, tokens - 1520)]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize(("size", "value_size"), [(64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512)])
+def test_every_tile(monkeypatch, size, value_size, segments):
+    """Every choice of tile that ships, in one scan and in a split one."""
+    monkeypatch.setattr(triton_split, "plan", lambda _, chunks: triton_split.Plan(segments, -(-chunks // segments)))
+    shape = dict(batch=1, kv_heads=1, heads=2, size=size, value_size=value_size, dtype="bfloat16")
+    check(*make_inputs(150 + segments, decays=(0.01, 0.1, 20.0), **shape), "triton")
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the present kernels await a green run of this file on a GPU, which fills CHECKED"
+)
+def test_only_checked_tiles_are_chosen():
+    """``CHECKED`` gains an entry when this file has passed with it on a GPU."""
+    kernels = ("within", "scan", "reverse_scan", "pairs", "gradients")
+    chosen = {(name, size, triton_tiles.choose(name, size)) for name in kernels for size in triton_tiles.HEAD_SIZES}
+    assert chosen <= triton_tiles.CHECKED
 
 
 @pytest.mark.parametrize("programs", [1, 16, 33, 34, 128])
