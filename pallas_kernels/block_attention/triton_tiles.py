@@ -62,7 +62,10 @@ def slots(case: Any) -> int:
 
 
 ROWS = 64  # of a tile: tokens times the padded group
-GATHERED_GROUP = 4
+
+# Up to how many query heads to a KV head blocks gather their tokens. 0: never, until a GPU has shown the gain, which is
+# expected up to 4; the tests set it.
+GATHERED_GROUP = 0
 PIECE = 512  # tokens of a block's list that one program takes
 
 

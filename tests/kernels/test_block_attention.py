@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.block_attention import block_attention, block_attention_extend, init_block_cache
+from pallas_kernels.block_attention import block_attention, block_attention_extend, init_block_cache, triton_tiles
 from pallas_kernels.block_attention import xla as xla_backend
 from pallas_kernels.block_attention.api import Case
 from pallas_kernels.dispatch import UnsupportedCase
@@ -94,8 +94,7 @@ def packed_segments(B, T, lengths, gaps):
 
 
 OPTIONS = dict(block_size=4, block_counts=3, window=5)
-# name: (shape B, T, H, K, N, V), options, document lengths and gaps or None. With up to 4 query heads to a KV head the
-# Triton kernels gather tokens by block, with more they read blocks by tile of tokens: both meet packing and short rows.
+# name: (shape B, T, H, K, N, V), options, document lengths and gaps or None
 CASES = {
     "odd": ((2, 37, 6, 2, 8, 5), OPTIONS, None),
     "group of 1, prime block": ((1, 29, 3, 3, 7, 7), dict(block_size=5, block_counts=2, window=1), None),
@@ -285,6 +284,19 @@ def test_under_vmap_scan_and_remat(implementation):
     o, _ = plain(arrays, segments, jnp.zeros((*arrays[0].shape[:3], arrays[2].shape[3])))
     for one, other in zip(plain(arrays, segments, jnp.cos(o))[1], mapped, strict=True):
         assert_close(other[1], one, "block attention")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["odd", "packed, group of 2", "group of 1, prime block"])
+def test_gathering_tokens_by_block_changes_nothing(name, monkeypatch):
+    """The kernels for few query heads to a KV head, which are not offered yet, against those that are."""
+    arrays, segments, options = build(name, "triton")
+    cotangent = jnp.cos(7.0 * arrays[0][..., :1] + arrays[0][..., : arrays[2].shape[3]])
+    by_tile = compiled(tuple(options.items()), "triton")(arrays, segments, cotangent)
+    monkeypatch.setattr(triton_tiles, "GATHERED_GROUP", 4)
+    by_block = compiled.__wrapped__(tuple(options.items()), "triton")(arrays, segments, cotangent)
+    for one, other in zip(jax.tree.leaves(by_tile), jax.tree.leaves(by_block), strict=True):
+        assert_close(other, one, "block attention")
 
 
 def test_bits_repeat(implementation):

@@ -6,6 +6,7 @@ import pytest
 
 from pallas_kernels import triton_call
 from pallas_kernels.block_attention import triton as block_attention
+from pallas_kernels.block_attention import triton_tiles
 from pallas_kernels.block_attention.api import Case
 from pallas_kernels.block_attention.blocks import BlockCache, table_size
 
@@ -78,7 +79,8 @@ def _exhaustive(*values):
         _exhaustive(32, 64, 16, 32),
     ],
 )
-def test_compiles_without_further_spills(group, N, S, M):
+def test_compiles_without_further_spills(group, N, S, M, monkeypatch):
+    monkeypatch.setattr(triton_tiles, "GATHERED_GROUP", 4)
     whole, step = _whole(group, N, S, M), _step(group, N, S, M)
     assert {call.kernel.__name__ for call in whole} == (GATHERING if group <= 4 else KERNELS)
     assert {call.kernel.__name__ for call in step} == STEP
