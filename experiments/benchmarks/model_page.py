@@ -123,7 +123,7 @@ def _picture(lines: Iterable[Line], size: str, folder: Path) -> Path:
                     style, name = ("o-", model) if who == "ours" else ("x", f"{model}, {who}")
                     axis.plot(*zip(*sorted(points), strict=True), style, label=name, markersize=4)
             axis.set(xscale="log", yscale="log", xlabel="tokens before", ylabel=label, title=f"batch {batch}")
-    axes[0, 0].legend(fontsize=7)
+    next(axis for axis in axes.flat if axis.has_data()).legend(fontsize=7)
     figure.suptitle(size)
     figure.tight_layout()
     path = folder / f"inference_cost_{size}.png"
