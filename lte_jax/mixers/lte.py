@@ -255,7 +255,7 @@ class LTE(Mixer):
         context: Aux,
         router: Router | None,
         new: Int32[Array, "B"] | None,
-    ) -> tuple[Float32[Array, "B U K"], Scores, Array | None]:
+    ) -> tuple[Float32[Array, "B past_and_new K"], Scores, Array | None]:
         """Scores on the axis of keys, the router's of the new tokens alone, and its inputs to remember.
 
         ``new``: tokens per row; None where no token is padding.
