@@ -23,7 +23,7 @@ SPILLS = {
     ("_within_chunks", 256): 0,
     ("_scan_chunks", 64): 0,
     ("_scan_chunks", 128): 8,
-    ("_scan_chunks", 256): 816,
+    ("_scan_chunks", 256): 832,
     ("_reverse_scan", 64): 0,
     ("_reverse_scan", 128): 0,
     ("_reverse_scan", 256): 656,
