@@ -137,13 +137,15 @@ def check_collectives(text, mesh_config):
         if kind == "all-gather" and mesh_config.sequence > 1 and "shard_map/all_gather" in where:
             assert len(shape) == 2 or tokens not in shape[2:3], (kind, shape, where)  # states, document numbers
         elif "shard_map/ppermute" in where or kind == "collective-permute":
-            rows_of_q = len(shape) == 4 and shape[2:] == (HEADS // mesh_config.tensor, HEAD_SIZE)
+            # Where a device has one query head and its one KV head (tensor=4), k has the shape of q: nothing is said.
+            alike = HEADS // mesh_config.tensor == max(1, KV_HEADS // mesh_config.tensor)
+            rows_of_q = len(shape) == 4 and shape[2:] == (HEADS // mesh_config.tensor, HEAD_SIZE) and not alike
             assert not (rows_of_q and shape[1] >= tokens), (kind, shape, where)
         elif len(shape) >= 3 and (DATA.length in shape[:2] or shape[1] == tokens):
             # Activations: the lookup in a table that is split over width, and the best token over a split vocabulary.
             lookup, best = "_take" in where, shape[2:] == (mesh_config.tensor,)
-            # Fewer KV heads than devices of the tensor axis are whole on each: k and v, half as wide as q.
-            few = KV_HEADS % mesh_config.tensor and shape[2:] == (KV_HEADS * HEAD_SIZE,)
+            # Fewer KV heads than devices of the tensor axis are whole on each: k and v, half as wide as all of q.
+            few = KV_HEADS % mesh_config.tensor and np.prod(shape[2:]) <= KV_HEADS * HEAD_SIZE
             assert lookup or best or few, (kind, shape, where)
 
 
