@@ -1,7 +1,6 @@
 """Scores a checkpoint: on data, on tasks of our own, or on those of lm-evaluation-harness.
 
 python -m experiments.evaluate --checkpoint=runs/quickstart
-python -m experiments.evaluate --checkpoint=runs/quickstart --data=SymbolNeedles --set length=384
 python -m experiments.evaluate --checkpoint=runs/quickstart --own=needles --lengths=96,192 --num_samples=200
 python -m experiments.evaluate --checkpoint=runs/text --own=bytes --text=corpus/
 python -m experiments.evaluate --checkpoint=runs/text --inspect --text=corpus/story.txt --lengths=2048
@@ -250,7 +249,7 @@ def inspect(
     """
     place = restore.find(checkpoint)
     model, found = load_with_tokenizer(checkpoint, tokenizer, needed=text is not None, step=step, **(types or {}))
-    length = model.config.max_length if length is None else length
+    length = length or model.config.max_length
     if text is not None:
         document = next((part for unit in find_units(text) for part in read_documents(unit) if part.strip()), None)
         if document is None:
@@ -269,8 +268,7 @@ def inspect(
         pieces = [f"{token} " for token in tokens]
     seen = probe(model, tokens)
     folder = Path(output) if output else place.folder / "inspect"
-    title = f"{Path(checkpoint).name}: what LTE keeps of {len(tokens)} tokens"
-    written = inspection.write(seen, folder, title, pieces)
+    written = inspection.write(seen, folder, f"{Path(checkpoint).name}: {len(tokens)} tokens", pieces)
     print(inspection.table(seen))
     print(", ".join(map(str, written)))
     return written
@@ -305,17 +303,7 @@ def _run() -> None:
     if bool(FLAGS.tasks) + (FLAGS.own is not None) + FLAGS.inspect > 1:
         raise ValueError("give one of --tasks, --own and --inspect")
     if FLAGS.inspect:
-        inspect(
-            FLAGS.checkpoint,
-            FLAGS.output,
-            step=FLAGS.step,
-            kind=FLAGS.data,
-            assignments=FLAGS.set,
-            text=FLAGS.text,
-            tokenizer=FLAGS.tokenizer,
-            length=lengths[0] if lengths else None,
-            types=types,
-        )
+        _run_inspect(lengths, types)
         return
     if FLAGS.own:
         evaluate_own(
@@ -379,6 +367,20 @@ def _run() -> None:
         batches=FLAGS.batches,
         buckets=FLAGS.buckets,
         reading=FLAGS.reading or "streaming",
+    )
+
+
+def _run_inspect(lengths: list[int], types: dict[str, Any]) -> None:
+    inspect(
+        FLAGS.checkpoint,
+        FLAGS.output,
+        step=FLAGS.step,
+        kind=FLAGS.data,
+        assignments=FLAGS.set,
+        text=FLAGS.text,
+        tokenizer=FLAGS.tokenizer,
+        length=lengths[0] if lengths else None,
+        types=types,
     )
 
 
