@@ -75,8 +75,20 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        y = jnp.matmul(x.astype(self.dtype), self.weight[...].astype(self.dtype))
+        y = _multiply(x.astype(self.dtype), self.weight[...].astype(self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+def _multiply(x: Float[Array, "... I"], weight: Float[Array, "I O"]) -> Float[Array, "... O"]:
+    """x W. A single row is multiplied with rows of zeros beside it.
+
+    XLA's GPU compiler writes the product of one row as a sum over x_i W_i, which in 16 bits it first stores as a whole
+    and then adds up in 16 bits: several times slower than reading W once, and less exact.
+    """
+    if math.prod(x.shape[:-1]) != 1:
+        return jnp.matmul(x, weight)
+    rows = jnp.pad(x.reshape(1, -1), ((0, 7), (0, 0)))
+    return jnp.matmul(rows, weight)[:1].reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):

@@ -14,6 +14,7 @@ from pallas_kernels.short_convolution import short_convolution, short_convolutio
 from tests.tolerances import assert_close
 
 BATCH, WIDTH = 3, 11
+WIDE = 133
 IDS = {
     "one_document": None,
     "documents": [[1] * 5 + [2] * 1 + [3] * 7, [4] * 2 + [5] * 2 + [1] * 9, [2] * 13],
@@ -57,11 +58,11 @@ def truth(x, weight, segment_ids, state, dy, dstate, activation):
     return y, final, gradients["x"], gradients["weight"], gradients["state"]
 
 
-def make_inputs(tokens=13, taps=4, dtype="float32", seed=0):
+def make_inputs(tokens=13, taps=4, dtype="float32", seed=0, width=WIDTH):
     random = np.random.default_rng([seed, tokens, taps])
     draw = lambda *shape: jnp.asarray(random.normal(size=shape), dtype)  # noqa: E731
-    inputs = draw(BATCH, tokens, WIDTH), draw(taps, WIDTH), draw(BATCH, taps - 1, WIDTH)
-    return inputs, (draw(BATCH, tokens, WIDTH), draw(BATCH, taps - 1, WIDTH))
+    inputs = draw(BATCH, tokens, width), draw(taps, width), draw(BATCH, taps - 1, width)
+    return inputs, (draw(BATCH, tokens, width), draw(BATCH, taps - 1, width))
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "implementation"))
@@ -105,6 +106,26 @@ def test_sequences_shorter_than_the_taps(implementation, tokens):
 @pytest.mark.parametrize("taps", [2, 3, 5])
 def test_other_taps_without_activation(implementation, taps):
     check(*make_inputs(taps=taps), IDS["padding"], implementation, activation=None)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_edges_of_tiles(implementation, packed):
+    """More tokens and channels than a tile of any kernel, neither a multiple of it, documents that end at its edges."""
+    tokens = 97
+    ids = [[1] * 31 + [2] * 2 + [3] * 64, [0] * 32 + [1] * 33 + [2] * 32, [1] * 64 + [0] * 30 + [4] * 3]
+    check(*make_inputs(tokens, width=WIDE), ids if packed else None, implementation)
+
+
+def test_gradient_through_the_outputs_alone(implementation):
+    """No cotangent of the final state, and no initial state, as in training."""
+    (x, weight, state), (dy, dstate) = make_inputs()
+    for ids in (None, IDS["padding"]):
+        segment_ids = None if ids is None else jnp.asarray(ids, jnp.int32)
+        run = lambda x, w: short_convolution(x, w, segment_ids=segment_ids, implementation=implementation)[0]  # noqa: E731, B023
+        _, pullback = jax.vjp(run, x, weight)
+        expected = truth(x, weight, ids, state * 0, dy, dstate * 0, "silu")
+        for a, b in zip(pullback(dy), expected[2:4], strict=True):
+            assert_close(a, b, "short_convolution")
 
 
 def test_low_precision_inputs(implementation):
