@@ -150,10 +150,11 @@ def _models() -> None:
 
 
 def _numbers(flag: str) -> tuple[int, ...]:
+    given: list[str] = getattr(FLAGS, flag)
     try:
-        return tuple(int(value) for value in FLAGS[flag].value)
+        return tuple(int(value) for value in given)
     except ValueError:
-        raise ValueError(f"--{flag}={','.join(FLAGS[flag].value)}: not whole numbers") from None
+        raise ValueError(f"--{flag}={','.join(given)}: not whole numbers") from None
 
 
 def _lines() -> None:

@@ -284,14 +284,28 @@ def _shares(count: int, tile: int) -> tuple[int, int]:
     return ceil_div(count, each), each
 
 
+def _constants(case: Any) -> dict[str, Any]:
+    constants = {name: shared_constants(case)[name] for name in ("K", "G", "N", "V", "S", "SCALE", "PRECISION")}
+    rows, widths = power_of_2(constants["G"], 16), (power_of_2(case.N, 16), power_of_2(case.V, 16))
+    return {**constants, "ROWS": rows, "N_BLOCK": widths[0], "V_BLOCK": widths[1]}
+
+
+def _like(*arrays: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
+
+
+def _parts(case: Any, count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What ``count`` programs for each KV head leave to be joined: weighted sums, maxima and sums of weights."""
+    shape = (case.B, case.K, count, case.H // case.K)
+    return tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*shape, case.V), shape, shape))
+
+
 def _step(
     q: Array, k: Array, v: Array, gates: Array, cache: BlockCache, active: Array | None, *, case: Any, window: int
 ) -> tuple[Array, BlockCache]:
     case = dataclasses.replace(case, B=q.shape[0])
     C, M, window = cache.pooled_k.shape[1], slots(case), min(window, case.U)
-    constants = {name: shared_constants(case)[name] for name in ("K", "G", "N", "V", "S", "SCALE", "PRECISION")}
-    constants |= dict(ROWS=power_of_2(constants["G"], 16), N_BLOCK=power_of_2(case.N, 16))
-    constants |= dict(V_BLOCK=power_of_2(case.V, 16))
+    constants = _constants(case)
     tile = max(TILES.tile if case.dtype != "float32" else 32, case.block_size)
     counts, eaches = zip(_shares(C, tile), _shares(window, tile), _shares(M, tile // case.block_size), strict=True)
     sizes = dict(zip(("MEANS", "WINDOWS", "SELECTORS"), counts, strict=True))
@@ -299,21 +313,9 @@ def _step(
     C_BLOCK = power_of_2(C, 32)
     joins: dict[str, Any] = {**sizes, **blocks, **{name: constants[name] for name in ("G", "V", "V_BLOCK")}}
     flags: dict[str, Any] = dict(TILE=tile, ACTIVE=active is not None, C=C)
-    selection = dict(
-        C_BLOCK=C_BLOCK,
-        CHUNK=min(C_BLOCK, max(32, TILES.chunk * 16 // constants["ROWS"])),
-        WARPS=TILES.warps,
-        M=M,
-        MEANS=sizes["MEANS"],
-        MEANS_BLOCK=blocks["MEANS_BLOCK"],
-    )
-
-    def like(*arrays: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
-
-    def parts(count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        shape = (case.B, case.K, count, constants["G"])
-        return tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*shape, case.V), shape, shape))
+    chunk = min(C_BLOCK, max(32, TILES.chunk * 16 // constants["ROWS"]))
+    selection = dict(C_BLOCK=C_BLOCK, CHUNK=chunk, WARPS=TILES.warps, M=M)
+    selection |= {name: joins[name] for name in ("MEANS", "MEANS_BLOCK")}
 
     def launch(kernel: Any, programs: int, arrays: Any, outputs: Any, aliases: dict[int, int], **options: Any) -> Any:
         return triton_call(
@@ -334,7 +336,7 @@ def _step(
         _means_kernel,
         counts[0],
         (*new, *cache[:4]),
-        (*like(cache.pooled_k, cache.pooled_v), logits, *parts(counts[0])),
+        (*_like(cache.pooled_k, cache.pooled_v), logits, *_parts(case, counts[0])),
         {7: 0, 8: 1},
         MEANS_EACH=eaches[0],
         **flags,
@@ -346,7 +348,7 @@ def _step(
         _window_kernel,
         1 + counts[1],
         (*new, logits, *compressed[1:], cache.k, cache.v),
-        (*like(cache.k, cache.v), chosen_blocks, position, scratch, *parts(counts[1])),
+        (*_like(cache.k, cache.v), chosen_blocks, position, scratch, *_parts(case, counts[1])),
         {8: 0, 9: 1},
         WINDOW=window,
         WINDOW_EACH=eaches[1],
@@ -357,7 +359,7 @@ def _step(
         _selected_kernel,
         counts[2],
         (q, k_all, v_all, selected, position),
-        parts(counts[2]),
+        _parts(case, counts[2]),
         {},
         M=M,
         SHARE=eaches[2],
@@ -366,7 +368,7 @@ def _step(
     o, length = triton_call(
         _join_kernel,
         *(gates, cache.length, active, *compressed, *windowed, *looks),
-        out_shape=(jax.ShapeDtypeStruct((case.B, 1, case.H, case.V), q.dtype), *like(cache.length)),
+        out_shape=(jax.ShapeDtypeStruct((case.B, 1, case.H, case.V), q.dtype), *_like(cache.length)),
         grid=(case.B * case.H,),
         num_warps=TILES.join_warps,
         H=case.H,
