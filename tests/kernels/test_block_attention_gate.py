@@ -11,7 +11,7 @@ from pallas_kernels.block_attention.api import Case
 from pallas_kernels.block_attention.blocks import BlockCache, table_size
 
 needs_triton = pytest.mark.skipif(
-    triton_call.triton is None, reason="triton is not installed; pip install '.[cuda]' restores this test"
+    triton_call.triton is None, reason="triton is not installed; pip install -e '.[gate]'"
 )
 
 # Spilled bytes per thread allowed, by head size and block size: what the compiler said of the tiles, rounded up.

@@ -13,7 +13,7 @@ from pallas_kernels.dispatch import UnsupportedCase, lowering_for_gpu
 from pallas_kernels.gated_delta_rule import triton as gated_delta_rule
 
 needs_triton = pytest.mark.skipif(
-    triton_call.triton is None, reason="triton is not installed; pip install '.[cuda]' restores this test"
+    triton_call.triton is None, reason="triton is not installed; pip install -e '.[gate]'"
 )
 
 # Spilled bytes per thread allowed to each kernel, by head size: what the compiler reported when its speed was measured.

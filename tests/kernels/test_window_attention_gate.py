@@ -19,7 +19,7 @@ from pallas_kernels.window_attention import (
 )
 
 pytestmark = pytest.mark.skipif(
-    triton_call.triton is None, reason="triton is not installed; pip install '.[cuda]' restores this test"
+    triton_call.triton is None, reason="triton is not installed; pip install -e '.[gate]'"
 )
 
 # Shared memory that one program may have, in KB, by compute capability.
