@@ -18,9 +18,7 @@ from pallas_kernels.window_attention import (
     window_attention_update_step,
 )
 
-pytestmark = pytest.mark.skipif(
-    triton_call.triton is None, reason="triton is not installed; pip install -e '.[gate]'"
-)
+pytestmark = pytest.mark.skipif(triton_call.triton is None, reason="triton is not installed; pip install -e '.[gate]'")
 
 # Shared memory that one program may have, in KB, by compute capability.
 SHARED = {80: 163, 89: 99, 90: 227}
