@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -119,7 +119,9 @@ def test_bad_input_is_refused(run, tmp_path):
     assert sorted(path.name for path in (tmp_path / "bare").iterdir()) == ["checkpoints", "config.json"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
-def test_tasks_without_the_harness_say_what_to_install(run):
+def test_tasks_without_the_harness_say_what_to_install(run, monkeypatch):
+    for name in ["lm_eval", *(module for module in sys.modules if module.startswith("lm_eval."))]:
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "lte_jax.evaluate.harness", raising=False)
     with pytest.raises(RuntimeError, match=r"pip install -e '.\[eval\]'"):
         evaluate_tasks(str(run), ["piqa"])
