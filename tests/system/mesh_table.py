@@ -3,18 +3,20 @@
     JAX_PLATFORMS=cpu python -m tests.system.mesh_table --out=experiments/results/meshes.md
 
 Every mesh of 8 simulated devices over the four axes, every mixer in a model of one layer, packed rows of 32 tokens,
-float32. It goes on where it was stopped (``OUT.json`` holds what is done).
+float32. ``--workers=N`` tries N pairs at a time. It goes on where it was stopped (``OUT.json.partial`` holds what
+is done).
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
 import json
+import multiprocessing
 import os
-import subprocess
 import time
 from pathlib import Path
 
@@ -24,6 +26,7 @@ import jax
 import numpy as np
 
 from lte_jax.sharding import AXES, MeshConfig
+from tests.exhaustive_page import commit
 from tests.system.test_sharding import MIXERS, check_collectives, collectives, loss_and_gradients
 from tests.system.tiny import tiny_experiment, tiny_model
 
@@ -86,13 +89,12 @@ def name_of(mesh: MeshConfig) -> str:
 
 def page(done: dict[str, dict], command: str) -> str:
     """The table as Markdown."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     ran = [outcome for outcome in done.values() if not outcome["refused"]]
     worst = max((max(outcome["loss"], outcome["gradient"]) for outcome in ran), default=0.0)
     lines = [
         "# Meshes",
         "",
-        f"`{command}`, commit {commit}, jax {jax.__version__}, 8 simulated CPU devices, float32.",
+        f"`{command}`, commit {commit()}, jax {jax.__version__}, 8 simulated CPU devices, float32.",
         "",
         "Each cell: the largest relative difference of a gradient (by its norm) from one device's, in a model of one",
         "layer of that mixer on packed rows; the loss differs by less. In brackets, collectives of the compiled step",
@@ -120,22 +122,30 @@ def page(done: dict[str, dict], command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def prepare() -> None:
+    jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_threefry_partitionable", True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    out = parser.parse_args().out
-    jax.config.update("jax_default_matmul_precision", "highest")
-    jax.config.update("jax_threefry_partitionable", True)
+    parser.add_argument("--workers", type=int, default=1)
+    options = parser.parse_args()
+    out = options.out
     notes = out.with_suffix(".json.partial")
     done = json.loads(notes.read_text()) if notes.exists() else {}
-    for mesh, mixer in itertools.product(MESHES, MIXERS):
-        key = f"{mixer} {name_of(mesh)}"
-        if key not in done:
-            done[key] = dataclasses.asdict(compare(mixer, mesh))
+    left = {f"{mixer} {name_of(mesh)}": (mixer, mesh) for mesh, mixer in itertools.product(MESHES, MIXERS)}
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.workers, spawn, prepare) as pool:
+        running = {pool.submit(compare, *pair): key for key, pair in left.items() if key not in done}
+        for future in concurrent.futures.as_completed(running):
+            key = running[future]
+            done[key] = dataclasses.asdict(future.result())
             notes.write_text(json.dumps(done, indent=1))
+            out.write_text(page(done, f"python -m tests.system.mesh_table --out={out}"))
             print(key, done[key], flush=True)
-    out.write_text(page(done, f"python -m tests.system.mesh_table --out={out}"))
-    notes.unlink()
+    notes.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
