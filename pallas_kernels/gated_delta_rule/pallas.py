@@ -32,7 +32,7 @@ def check(case: Any) -> None:
         capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
         check_choice(NAME, "compute capability", capability, ("9.0",), other)
     check_choice(NAME, "dtype", case.dtype, ("bfloat16", "float16"), other)
-    check_choice(NAME, "key head size", case.head_size, (64, 128), other)
+    check_choice(NAME, "key head size", case.head_size, (64, 128, 256), other)
     check_choice(NAME, "value head size", case.value_size, (case.head_size, 2 * case.head_size), other)
     if max(case.batch, case.heads, -(-case.tokens // CHUNK)) > 65535:
         raise UnsupportedCase(f"{NAME}: {case.batch} rows, {case.heads} heads and {case.tokens} tokens make a grid of "

@@ -26,7 +26,12 @@ from pallas_kernels.gated_delta_rule.pallas_tiles import BLOCK_V, CHUNK, COLUMNS
 
 def stages_for(head_size: int) -> int:
     """Chunks of inputs in shared memory."""
-    return {64: 4, 128: 3, 256: 1}[head_size]
+    return {64: 4, 128: 3, 256: 2}[head_size]
+
+
+def copies_for(head_size: int) -> int:
+    """Chunks of outputs in shared memory."""
+    return 1 if head_size == 256 else 2
 
 
 def _copies(m: Any, *, chunks: int, stages: int, place: Any) -> None:
@@ -61,25 +66,30 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
     """The warpgroup that carries the gradient of the state."""
     b, h, columns = place[0], place[1], place[3]
     size = m.k_s.shape[-1]
-    shape, tokens = (BLOCK_V, size), (BLOCK_V, CHUNK)
+    shape, tokens, copies = (BLOCK_V, size), (BLOCK_V, CHUNK), copies_for(size)
     room_state, room = getattr(m, "spare_state", None), getattr(m, "spare", None)
 
     def retreat(step, dstate):
-        n, slot, half = chunks - 1 - step, jax.lax.rem(step, jnp.int32(stages)), jax.lax.rem(step, jnp.int32(2))
+        n, slot, half = chunks - 1 - step, jax.lax.rem(step, jnp.int32(stages)), jax.lax.rem(step, jnp.int32(copies))
         low = dstate.astype(dtype)
         plgpu.barrier_wait(m.full.at[slot])
         q, k, do, inverse = m.q_s.at[slot], m.k_s.at[slot], m.do_s.at[slot], m.inverse_s.at[slot]
 
         def publish_gradient():
-            # All but the copies of the step before have read their buffers.
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(copies - 1, wait_read_only=True)
             m.dstates_s.at[half][...] = low
+
+        def load_rows():
+            if size < 256:
+                publish_gradient()
             rows = (plgpu.load(m.factors_s.at[slot, x], layout=COLUMNS) for x in (t.READ_K, t.READ_Q, t.WRITE))
             return plgpu.load(do.T, layout=WGMMA), *rows, m.factors_s[slot, t.CARRY, 0]
 
-        w, (read, read_k, read_q, write, carry) = t.product(
-            low, k.T, tokens, room=room_state, meanwhile=publish_gradient
-        )
+        if size == 256:  # too many registers: the product reads the published copy
+            publish_gradient()
+            plgpu.commit_smem()
+            low = m.dstates_s.at[half]
+        w, (read, read_k, read_q, write, carry) = t.product(low, k.T, tokens, room=room_state, meanwhile=load_rows)
         w = t.product(do.T, m.scores_s.at[slot], tokens, w * t.along_columns(write, tokens))
         # The inverse's columns can add many almost cancelling w: 8 more bits of w keep the bound on the error.
         high, rest = t.split(w, dtype)
@@ -123,7 +133,7 @@ def _body(m: Any, *, chunks: int, stages: int, group: int, dtype: Any) -> None:
 
 
 def scratch(head_size: int, dtype: Any) -> dict[str, Any]:
-    N, stages = head_size, stages_for(head_size)
+    N, stages, copies = head_size, stages_for(head_size), copies_for(head_size)
     return {
         "q_s": t.buffer((stages, CHUNK, N), dtype),
         "k_s": t.buffer((stages, CHUNK, N), dtype),
@@ -131,8 +141,8 @@ def scratch(head_size: int, dtype: Any) -> dict[str, Any]:
         "inverse_s": t.buffer((stages, *SQUARE), dtype),
         "scores_s": t.buffer((stages, *SQUARE), dtype),
         "factors_s": plgpu.SMEM((stages, t.FACTORS, CHUNK), jnp.float32),
-        "dstates_s": t.buffer((2, BLOCK_V, N), dtype),
-        "dv_s": t.buffer((2, CHUNK, BLOCK_V), dtype),
+        "dstates_s": t.buffer((copies, BLOCK_V, N), dtype),
+        "dv_s": t.buffer((copies, CHUNK, BLOCK_V), dtype),
         "full": plgpu.Barrier(num_arrivals=6, num_barriers=stages),
         "used": plgpu.Barrier(num_barriers=stages),
         "end": plgpu.Barrier(num_arrivals=2),

@@ -25,8 +25,8 @@ from pallas_kernels.gated_delta_rule.pallas_tiles import BLOCK_V, CHUNK, COLUMNS
 
 
 def stages_for(head_size: int) -> int:
-    """Chunks of inputs in shared memory."""
-    return {64: 4, 128: 3, 256: 1}[head_size]
+    """Chunks of inputs in shared memory, at least 2: an output leaves from its chunk's buffer during the next chunk."""
+    return {64: 4, 128: 3, 256: 2}[head_size]
 
 
 def _slot(step: Any, count: int) -> Any:
@@ -124,18 +124,20 @@ def _form_outputs(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) -
         o = t.product(m.q_s.at[slot], m.states_s.T, shape) * t.along_rows(read, shape)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the state's buffer, and that of the o before
         plgpu.barrier_arrive(m.state_read)
+        pl.when(n > 0)(lambda: plgpu.barrier_arrive(m.used.at[_slot(n - 1, stages)]))
         plgpu.barrier_wait(m.r_ready)
         if m.r is not None:
             plgpu.copy_smem_to_gmem(m.r_s, m.r.at[b, rows, h, columns])
         o = t.product(m.scores_s.at[slot], m.r_s, shape, o)
-        m.o_s[...] = o.astype(dtype)
+        o_s = m.scores_s.at[slot]  # the scores have been used
+        o_s[...] = o.astype(dtype)
         plgpu.commit_smem()
-        plgpu.barrier_arrive(m.used.at[slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(m.r_read)
-        plgpu.copy_smem_to_gmem(m.o_s, m.o.at[b, rows, h, columns])
+        plgpu.copy_smem_to_gmem(o_s, m.o.at[b, rows, h, columns])
 
     plgpu.wait_smem_to_gmem(0)
+    plgpu.barrier_arrive(m.used.at[(chunks - 1) % stages])
 
 
 def _body(m: Any, *, chunks: int, stages: int, group: int, dtype: Any) -> None:
@@ -174,7 +176,6 @@ def scratch(head_size: int, dtype: Any) -> dict[str, Any]:
         "by_column": plgpu.SMEM((stages, 4, CHUNK), jnp.float32),
         "states_s": t.buffer((BLOCK_V, N), dtype),
         "r_s": t.buffer((CHUNK, BLOCK_V), dtype),
-        "o_s": t.buffer((CHUNK, BLOCK_V), dtype),
         "full": plgpu.Barrier(num_arrivals=7, num_barriers=stages),
         "used": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "state_ready": plgpu.Barrier(),

@@ -49,9 +49,12 @@ def interpreting() -> bool:
     return _interpret.get() is not None
 
 
-def buffer(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for tiles of a 16-bit dtype, in the order that copies and matrix products want."""
-    swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
+def buffer(shape: tuple[int, ...], dtype: Any, width: int | None = None) -> Any:
+    """Shared memory for tiles of a 16-bit dtype, in the order that copies and matrix products want.
+
+    Both operands of a product need the order of the same width: by default that of the last dimension.
+    """
+    swizzle = plgpu.find_swizzle((width or shape[-1]) * jnp.dtype(dtype).itemsize * 8)
     tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # type: ignore[abstract]
 
@@ -163,9 +166,10 @@ def split(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
 def bytes_of(scratch: dict[str, Any]) -> dict[str, int]:
     """Bytes that each buffer of ``scratch`` takes of shared memory, where each begins at a multiple of 1024."""
     sizes = {}
-    for name, x in scratch.items():
-        if hasattr(x, "dtype") and not isinstance(x, plgpu.Barrier):
-            sizes[name] = -(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // 1024) * 1024
+    for name, buffers in scratch.items():
+        each = buffers if isinstance(buffers, tuple) else (buffers,)
+        if not isinstance(each[0], plgpu.Barrier):
+            sizes[name] = sum(-(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // 1024) * 1024 for x in each)
     return sizes
 
 

@@ -22,7 +22,10 @@ from pallas_kernels.gated_delta_rule import pallas_tiles as t
 from pallas_kernels.gated_delta_rule.pallas_tiles import CHUNK, COLUMNS, ROWS, SQUARE
 from pallas_kernels.tiles import ceil_div
 
-WARPGROUPS = 3  # each has a chunk of its own; so many that a thread has 168 registers and the waits overlap
+
+def warpgroups_for(head_size: int) -> int:
+    """Each has a chunk of its own; three where there is room: a thread has 168 registers and the waits overlap."""
+    return 2 if head_size == 256 else 3
 
 
 def gates(g: jax.Array, beta: jax.Array, runs: jax.Array | None) -> jax.Array:
@@ -149,10 +152,10 @@ def _chunk(m: Any, place: Any, *, group: int, scale: float, runs: bool, normaliz
     plgpu.wait_smem_to_gmem(0)
 
 
-def _body(m: Any, *, chunks: int, **options: Any) -> None:
+def _body(m: Any, *, chunks: int, warpgroups: int, **options: Any) -> None:
     b, block, h = (jax.lax.axis_index(name) for name in ("b", "block", "h"))
     warpgroup = jax.lax.axis_index("warpgroup")
-    n = block * WARPGROUPS + warpgroup
+    n = block * warpgroups + warpgroup
     buffers = scratch(64, jnp.bfloat16)
     own = {name: getattr(m, name).at[warpgroup] for name in vars(m) if name in buffers}
 
@@ -167,15 +170,16 @@ def _body(m: Any, *, chunks: int, **options: Any) -> None:
 def scratch(head_size: int, dtype: Any, normalize: bool = True) -> dict[str, Any]:
     """Buffers of each warpgroup."""
     low = jnp.float16 if normalize else jnp.bfloat16
-    square = (WARPGROUPS, *SQUARE)
+    warpgroups = warpgroups_for(head_size)
+    square = (warpgroups, *SQUARE)
     return {
-        "q_s": t.buffer((WARPGROUPS, head_size // CHUNK, *SQUARE), dtype),
-        "k_s": t.buffer((WARPGROUPS, head_size // CHUNK, *SQUARE), dtype),
-        "by_row": plgpu.SMEM((WARPGROUPS, t.GATES, CHUNK), jnp.float32),
-        "by_column": plgpu.SMEM((WARPGROUPS, t.GATES, CHUNK), jnp.float32),
-        "column": plgpu.SMEM((WARPGROUPS, CHUNK), jnp.float32),
-        "factors_s": plgpu.SMEM((WARPGROUPS, t.FACTORS, CHUNK), jnp.float32),
-        "full": plgpu.Barrier(num_arrivals=2 + 2 * (head_size // CHUNK), num_barriers=WARPGROUPS),
+        "q_s": t.buffer((warpgroups, head_size // CHUNK, *SQUARE), dtype),
+        "k_s": t.buffer((warpgroups, head_size // CHUNK, *SQUARE), dtype),
+        "by_row": plgpu.SMEM((warpgroups, t.GATES, CHUNK), jnp.float32),
+        "by_column": plgpu.SMEM((warpgroups, t.GATES, CHUNK), jnp.float32),
+        "column": plgpu.SMEM((warpgroups, CHUNK), jnp.float32),
+        "factors_s": plgpu.SMEM((warpgroups, t.FACTORS, CHUNK), jnp.float32),
+        "full": plgpu.Barrier(num_arrivals=2 + 2 * (head_size // CHUNK), num_barriers=warpgroups),
         **{f"right{n}": t.buffer(square, low) for n in range(1 if normalize else 2)},
         **t.spare(square, low),
     }
@@ -187,18 +191,21 @@ def within_chunks(
     """(A, P [B,H,chunks,64,64] in the dtype of k, factors [B,H,chunks,8,64] float32) of every chunk; T whole chunks."""
     B, _, K, N = k.shape
     H, chunks = gates.shape[1:3]
+    warpgroups = warpgroups_for(N)
     square = jax.ShapeDtypeStruct((B, H, chunks, CHUNK, CHUNK), k.dtype)
     results = t.launch(
         "gated_delta_rule_within",
-        lambda m: _body(m, chunks=chunks, group=H // K, scale=scale, runs=runs, normalize=normalize),
+        lambda m: _body(
+            m, chunks=chunks, warpgroups=warpgroups, group=H // K, scale=scale, runs=runs, normalize=normalize
+        ),
         inputs={"q": q, "k": k, "gates": gates},
         outputs={
             "inverse": square,
             "scores": square,
             "factors": jax.ShapeDtypeStruct((B, H, chunks, t.FACTORS, CHUNK), jnp.float32),
         },
-        scratch={**scratch(N, k.dtype, normalize), "end": plgpu.Barrier(num_arrivals=WARPGROUPS)},
-        grid={"b": B, "block": ceil_div(chunks, WARPGROUPS), "h": H},
-        warpgroups=WARPGROUPS,
+        scratch={**scratch(N, k.dtype, normalize), "end": plgpu.Barrier(num_arrivals=warpgroups)},
+        grid={"b": B, "block": ceil_div(chunks, warpgroups), "h": H},
+        warpgroups=warpgroups,
     )
     return results["inverse"], results["scores"], results["factors"]

@@ -25,6 +25,7 @@ from tests.tolerances import assert_close
 SMALL = dict(batch=1, kv_heads=1, heads=1, size=64, value_size=64, dtype="bfloat16")
 GROUPED = dict(batch=1, kv_heads=1, heads=2, size=64, value_size=128, dtype="bfloat16")
 WIDE = dict(batch=1, kv_heads=1, heads=1, size=128, value_size=128, dtype="bfloat16")
+WIDEST = dict(batch=1, kv_heads=1, heads=1, size=256, value_size=256, dtype="bfloat16")
 
 
 def forward_and_backward(inputs, cotangents, segment_ids, normalize=True):
@@ -60,7 +61,7 @@ def test_interpreted(capfd):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("sizes", [GROUPED, WIDE], ids=["grouped", "wide"])
+@pytest.mark.parametrize("sizes", [GROUPED, WIDE, WIDEST], ids=["grouped", "wide", "widest"])
 def test_interpreted_documents(sizes, capfd):
     segment_ids = jnp.asarray([[3] * 60 + [0] * 2 + [1] * 3 + [2] * 95], jnp.int32)
     inputs, cotangents = make_inputs(160, decays=(0.0, 0.1, 20.0), **sizes)
@@ -95,7 +96,7 @@ def test_interpreted_step():
     assert_close(update, expected["updates"][:, 0], "gated_delta_rule_gpu", "bfloat16")
 
 
-@pytest.mark.parametrize("size", [pytest.param(64, marks=pytest.mark.exhaustive), 128])
+@pytest.mark.parametrize("size", [pytest.param(64, marks=pytest.mark.exhaustive), 128, 256])
 def test_lowers_for_hopper(size):
     """Layouts, barriers and shared memory are accepted for an H200; its assembler is not asked."""
     inputs, cotangents = make_inputs(256, **{**WIDE, "size": size, "value_size": size})
@@ -116,7 +117,7 @@ GOOD = Case(
     ("changes", "message"),
     [
         ({"dtype": "float32"}, "dtype=float32"),
-        ({"head_size": 256, "value_size": 256}, "key head size=256"),
+        ({"head_size": 96, "value_size": 96}, "key head size=96"),
         ({"value_size": 64}, "value head size=64"),
         ({"batch": 70000}, "70000 rows"),
     ],
