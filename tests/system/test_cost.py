@@ -14,8 +14,7 @@ from lte_jax.optim import OptimizerConfig
 from lte_jax.retention import PenaltyConfig
 from lte_jax.sharding import MeshConfig, make_mesh
 from lte_jax.step import Builder, ComputeConfig, StepConfig
-from tests.system.mesh_table import config_of
-from tests.system.test_sharding import loss_and_gradients
+from tests.system.mesh_cases import MIXERS, config_of, loss_and_gradients
 
 ROWS, LENGTH, WIDTH = 2, 64, 128
 
@@ -56,7 +55,7 @@ def all_reduced(text):
 
 
 def test_gradients_are_summed_once_over_the_data_axis():
-    config = config_of("full")
+    config = config_of(MIXERS["full"])
     _, state, text = loss_and_gradients(config, MeshConfig(data=8), None)
     weights = sum(leaf.size for leaf in state.params.values())
     # A ring sums x bytes by sending 2 (n-1)/n x from each device.

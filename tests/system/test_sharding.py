@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lte_jax import LTE, NSA, FullAttention, GatedDeltaNet, WindowAttention, partition, sharding
+from lte_jax import NSA, FullAttention, GatedDeltaNet, partition, sharding
 from lte_jax.experiment import step_config
 from lte_jax.mixers import mixer_name
 from lte_jax.sharding import MeshConfig, make_mesh
 from lte_jax.step import Builder
 from pallas_kernels.window_attention import NEVER
-from tests.system.tiny import DATA, ROUTER, tiny_experiment, tiny_model
+from tests.system.mesh_cases import MIXERS, SMALL, check_collectives, config_of, loss_and_gradients, packed_rows
+from tests.system.tiny import DATA, tiny_experiment, tiny_model
 
 
 def test_the_table_splits_what_divides_and_replicates_the_rest():
@@ -67,50 +67,19 @@ def test_heads_that_do_not_fit_the_tensor_axis_are_refused(mixer, tensor, messag
     partition.check_heads("full_attention", FullAttention(num_heads=8, num_kv_heads=2), make_mesh(MeshConfig(tensor=4)))
 
 
-def packed_rows(batch=8, length=32):
-    """Documents that begin and end inside shards, on their edges, and last for several; padding before and after."""
-    cuts = np.random.default_rng(0).integers(1, length, (batch, 3))
-    segments = 1 + np.sum(np.arange(length)[None, :, None] >= cuts[:, None, :], axis=2)
-    segments[0], segments[1, :9], segments[2, -9:] = 1, 0, 0
-    segments[3] = np.repeat([4, 5], length // 2)
-    return segments.astype(np.int32)
-
-
-def batch_of(length):
-    rng = np.random.default_rng(1)
-    ids = rng.integers(0, DATA.vocab_size, (8, length)).astype(np.int32)
-    segments = packed_rows(8, length)
-    labels = np.where((segments > 0) & (rng.random(segments.shape) < 0.7), np.roll(ids, -1, 1), -1).astype(np.int32)
-    return {"input_ids": ids, "labels": labels, "segment_ids": segments}
-
-
-def loss_and_gradients(config, mesh_config, devices):
-    """Loss and gradients of packed rows, the state, and the compiled program's text."""
-    mesh = make_mesh(mesh_config, devices)
-    builder = Builder(step_config(config, DATA.length), mesh)
-    arrays = {
-        name: jax.device_put(x, sharding.batch_sharding(x.shape, mesh)) for name, x in batch_of(DATA.length).items()
-    }
-    state = builder.init_state()
-    for name, leaf in state.params.items():
-        assert leaf.sharding == builder.param_shapes[name].sharding, name
-
-    def compute(state, arrays):
-        gradients, metrics = builder._gradients(state, arrays, jnp.int32(1), None)
-        return metrics["loss"], gradients
-
-    compiled = jax.jit(compute).lower(state, arrays).compile()
-    return jax.device_get(compiled(state, arrays)), state, compiled.as_text()
-
-
 @functools.cache
 def on_one_device(mixer):
-    return loss_and_gradients(config_of(MIXERS[mixer]), MeshConfig(), jax.devices()[:1])[0]
+    return loss_and_gradients(below(mixer), MeshConfig(), jax.devices()[:1])[0]
+
+
+def below(mixer):
+    """The mixer above a layer of the delta rule."""
+    return config_of(MIXERS[mixer], SMALL, tiny_model().pattern[0])
 
 
 def check_mesh(mixer, mesh_config):
     expected, gradients = on_one_device(mixer)
-    (loss, found), state, text = loss_and_gradients(config_of(MIXERS[mixer]), mesh_config, None)
+    (loss, found), state, text = loss_and_gradients(below(mixer), mesh_config, None)
     np.testing.assert_allclose(loss, expected, rtol=3e-5)
     for name, gradient in gradients.items():
         scale = np.linalg.norm(gradient)
@@ -118,53 +87,9 @@ def check_mesh(mixer, mesh_config):
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
     split = [leaf for leaf in state.params.values() if not leaf.sharding.is_fully_replicated]
     assert len([leaf for leaf in moments if not leaf.sharding.is_fully_replicated]) == 2 * len(split)
-    check_collectives(text, mesh_config)
+    check_collectives(text, mesh_config, MIXERS[mixer])
 
 
-def collectives(text):
-    """(kind, shape, where in the program) of each one that moves arrays whole: all but sums."""
-    pattern = r"= (.*?) (all-gather|all-to-all|collective-permute)(?:-start)?\(.*?op_name=\"([^\"]*)"
-    for line in text.splitlines():
-        for shapes, kind, where in re.findall(pattern, line):
-            for shape in re.findall(r"\w+\[([\d,]*)\]", shapes):
-                yield kind, tuple(int(size) for size in shape.split(",") if size), where
-
-
-def check_collectives(text, mesh_config):
-    """Each one that is not of a weight is the attention's keys, a halo, a delta-rule state, or a split of the table."""
-    tokens = DATA.length // mesh_config.sequence
-    for kind, shape, where in collectives(text):
-        if kind == "all-gather" and mesh_config.sequence > 1 and "shard_map/all_gather" in where:
-            assert len(shape) == 2 or tokens not in shape[2:3], (kind, shape, where)  # states, document numbers
-        elif "shard_map/ppermute" in where or kind == "collective-permute":
-            # Where a device has one query head and its one KV head (tensor=4), k has the shape of q: nothing is said.
-            alike = HEADS // mesh_config.tensor == max(1, KV_HEADS // mesh_config.tensor)
-            rows_of_q = len(shape) == 4 and shape[2:] == (HEADS // mesh_config.tensor, HEAD_SIZE) and not alike
-            assert not (rows_of_q and shape[1] >= tokens), (kind, shape, where)
-        elif len(shape) >= 3 and (DATA.length in shape[:2] or shape[1] == tokens):
-            # Activations: the lookup in a table that is split over width, and the best token over a split vocabulary.
-            lookup, best = "_take" in where, shape[2:] == (mesh_config.tensor,)
-            # Fewer KV heads than devices of the tensor axis are whole on each: k and v, half as wide as all of q.
-            few = KV_HEADS % mesh_config.tensor and np.prod(shape[2:]) <= KV_HEADS * HEAD_SIZE
-            assert lookup or best or few, (kind, shape, where)
-
-
-HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 4
-
-
-def config_of(mixer):
-    model = tiny_model(dropout=0.0)
-    pattern = (model.pattern[0], mixer)
-    return tiny_experiment(model=dataclasses.replace(model, pattern=pattern))
-
-
-MIXERS = {
-    "lte": LTE(num_heads=4, num_kv_heads=2, window=6, budget=5, sinks=1, dropout=0.0, **ROUTER),
-    "window": WindowAttention(num_heads=4, num_kv_heads=2, window=6),
-    "full": FullAttention(num_heads=4, num_kv_heads=2),
-    "nsa": NSA(num_heads=4, num_kv_heads=2, head_dim=8, block_size=4, block_counts=3, window=6),
-    "gdn": GatedDeltaNet(num_heads=2, head_dim=4),
-}
 MESHES = {
     "data": MeshConfig(data=8),
     "fsdp": MeshConfig(data=2, fsdp=4),

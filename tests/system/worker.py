@@ -16,6 +16,8 @@ from experiments import train as program
 from lte_jax import LTE, NSA, FullAttention, GatedDeltaNet, WindowAttention, configs, train
 from lte_jax.checkpoint import CheckpointConfig
 from lte_jax.experiment import EvaluationConfig
+from lte_jax.step import ComputeConfig
+from tests.system.mesh_cases import KERNELS, config_of
 from tests.system.tiny import DATA, ROUTER, tiny_experiment, tiny_model
 
 STEPS = 6
@@ -31,9 +33,19 @@ MIXERS = {
 
 
 def experiment(mixer: str = "lte"):
-    """One layer, for quick compilation; saves each step, so that every one can be compared."""
+    """One layer, for quick compilation; saves each step, so that every one can be compared.
+
+    "kernels": a layer of the delta rule and one of LTE in sizes that a GPU's kernels take, in bfloat16.
+    """
+    if mixer == "kernels":
+        model = config_of(KERNELS.mixers["lte"], KERNELS, KERNELS.mixers["gdn"]).model
+        compute = ComputeConfig(dtype="bfloat16")
+    else:
+        model = dataclasses.replace(tiny_model(), num_layers=1, pattern=(MIXERS[mixer],))
+        compute = ComputeConfig()
     return tiny_experiment(
-        model=dataclasses.replace(tiny_model(), num_layers=1, pattern=(MIXERS[mixer],)),
+        model=model,
+        compute=compute,
         data=dataclasses.replace(DATA, heldout_rows=0),
         steps=STEPS,
         evaluation=EvaluationConfig(every=100),

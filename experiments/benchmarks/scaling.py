@@ -1,0 +1,105 @@
+"""How many tokens a second does a training step reach on one GPU, and on all GPUs of this machine, by mesh axis?
+
+    python -m experiments.benchmarks.scaling --config=lalte_0p4b --rows=8
+
+Every device has ``rows`` rows of random tokens, in one part and with the optimiser. The sides are compiled together and
+timed in turns, so that each round sees the same machine.
+
+    efficiency = tokens/s on n devices / (n * tokens/s on one)
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from lte_jax import configs, memory, sharding
+from lte_jax.experiment import ExperimentConfig, step_config
+from lte_jax.sharding import MeshConfig
+from lte_jax.step import Builder, TrainState
+
+FLAGS = flags.FLAGS
+
+
+class Side:
+    """One mesh: its compiled step and its state."""
+
+    def __init__(self, name: str, config: ExperimentConfig, mesh: MeshConfig, devices: list[jax.Device], rows: int):
+        self.name, self.count = name, len(devices)
+        self.mesh = sharding.make_mesh(mesh, devices)
+        length = config.model.max_length
+        self.tokens = rows * self.count * length
+        config = dataclasses.replace(config, batch_size=rows * self.count, accumulation=1)
+        self.builder = Builder(step_config(config, length), self.mesh)
+        ids = np.random.default_rng(0).integers(0, config.model.vocab_size, (config.batch_size, length), np.int32)
+        self.arrays = {"input_ids": ids, "labels": np.roll(ids, -1, 1), "interrupted": np.zeros(len(ids), np.int32)}
+        self.state: TrainState | None = None
+        self.seconds: list[float] = []
+
+    def compile(self) -> None:
+        began = time.perf_counter()
+        axes = ("batch", "length")
+        places = {n: sharding.named(axes[: x.ndim], x.shape, self.mesh) for n, x in self.arrays.items()}
+        shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[n]) for n, x in self.arrays.items()}
+        abstract = self.builder.abstract_state()
+        compiled: Any = self.builder.train_step().lower(abstract, shapes).compile()  # type: ignore[attr-defined]
+        self.batch = jax.device_put(self.arrays, places)
+        self.step = compiled
+        seconds = time.perf_counter() - began
+        print(f"{self.name}: compiled in {seconds:.1f} s; {memory.report(abstract, compiled)}", flush=True)
+
+    def run(self, steps: int) -> float:
+        """Seconds of a step, over ``steps`` of them."""
+        if self.state is None:
+            self.state = self.builder.init_state()
+            self.run(2)
+        state, numbers = self.state, {}
+        began = time.perf_counter()
+        for _ in range(steps):
+            state, numbers = self.step(state, self.batch)
+        loss = float(jax.device_get(numbers["loss"]))
+        seconds = (time.perf_counter() - began) / steps
+        assert np.isfinite(loss), f"{self.name}: loss {loss}"
+        self.state = state
+        return seconds
+
+
+def main(argv: list[str]) -> None:
+    config = configs.override(configs.load_named("experiments.configs", FLAGS.config), FLAGS.set)
+    devices = jax.devices()
+    n = len(devices)
+    sides = [Side("one device", config, MeshConfig(), devices[:1], FLAGS.rows)]
+    for axis in ("data", "fsdp"):
+        mesh = MeshConfig(**{"data": 1, axis: n})
+        sides.append(Side(f"{axis}={n}", config, mesh, devices, FLAGS.rows))
+    with concurrent.futures.ThreadPoolExecutor(len(sides)) as pool:
+        list(pool.map(Side.compile, sides))
+    for turn in range(FLAGS.rounds):
+        for side in sides:
+            side.seconds.append(side.run(FLAGS.steps))
+            print(f"round {turn + 1}, {side.name}: {side.seconds[-1] * 1e3:.1f} ms a step", flush=True)
+    print(
+        f"\n{n} x {devices[0].device_kind}, {config.name}, {FLAGS.rows} rows of {config.model.max_length} tokens each\n"
+    )
+    print("| mesh | step | tokens/s | efficiency |\n|---|---|---|---|")
+    alone = statistics.median(sides[0].seconds)
+    for side in sides:
+        seconds = statistics.median(side.seconds)
+        rate = side.tokens / seconds
+        print(f"| {side.name} | {seconds * 1e3:.1f} ms | {rate:,.0f} | {100 * alone / seconds:.1f} % |", flush=True)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("config", "lalte_0p4b", "A file in experiments/configs, without .py.")
+    flags.DEFINE_multi_string("set", [], "A setting: a.b=value. May be repeated.")
+    flags.DEFINE_integer("rows", 8, "Rows of each device.", 1)
+    flags.DEFINE_integer("steps", 4, "Steps of a round.", 1)
+    flags.DEFINE_integer("rounds", 3, "Rounds, of which the median counts.", 1)
+    app.run(main)
