@@ -199,8 +199,7 @@ class LanguageModel(nnx.Module):
 
         repeats = self.config.num_layers // len(self.config.pattern)
         keys = None if key is None else jax.random.split(key, repeats)
-        x = partition.lookup(self.embeddings.weight[...], input_ids).astype(self.dtype)
-        x = partition.constrain(zero_padding(x, segment_ids), "batch", "length", None)
+        x = zero_padding(partition.lookup(self.embeddings.weight[...], input_ids, self.dtype), segment_ids)
         x, auxes = jax.lax.scan(checkpointed(step, self.remat), x, (state, keys))
         return self.norm(x), self._stack_routing(auxes)
 

@@ -70,9 +70,10 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return x if mesh is None else jax.lax.with_sharding_constraint(x, sharding.spec(axes, x.shape, mesh))
 
 
-def lookup(table: Array, tokens: Array) -> Array:
+def lookup(table: Array, tokens: Array, dtype: Any) -> Array:
     """Rows of ``table`` [L,D]: over ``fsdp`` it is gathered as all weights are, and no activation is."""
-    return jnp.take(constrain(table, "vocab", None), tokens, axis=0)
+    rows = jnp.take(constrain(table, "vocab", None), tokens, axis=0).astype(dtype)
+    return constrain(rows, "batch", "length", None)
 
 
 def window_attention(
