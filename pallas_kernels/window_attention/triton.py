@@ -22,6 +22,7 @@ from pallas_kernels.window_attention.triton_tiles import (
     options,
     plan_arguments,
     query_begins,
+    spacious,
     stream,
     tiles_for,
     window_of,
@@ -119,10 +120,10 @@ def check(case: Any) -> None:
             f"window_attention: scale={case.scale}; implementation='triton' needs a positive one; negate q instead"
         )
     if isinstance(case, Case):
-        if case.dtype == "float32" and (max(case.N, case.V) > 64 or 8 < capability() < 9):
+        if case.dtype == "float32" and (max(case.N, case.V) > 64 or not (capability() == 8 or spacious())):
             raise UnsupportedCase(
-                f"window_attention: float32 with head sizes N={case.N}, V={case.V} on {capability()}; its "
-                "products fit into the shared memory of capability 8.0 and 9.0 up to 64; use bfloat16, float16 or 'xla'"
+                f"window_attention: float32 with head sizes N={case.N}, V={case.V} on {capability()}; its products "
+                "fit into the shared memory of capability 8.0 and 9.0 to 11 up to 64; use bfloat16, float16 or 'xla'"
             )
         rows = max(case.T * case.H, case.U * case.K, case.C * case.K) * max(case.N, case.V)
         if rows >= 2**31:

@@ -336,9 +336,9 @@ TILES = {
 }
 
 
-# The same for Ampere and Ada: chosen by what the compiler says of registers, in the 99 KB of shared memory that the
-# smallest of them have; never run.
-TILES_BEFORE_HOPPER = {
+# The same for Ampere, Ada and consumer Blackwell: chosen by what the compiler says of registers, in the 99 KB of shared
+# memory that most of them have; never run.
+SMALL_TILES = {
     ("forward", 64): Tiles(64, 64, 4, 3),
     ("forward", 128): Tiles(64, 64, 4, 2),
     ("forward", 256): Tiles(64, 32, 8, 2),
@@ -357,6 +357,11 @@ def capability() -> float:
     return float(device.compute_capability) if device.platform == "gpu" else 9.0
 
 
+def spacious() -> bool:
+    """Whether a program may have the 227 KB of shared memory of Hopper, as on 10 and 11; on 12 there are 99 again."""
+    return 9 <= capability() < 12
+
+
 def block(size: int) -> int:
     """A head size, padded to a tile: a power of two, at least 16."""
     return max(16, 1 << (size - 1).bit_length())
@@ -365,7 +370,7 @@ def block(size: int) -> int:
 def tiles_for(case: Case, name: str) -> Tiles:
     """The tiles of a pass ("forward", "dq" or "dkv")."""
     size = max(64, block(case.N), block(case.V))
-    tiles = (TILES if capability() >= 9 else TILES_BEFORE_HOPPER)[name, size]
+    tiles = (TILES if spacious() else SMALL_TILES)[name, size]
     if case.dtype != "float32":
         return tiles
     # Exact float32 products run on the plain multipliers, from registers: small tiles.
