@@ -148,8 +148,8 @@ def _peers(size: Size, inputs: list[Any], do: Any, kept: Any, backward: bool, op
                 q, k, v, implementation="cudnn", is_causal=True, local_window_size=local
             )
 
-        same = kept is None and window is not None
         name = "cudnn: causal" if window is None else "cudnn: window"
+        same = window is not None or size.kept == size.T
         return _mark(peers.jax_contender(name, forward, plain, cotangent, NAMES), same)
 
     def torch_causal() -> Contender:
@@ -164,17 +164,13 @@ def _peers(size: Size, inputs: list[Any], do: Any, kept: Any, backward: bool, op
         def forward(q: Any, k: Any, v: Any) -> Any:
             return module.flash_attention(q, k, v, sliding_window=size.W)
 
-        return _mark(
-            peers.jax_contender("jax_linear_attention: window", forward, plain, cotangent, NAMES), kept is None
-        )
+        return peers.jax_contender("jax_linear_attention: window", forward, plain, cotangent, NAMES)
 
-    found = {
-        "torch: causal": torch_causal,
-        "cudnn: causal": functools.partial(cudnn, None),
-        "cudnn: window": functools.partial(cudnn, size.W),
-        "jax_linear_attention: window": jla,
-    }
-    found |= flex_contenders(size, plain, cotangent, kept, NAMES)
+    found = {"torch: causal": torch_causal, "cudnn: causal": functools.partial(cudnn, None)}
+    if kept is None:
+        found |= {"cudnn: window": functools.partial(cudnn, size.W), "jax_linear_attention: window": jla}
+    elif backward and size.H == size.K:  # their training; it compiles for long, so not at every length
+        found |= flex_contenders(size, plain, cotangent, kept, NAMES)
     if not backward and size.T > 1:
         found["authors"] = functools.partial(authors_prompt, size, plain, kept, options.authors_path)
     return found
