@@ -7,8 +7,9 @@ with specs from the one table of logical axes (``sharding.py``), and its argumen
 * heads over ``tensor``. Where there are fewer KV heads than devices of that axis, they are whole on each device, which
   takes the one that its query heads read (not for NSA, whose heads of a group choose their blocks together);
 * tokens over ``sequence``. q, gates and outputs never move. Window attention receives the keys, values, scores and
-  expiries of as many devices before it as its window reaches into, LTE, full attention and NSA those of all; later ones
-  are not sent. The delta rule passes each device's state map on:
+  expiries of as many devices before it as its window reaches into, LTE in training, full attention and NSA those of
+  all; later ones are not sent. Where LTE reads under its budget, the retained tokens travel and no others
+  (``retained.py``). The delta rule passes each device's state map on:
 
     S_after = A S_before + B,    B = S_after from zeros,  A = S_after from the identity with v = 0
 
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array
 
-from lte_jax import sharding
+from lte_jax import retained, sharding
 from pallas_kernels import block_attention as blocks
 from pallas_kernels import gated_delta_rule as delta
 from pallas_kernels import short_convolution as convolutions
@@ -86,9 +87,14 @@ def window_attention(
     expiry: Array | None = None,
     columns: windows.Columns | None = None,
     segment_ids: Array | None = None,
+    budget: int | None = None,
     implementation: str | None = None,
 ) -> Array:
-    """``pallas_kernels.window_attention`` on the current mesh; with columns, tokens are not split."""
+    """``pallas_kernels.window_attention`` on the current mesh; with columns, tokens are not split.
+
+    Args:
+      budget: at most so many tokens of a document and head are retained at any index, so that they travel alone.
+    """
     options: Any = {"window": window, "implementation": implementation}
     mesh = current_mesh()
     if mesh is None:
@@ -104,19 +110,25 @@ def window_attention(
     def local(arrays: Arrays) -> Array:
         arrays = plan.own_kv_heads(arrays)
         tokens = arrays["q"].shape[1]
+        held: Any = [arrays.get(f"column_{name}") for name in windows.Columns._fields]
+        kept = None if columns is None else windows.Columns(*held)
         if plan.shards > 1:
             past = plan.shards - 1
-            if window is not None and expiry is None:
+            if window is not None and (expiry is None or budget is not None):
                 past = min(past, -(-(window - 1) // tokens))
-            arrays = _with_past(arrays, past)
-        held: Any = [arrays.get(f"column_{name}") for name in windows.Columns._fields]
+            own, arrays = arrays, _with_past(arrays, past)
+            if expiry is not None and past < plan.shards - 1:
+                assert budget is not None
+                own |= {"segments": arrays["segments"][:, -tokens:]}
+                first, _ = _ends(arrays["segments"], len(arrays["q"]))
+                kept = retained.columns(own, first, axis=SEQUENCE, past=past, budget=budget)
         return windows.window_attention(
             arrays["q"],
             arrays["k"],
             arrays["v"],
             arrays.get("scores"),
             expiry=arrays.get("expiry"),
-            columns=None if columns is None else windows.Columns(*held),
+            columns=kept,
             segment_ids=arrays.get("segments"),
             **options,
         )

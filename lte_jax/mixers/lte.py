@@ -112,7 +112,8 @@ class LTE(Mixer):
             everything = jnp.ones_like(selected) if real is None else jnp.broadcast_to(real[..., None], selected.shape)
             expiry = jnp.where(select, expiry, NEVER)
             selected = jnp.where(select, selected, everything)
-        o = self._attend(q, k, v, scores, expiry=expiry, segment_ids=segment_ids)
+        bound = None if reading == "train" else self.config.budget
+        o = self._attend(q, k, v, scores, expiry=expiry, segment_ids=segment_ids, budget=bound)
         return self.o_proj(o), {"scores": jnp.zeros_like(ranks) if scores is None else scores, "selected": selected}
 
     def init_cache(self, batch: int, max_length: int | None, dtype: DTypeLike) -> LTECache:

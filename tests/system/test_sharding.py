@@ -16,8 +16,18 @@ from lte_jax.mixers import mixer_name
 from lte_jax.sharding import MeshConfig, make_mesh
 from lte_jax.step import Builder
 from pallas_kernels.window_attention import NEVER
-from tests.system.mesh_cases import MIXERS, SMALL, check_collectives, config_of, loss_and_gradients, packed_rows
+from tests.system.mesh_cases import (
+    MIXERS,
+    SMALL,
+    batch_of,
+    check_collectives,
+    collectives,
+    config_of,
+    loss_and_gradients,
+    packed_rows,
+)
 from tests.system.tiny import DATA, tiny_experiment, tiny_model
+from tests.tolerances import assert_close
 
 
 def test_the_table_splits_what_divides_and_replicates_the_rest():
@@ -112,6 +122,9 @@ def test_every_mesh_gives_the_loss_and_gradients_of_one_device_for_every_mixer(m
     check_mesh(mixer, MESHES[mesh])
 
 
+LONGER = [("prompt", 8), ("streaming", 4), ("streaming", 8)]
+
+
 def random(*shape):
     return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
 
@@ -179,3 +192,46 @@ def test_lte_layers_of_unlike_budgets_are_refused():
     )
     with pytest.raises(ValueError, match=r"budgets \[5, 9\]"):
         Builder(step_config(tiny_experiment(model=model), DATA.length), make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+@pytest.mark.parametrize(
+    ("reading", "shards"),
+    [("prompt", 4), *(pytest.param(*pair, marks=pytest.mark.exhaustive) for pair in LONGER)],
+)
+def test_reading_under_a_budget_sends_the_window_and_what_is_retained(reading, shards):
+    """Hidden states and gradients of one device; of keys and values, each device receives its halo and the budget."""
+    config, rows = below("lte"), batch_of(SMALL)
+    one = Builder(step_config(config, SMALL.length), make_mesh(MeshConfig(), jax.devices()[:1]))
+    params = jax.device_get(one.init_state().params)
+    direction = random(*rows["input_ids"].shape, SMALL.width)
+
+    def run(mesh_config, devices):
+        mesh = make_mesh(mesh_config, devices)
+        builder = Builder(step_config(config, SMALL.length), mesh)
+
+        def loss(params, rows):
+            with sharding.on(mesh):
+                hidden, aux = builder.model(params).hidden(
+                    rows["input_ids"], segment_ids=rows["segment_ids"], reading=reading
+                )
+            return jnp.sum(hidden * direction), (hidden, aux["selected"])
+
+        state = builder.init_state(params)
+        arrays = {name: jax.device_put(x, sharding.batch_sharding(x.shape, mesh)) for name, x in rows.items()}
+        compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(state.params, arrays).compile()
+        return jax.device_get(compiled(state.params, arrays)), compiled.as_text()
+
+    ((_, (hidden, kept)), gradients), _ = run(MeshConfig(), jax.devices()[:1])
+    ((_, (found, selected)), others), text = run(MeshConfig(data=1, sequence=shards), jax.devices()[:shards])
+    assert 0 < kept.mean() < 1
+    np.testing.assert_array_equal(selected, kept)
+    assert_close(found, hidden, "model")
+    for name, gradient in gradients.items():
+        assert np.linalg.norm(others[name] - gradient) <= 3e-5 * np.linalg.norm(gradient) + 1e-7, name
+    tokens, lte = SMALL.length // shards, MIXERS["lte"]
+    moved = [(shape, where) for _, shape, where in collectives(text) if len(shape) >= 4]
+    halos = [shape for shape, _ in moved if shape[1:] == (tokens, lte.num_kv_heads, SMALL.head)]
+    back = -(-lte.window // tokens)
+    assert len(halos) == 2 * 2 * back, "k and v, there and back: more than the halo travels"
+    retained = [shape for shape, where in moved if "shard_map/all_to_all" in where]
+    assert retained and all(min(lte.budget, tokens) in shape for shape in retained), retained
