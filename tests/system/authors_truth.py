@@ -2,7 +2,11 @@
 
 One row at a time and without padding, one head and one token at a time where that is plainer; nothing of the project
 is used. It reads what the authors' layers read (``fla/layers/{gated_deltanet,attn,lte,nsa}.py``) and computes their
-evaluation without a cache.
+evaluation without a cache (``forward``), with one (``decode``: a query of the prompt sees what the store holds at the
+prompt's end, a later one what it holds then), and their training loss with its exact derivative (``derivative``).
+
+Derivatives are taken by a complex step: f(x + i h d) = f(x) + i h f'(x) d, with h so small that nothing is rounded
+away. So every function here works on complex numbers, and decides (maxima, order, selections) by real parts.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ def rms(x, weight, eps):
 
 
 def softmax(x):
-    e = np.exp(x - x.max(-1, keepdims=True))
+    e = np.exp(x - x.real.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
 
@@ -48,7 +52,7 @@ class Layer:
         self.tensors, self.prefix = tensors, f"model.layers.{number}.attn."
 
     def __call__(self, name):
-        return self.tensors[self.prefix + name].astype(np.float64)
+        return self.tensors[self.prefix + name]
 
     def linear(self, name, x):
         y = x @ self(f"{name}.weight").T
@@ -77,8 +81,8 @@ def gated_deltanet(layer, x, config):
     q, k = (y / np.sqrt((y**2).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
     q, k = (np.repeat(y, H // K, axis=1) for y in (q * q.shape[-1] ** -0.5, k))
     beta = sigmoid(layer.linear("b_proj", x)) * (2 if not hybrid and config.get("allow_neg_eigval") else 1)
-    g = -np.exp(layer("A_log")) * np.logaddexp(0, layer.linear("a_proj", x) + layer("dt_bias"))
-    state, out = np.zeros((H, q.shape[-1], v.shape[-1])), np.zeros(v.shape)
+    g = -np.exp(layer("A_log")) * np.log1p(np.exp(layer.linear("a_proj", x) + layer("dt_bias")))
+    state, out = np.zeros((H, q.shape[-1], v.shape[-1]), v.dtype), np.zeros_like(v)
     for t in range(len(x)):
         state *= np.exp(g[t])[:, None, None]
         update = beta[t][:, None] * (v[t] - np.einsum("hnv,hn->hv", state, k[t]))
@@ -92,7 +96,7 @@ def gated_deltanet(layer, x, config):
 
 def attend(q, k, v, visible):
     """Queries [T, H, N] over keys [T, K, N], where ``visible`` [K, T, T] is true."""
-    group, out = q.shape[1] // k.shape[1], np.zeros((*q.shape[:2], v.shape[-1]))
+    group, out = q.shape[1] // k.shape[1], np.zeros((*q.shape[:2], v.shape[-1]), v.dtype)
     for h in range(q.shape[1]):
         logits = q[:, h] @ k[:, h // group].T * q.shape[-1] ** -0.5
         out[:, h] = softmax(np.where(visible[h // group], logits, -np.inf)) @ v[:, h // group]
@@ -118,7 +122,7 @@ def attention(layer, x, attn):
 def router(layer, features, attn):
     """Scores [T, K] of features [T, K, 2N]: convolutions that halve the channels, centred and padded with zeros."""
     T, K, _ = features.shape
-    scores = np.zeros((T, K))
+    scores = np.zeros((T, K), features.dtype)
     groups = K if attn["routing_shared"] == "head" else 1
     for head in range(K):
         y = features[:, head]
@@ -132,20 +136,41 @@ def router(layer, features, attn):
             padded = np.pad(y, ((side, side), (0, 0)))
             y = silu(bias + sum(padded[i * dilation : i * dilation + T] @ weight[:, :, i].T for i in range(taps)))
         z = y @ layer("router.conv_stack.proj.weight")[group, :, 0, 0] + layer("router.conv_stack.proj.bias")[group]
-        scores[:, head] = np.maximum(z, 0) if attn["routing_method"] == "relu" else sigmoid(z) - 0.5
+        scores[:, head] = z * (z.real > 0) if attn["routing_method"] == "relu" else sigmoid(z) - 0.5
     return scores
 
 
-def lte(layer, x, attn):
-    T, W, M, Z = len(x), attn["window_size"], attn["buffer_size"], attn["sink_size"]
+def reach(attn):
+    """Tokens on each side that a score depends on."""
+    return sum(
+        (taps - 1) * dilation // 2 for taps, dilation in zip(attn["conv_size"], attn["conv_dilation"], strict=True)
+    )
+
+
+def kept(scores, before, attn):
+    """The tokens before ``before`` that one head keeps: sinks, and the best of those that were selected."""
+    M, Z = attn["buffer_size"], attn["sink_size"]
+    chosen = [j for j in range(Z, before) if scores[j] > 0]
+    return set(range(Z)) | set(sorted(chosen, key=lambda j: -scores[j])[: M - Z])
+
+
+def lte(layer, x, attn, mode):
+    """``mode``: the length of the prompt, or "train" (no budget; the gradient of a score is that of v's length)."""
+    T, W = len(x), attn["window_size"]
     q, k, v = projections(layer, x, attn)
-    scores = router(layer, np.concatenate([k, v], -1), attn)
+    features = np.concatenate([k, v], -1)
+    scores = router(layer, features if attn.get("routing_grad", True) else features.real + 0j * features, attn)
     visible = np.zeros((k.shape[1], T, T), bool)
     for head in range(k.shape[1]):
-        gone = [j for j in range(T - W - 1) if j >= Z and scores[j, head] > 0]
-        kept = set(range(Z)) | set(sorted(gone, key=lambda j, head=head: -scores[j, head])[: M - Z])
+        r = scores[:, head].real
         for i in range(T):
-            visible[head, i, [j for j in range(i + 1) if i - j <= W or j in kept]] = True
+            if mode == "train":
+                seen = set(range(attn["sink_size"])) | {j for j in range(T) if r[j] > 0}
+            else:
+                seen = kept(r, max(i + 1, mode) - W - 1, attn)
+            visible[head, i, [j for j in range(i + 1) if i - j <= W or j in seen]] = True
+    if mode == "train":
+        v = v * (1 + scores - scores.real)[..., None]
     q, k = (rotate(y, attn["rope_theta"]) for y in (q, k))
     return layer.linear("o_proj", attend(q, k, v, visible).reshape(T, -1)), scores
 
@@ -155,7 +180,7 @@ def nsa(layer, x, attn):
     q, k, v = projections(layer, x, attn)
     q, k = (rotate(y, attn["rope_theta"]) for y in (q, k))
     gates = sigmoid(layer.linear("g_proj", x)).reshape(T, q.shape[1], 3)
-    group, out = q.shape[1] // k.shape[1], np.zeros((T, q.shape[1], v.shape[-1]))
+    group, out = q.shape[1] // k.shape[1], np.zeros((T, q.shape[1], v.shape[-1]), v.dtype)
     for t, head in np.ndindex(T, k.shape[1]):
         queries = slice(head * group, (head + 1) * group)
         rows, gate = q[t, queries] * q.shape[-1] ** -0.5, gates[t, queries]
@@ -165,7 +190,7 @@ def nsa(layer, x, attn):
             means = [y[: whole * S, head].reshape(whole, S, -1).mean(1) for y in (k, v)]
             weights = softmax(rows @ means[0].T)
             out[t, queries] += gate[:, :1] * (weights @ means[1])
-            importance[:whole] = weights.sum(0)
+            importance[:whole] = weights.sum(0).real
         for forced in (0, own - 1, own):
             if forced >= 0:
                 importance[forced] = group
@@ -180,30 +205,64 @@ def nsa(layer, x, attn):
     return layer.linear("o_proj", out.reshape(T, -1))
 
 
+def read(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Settings and weights."""
+    tensors = load_file(folder / "model.safetensors")
+    return json.loads((folder / "config.json").read_text()), {
+        name: value.astype(np.float64) for name, value in tensors.items()
+    }
+
+
 def forward(folder: Path, ids: np.ndarray) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Logits [T, L] of one row, and LTE's scores [T, K] by layer."""
-    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    return run(*read(folder), ids, len(ids))
+
+
+def decode(folder: Path, ids: np.ndarray, prompt: int) -> np.ndarray:
+    """Logits [T, L] of one row whose first ``prompt`` tokens are read at once and the others one by one."""
+    return run(*read(folder), ids, prompt)[0]
+
+
+def run(config, tensors, ids, mode):
+    """``mode`` as in ``lte``; the other layers do not distinguish."""
     eps, kind, scores = config["norm_eps"], config["model_type"], {}
-
-    def weight(name):
-        return tensors[name].astype(np.float64)
-
-    x = weight("model.embeddings.weight")[ids]
+    x = tensors["model.embeddings.weight"][ids]
     for number in range(config["num_hidden_layers"]):
         layer, prefix = Layer(tensors, number), f"model.layers.{number}."
-        h = rms(x, weight(prefix + "attn_norm.weight"), eps)
+        h = rms(x, tensors[prefix + "attn_norm.weight"], eps)
         attn = config.get("attn")
         if kind in ("transformer", "nsa"):
             y = (attention if kind == "transformer" else nsa)(layer, h, config)
         elif attn is None or number not in attn["layers"]:
             y = gated_deltanet(layer, h, config)
         elif attn.get("attn_type", "attn") == "lte":
-            y, scores[number] = lte(layer, h, attn)
+            y, scores[number] = lte(layer, h, attn, mode)
         else:
             y = (nsa if attn.get("attn_type") == "nsa" else attention)(layer, h, {**attn, "qk_norm": False})
         x = x + y
-        h = rms(x, weight(prefix + "mlp_norm.weight"), eps)
-        gate, up = (h @ weight(f"{prefix}mlp.{name}_proj.weight").T for name in ("gate", "up"))
-        x = x + (silu(gate) * up) @ weight(prefix + "mlp.down_proj.weight").T
+        h = rms(x, tensors[prefix + "mlp_norm.weight"], eps)
+        gate, up = (h @ tensors[f"{prefix}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+        x = x + (silu(gate) * up) @ tensors[prefix + "mlp.down_proj.weight"].T
     head = "model.embeddings.weight" if config["tie_word_embeddings"] else "lm_head.weight"
-    return rms(x, weight("model.norm.weight"), eps) @ weight(head).T, scores
+    return rms(x, tensors["model.norm.weight"], eps) @ tensors[head].T, scores
+
+
+def loss(config, tensors, ids, penalty):
+    """Cross-entropy of the next token, and the mean of penalty[layer, head] * relu(score) without the last tokens."""
+    logits, scores = run(config, tensors, ids, "train")
+    rows, targets = logits[:-1], ids[1:]
+    shifted = rows - rows.real.max(-1, keepdims=True)
+    total = np.mean(np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(rows)), targets])
+    if scores:
+        counted = [r[: -reach(config["attn"])] * (r[: -reach(config["attn"])].real > 0) for r in scores.values()]
+        total = total + np.mean(np.stack(counted) * penalty[:, None])
+    return total
+
+
+def derivative(folder: Path, ids: np.ndarray, penalty: np.ndarray, direction: dict[str, np.ndarray]):
+    """(the training loss, its derivative along ``direction`` of the weights)."""
+    config, tensors = read(folder)
+    step = 1e-30
+    moved = {name: value + 1j * step * direction.get(name, 0.0) for name, value in tensors.items()}
+    found = loss(config, moved, ids, penalty)
+    return found.real, found.imag / step

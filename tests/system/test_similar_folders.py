@@ -1,7 +1,12 @@
-"""Are folders right that the reference does not hold? Other heads, windows, dilations, routing, and padding."""
+"""Are folders right that the reference does not hold? Other heads, windows, dilations, routing, and padding.
+
+Logits, scores, cached decoding, the training loss and its gradients, against ``authors_truth``, which knows nothing of
+this project and is itself held to the authors' arrays.
+"""
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 
@@ -12,8 +17,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import lte_jax
-from lte_jax.convert import abstract_model
+from lte_jax.convert import abstract_model, to_authors, weight_names
 from lte_jax.hf_config import model_config_from_hf
+from lte_jax.losses import training_loss
 from tests.system import authors_truth
 
 REFERENCE = Path(__file__).parent.parent / "data" / "reference"
@@ -60,6 +66,23 @@ def test_the_second_opinion_agrees_with_the_authors(folder):
         np.testing.assert_allclose(found[:-6], golden[f"score.{layer}"][0], atol=1e-5, rtol=0)
 
 
+def test_the_second_opinion_decodes_as_the_authors_do():
+    folder = REFERENCE / "decode_lte"
+    golden = load_file(folder / "golden.safetensors")
+    logits = authors_truth.decode(folder, golden["input_ids"][0], int(golden["prefill_len"]))
+    np.testing.assert_allclose(logits, golden["logits"][0], atol=1e-4, rtol=0)
+
+
+def test_the_second_opinion_has_the_authors_loss_and_gradients():
+    folder = REFERENCE / "gdn_lte"
+    golden = load_file(folder / "golden.safetensors")
+    along = {name.removeprefix("grad."): golden[name] for name in golden if name.startswith("grad.")}
+    found = [authors_truth.derivative(folder, ids, golden["train.l1_lambda"], along) for ids in golden["input_ids"]]
+    loss, slope = np.mean(found, axis=0)
+    np.testing.assert_allclose(loss, golden["train.loss"], atol=1e-5)
+    np.testing.assert_allclose(slope, sum(np.sum(np.float64(value) ** 2) for value in along.values()), rtol=1e-4)
+
+
 def make_folder(folder: Path, base: str, changes: dict, attn: dict | None) -> None:
     """A folder like ``base`` with other settings, and weights drawn so that every branch and mask matters."""
     values = {**json.loads((REFERENCE / base / "config.json").read_text()), **SMALL, **changes}
@@ -80,18 +103,16 @@ def make_folder(folder: Path, base: str, changes: dict, attn: dict | None) -> No
 @pytest.mark.parametrize("name", SIMILAR)
 def test_a_similar_folder_is_read_right_with_padding_at_the_left_and_written_back(name, tmp_path):
     make_folder(tmp_path / "in", *SIMILAR[name])
+    check(tmp_path)
+
+
+def check(tmp_path):
+    """Of the folder ``in``: logits and scores with padding, decoding, loss and gradients, and writing it back."""
     model = lte_jax.from_pretrained(tmp_path / "in")
     ids = np.random.default_rng(1).integers(0, 61, (2, TOKENS))
-    mask = np.ones_like(ids)
-    mask[1, :PADDING] = 0
-    output = model(ids, mask)
-    for row, start in ((0, 0), (1, PADDING)):
-        logits, scores = authors_truth.forward(tmp_path / "in", ids[row, start:])
-        assert logits.std() > 0.1
-        np.testing.assert_allclose(output.logits[row, start:], logits, atol=1e-4, rtol=0)
-        for layer, found in scores.items():
-            assert 0.1 < (found > 0).mean() < 0.9, "the router keeps everything or nothing: the case pins nothing down"
-            np.testing.assert_allclose(output.scores[layer][row, start:], found, atol=1e-5, rtol=0)
+    check_logits(model, tmp_path / "in", ids)
+    check_decoding(model, tmp_path / "in", ids)
+    check_gradients(model, tmp_path / "in", ids[0])
 
     lte_jax.save_pretrained(model, tmp_path / "out")
     ours, theirs = (load_file(tmp_path / part / "model.safetensors") for part in ("out", "in"))
@@ -100,6 +121,117 @@ def test_a_similar_folder_is_read_right_with_padding_at_the_left_and_written_bac
         if "l1_lambda" not in key and "num_kept" not in key:
             np.testing.assert_array_equal(ours[key], value, err_msg=key)
     assert lte_jax.from_pretrained(tmp_path / "out").config == model.config
+
+
+def check_logits(model, folder, ids):
+    mask = np.ones_like(ids)
+    mask[1, :PADDING] = 0
+    output = model(ids, mask)
+    for row, start in ((0, 0), (1, PADDING)):
+        logits, scores = authors_truth.forward(folder, ids[row, start:])
+        assert logits.std() > 0.1
+        np.testing.assert_allclose(output.logits[row, start:], logits, atol=1e-4, rtol=0)
+        for layer, found in scores.items():
+            assert 0.1 < (found > 0).mean() < 0.9, "the router keeps everything or nothing: the case pins nothing down"
+            np.testing.assert_allclose(output.scores[layer][row, start:], found, atol=1e-5, rtol=0)
+
+
+def check_decoding(model, folder, ids, prompt=27):
+    """A prompt padded at the left, single steps, and a piece of several tokens at the end."""
+    mask = np.ones_like(ids)
+    mask[1, :PADDING] = 0
+    cache, pieces = model.init_cache(len(ids)), []
+    for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, TOKENS - 4)), (TOKENS - 4, TOKENS)]:
+        logits, cache = model.extend(ids[:, start:stop], cache, mask[:, :stop])
+        pieces.append(logits)
+    found = np.concatenate(pieces, axis=1)
+    for row, start in ((0, 0), (1, PADDING)):
+        expected = authors_truth.decode(folder, ids[row, start:], prompt - start)
+        np.testing.assert_allclose(found[row, start:], expected, atol=1e-4, rtol=0)
+
+
+def check_gradients(model, folder, ids):
+    """Along (g + noise) / |g|^2 every tensor weighs the same, so that the slope tells an error in any of them."""
+    graph, state = nnx.split(model)
+    config = model.config
+    layers = sum(name == "lte" for name in config.layer_names())
+    heads = next((mixer.kv_heads for mixer in config.pattern if hasattr(mixer, "budget")), 1)
+    rng = np.random.default_rng(3)
+    penalty = rng.random((layers, heads)).astype(np.float32)
+
+    @jax.jit
+    @jax.value_and_grad
+    def compute(state):
+        return training_loss(nnx.merge(graph, state), ids[None].astype(np.int32), penalty if layers else None)[0]
+
+    loss, gradients = compute(state)
+    direction, tensors = {}, 0
+    for path, variable in nnx.to_flat_state(gradients):
+        value = np.asarray(variable.get_value())
+        for index, names in enumerate(weight_names(path, config)):
+            gradient = np.float64(to_authors(path, value[index] if path[0] == "units" else value))
+            size = np.linalg.norm(gradient)
+            assert size > 1e-7, names
+            noise = rng.normal(size=gradient.shape)
+            towards = gradient / size + 0.7 * noise / np.linalg.norm(noise)
+            towards /= np.sum(gradient * towards)
+            direction |= dict.fromkeys(names, towards)  # several: copies of one router for all layers
+            tensors += 1
+    true_loss, slope = authors_truth.derivative(folder, ids, penalty, direction)
+    np.testing.assert_allclose(loss, true_loss, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(slope, tensors, rtol=3e-5)
+
+
+def drawn(seed: int) -> tuple[str, dict, dict | None]:
+    """A folder's base and settings, all drawn."""
+    rng = np.random.default_rng(seed)
+
+    def of(*values):
+        return values[rng.integers(len(values))]
+
+    K, size = of(1, 2, 3), of(4, 6, 8)
+    heads = K * of(1, 2, 3)
+    width = dict(hidden_size=heads * size)
+    delta = dict(num_heads=of(1, 2, 3), head_dim=of(4, 6), expand_v=of(1, 1.5, 2), use_gate=bool(of(0, 1)))
+    attention = dict(num_heads=heads, num_kv_heads=K, qkv_bias=bool(of(0, 1)))
+    base = of("gdn_lte", "gdn_lte", "gdn_lte", "gdn_swa", "gdn_nsa", "nsa", "transformer", "gdn")
+    blocks = dict(block_size=of(2, 3, 5, 8), block_counts=of(3, 4, 5), window_size=of(1, 4, 9))
+    tied = dict(tie_word_embeddings=bool(of(0, 1)), num_hidden_layers=of(2, 3))
+    if base == "gdn":
+        more = dict(num_v_heads=delta["num_heads"] * of(1, 2), allow_neg_eigval=bool(of(0, 1)))
+        return base, {**width, **tied, **delta, **more, "use_short_conv": bool(of(0, 1)), "conv_size": of(2, 4)}, None
+    if base == "transformer":
+        return base, {**width, **tied, **attention, "qk_norm": bool(of(0, 1)), "window_size": of(None, 5, 11)}, None
+    if base == "nsa":
+        return base, {**width, **tied, **attention, **blocks}, None
+    layers = dict(layers=list(range(of(0, 1), tied["num_hidden_layers"], 2)))
+    if base == "gdn_nsa":
+        return base, {**width, **tied, **delta}, {**layers, **attention, **blocks, "attn_type": "nsa"}
+    if base == "gdn_swa":
+        return base, {**width, **tied, **delta}, {**layers, **attention, "window_size": of(1, 2, 7, 16)}
+    convolutions = of(([3], [1]), ([3], [3]), ([5], [1]), ([3, 3], [1, 2]), ([3, 5], [2, 1]), ([3, 3], [2, 1]))
+    if 2 * size % 2 ** len(convolutions[0]):
+        convolutions = ([3], [2])
+    side = sum((taps - 1) * dilation // 2 for taps, dilation in zip(*convolutions, strict=True))
+    sinks = of(0, 1, 2)
+    router = dict(conv_size=convolutions[0], conv_dilation=convolutions[1], routing_method=of("sigmoid", "relu"))
+    router |= dict(routing_shared=of("head", "layer"), l1_lambda_shared="layer", routing_grad=bool(of(0, 1, 1)))
+    lte = dict(attn_type="lte", window_size=2 * side + of(0, 1, 3), buffer_size=sinks + of(1, 2, 5), sink_size=sinks)
+    return base, {**width, **tied, **delta}, {**layers, **attention, **router, **lte}
+
+
+def test_todays_drawn_folder_is_read_right(tmp_path):
+    settings = drawn(datetime.date.today().toordinal())
+    print(settings)
+    make_folder(tmp_path / "in", *settings)
+    check(tmp_path)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(100))
+def test_a_hundred_drawn_folders_are_read_right(seed, tmp_path):
+    make_folder(tmp_path / "in", *drawn(seed))
+    check(tmp_path)
 
 
 def test_one_router_for_all_layers_is_read_from_one_copy_or_from_many(tmp_path):
