@@ -18,7 +18,8 @@ ALLOWED = {
     "lte_jax.inputs": ("lte_jax.dims",),
     "lte_jax.remat": (),
     "lte_jax.sharding": ("lte_jax.dims", "pallas_kernels"),
-    "lte_jax.partition": ("lte_jax.dims", "lte_jax.sharding", "pallas_kernels"),
+    "lte_jax.retained": ("pallas_kernels",),
+    "lte_jax.partition": ("lte_jax.dims", "lte_jax.retained", "lte_jax.sharding", "pallas_kernels"),
     "lte_jax.mixers": ("lte_jax.dims", "lte_jax.layers", "lte_jax.partition", "lte_jax.mixers", "pallas_kernels"),
     "lte_jax.data": ("lte_jax.dims", "lte_jax.configs", "lte_jax.data"),
 }

@@ -91,13 +91,23 @@ def make_folder(folder: Path, base: str, changes: dict, attn: dict | None) -> No
     model = lte_jax.LanguageModel(model_config_from_hf(values), rngs=nnx.Rngs(0))
     lte_jax.save_pretrained(model, folder)
     tensors, rng = load_file(folder / "model.safetensors"), np.random.default_rng(5)
-    above = 0.15 * ("relu" in (attn or {}).values())
     for name, value in tensors.items():
         scale = 0.3 if value.ndim < 2 or "router" in name else value[0].size ** -0.5
-        drawn = rng.normal(size=value.shape) * scale + ("norm" in name) + above * name.endswith("conv_stack.proj.bias")
-        tensors[name] = drawn.astype(np.float32)
+        tensors[name] = (rng.normal(size=value.shape) * scale + ("norm" in name)).astype(np.float32)
+    for layer in values["attn"]["layers"] if "buffer_size" in (values.get("attn") or {}) else ():
+        balance(values, tensors, layer)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(values))
+
+
+def balance(values: dict, tensors: dict, layer: int) -> None:
+    """Moves the biases of a router so that about half of its scores are positive."""
+    config = {**values, "attn": {**values["attn"], "routing_method": "sigmoid"}}
+    ids = np.random.default_rng(2).integers(0, values["vocab_size"], TOKENS)
+    weights = {name: value.astype(np.float64) for name, value in tensors.items()}
+    chances = authors_truth.run(config, weights, ids, "train")[1][layer] + 0.5
+    bias = tensors[f"model.layers.{layer}.attn.router.conv_stack.proj.bias"]
+    bias -= np.median(np.log(chances / (1 - chances)), axis=0 if len(bias) > 1 else None).astype(bias.dtype)
 
 
 @pytest.mark.parametrize("name", SIMILAR)
