@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lte_jax.decode import layer_caches, layer_weights, stacked_cache
+from lte_jax.decode import decode_weights, layer_caches, stacked_cache
 from lte_jax.generate import Generation, Loop, Rows, decode_steps, pad_left, read_chunk
 from lte_jax.inputs import check_tokens
 from lte_jax.mixers.base import Reading
@@ -54,7 +54,7 @@ class Conversation:
         self._options = (eos_id, tuple(stop), decode)
         self._seed = seed
         self._graph, self._state = nnx.split(model)
-        self._weights = layer_weights(model)
+        self._weights = decode_weights(model)
         self._cache = model.init_cache(1, max_length)
         self._reading: Reading = reading
         self.length = 0

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lte_jax import sharding
 from lte_jax.data.tokenizer import PieceStream
-from lte_jax.decode import LayerCaches, extend_layers, layer_caches, layer_weights
+from lte_jax.decode import DecodeWeights, LayerCaches, decode_step, decode_weights, layer_caches
 from lte_jax.inputs import check_tokens
 from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel, ModelCache
@@ -96,7 +96,7 @@ def generate(
     steps = min(steps_per_call, max_new_tokens)
     calls = -(-max_new_tokens // steps)  # the last call may draw more tokens than are wanted: one program for all
     cache = model.init_cache(len(prompts), ids.shape[1] + _round_up(calls * steps))
-    weights = layer_weights(model)
+    weights = decode_weights(model)
     if mesh is not None:
         state, weights = sharding.put((state, weights), mesh, PartitionSpec())
         cache = sharding.put(cache, mesh, _cache_specs(cache, mesh))
@@ -201,7 +201,7 @@ def read_chunk(
 def decode_steps(
     graph: Any,
     state: Any,
-    weights: tuple[Any, ...],
+    weights: DecodeWeights,
     loop: Loop,
     *,
     sampling: Sampling,
@@ -210,15 +210,15 @@ def decode_steps(
 ) -> tuple[Loop, jax.Array, jax.Array]:
     """Draws ``steps`` tokens a row without the host: (loop, tokens [B, steps], log_probs [B, steps])."""
 
-    def local(state: Any, weights: tuple[Any, ...], loop: Loop) -> tuple[Loop, jax.Array, jax.Array]:
+    def local(state: Any, weights: DecodeWeights, loop: Loop) -> tuple[Loop, jax.Array, jax.Array]:
         model = nnx.merge(graph, state)
 
         def step(loop: Loop, _: None) -> tuple[Loop, tuple[jax.Array, jax.Array]]:
             keys = jax.vmap(jax.random.fold_in)(loop.keys, loop.cache.length)
             token, log_prob = draw(loop.logits, loop.seen, keys, sampling)
-            hidden, cache = extend_layers(model, weights, token[:, None], loop.cache)
+            logits, cache = decode_step(model, weights, token, loop.cache)
             seen = None if loop.seen is None else loop.seen.at[jnp.arange(token.shape[0]), token].set(True)
-            return Loop(cache, model.logits(hidden)[:, 0], seen, loop.keys), (token, log_prob)
+            return Loop(cache, logits, seen, loop.keys), (token, log_prob)
 
         loop, (tokens, log_probs) = jax.lax.scan(step, loop, None, length=steps)
         return loop, tokens.T, log_probs.T

@@ -191,7 +191,7 @@ class LanguageModel(nnx.Module):
             keys = [None] * len(unit.blocks) if inputs[1] is None else jax.random.split(inputs[1], len(unit.blocks))
             auxes: list[Aux] = []
             for block, block_key, mixer in zip(unit.blocks, keys, self.config.pattern, strict=True):
-                options = self._options(mixer, {} if select is None else {"select": select})
+                options = self.mixer_options(mixer, {} if select is None else {"select": select})
                 context = auxes[-1] if auxes else {}
                 x, aux = block(x, key=block_key, context=context, **shared, **options)
                 auxes.append(aux)
@@ -304,12 +304,12 @@ class LanguageModel(nnx.Module):
         updated = []
         for block, cache, mixer in zip(unit.blocks, caches, self.config.pattern, strict=True):
             context = auxes[-1] if auxes else {}
-            x, cache, aux = block.extend(x, cache, context=context, **shared, **self._options(mixer))
+            x, cache, aux = block.extend(x, cache, context=context, **shared, **self.mixer_options(mixer))
             auxes.append(aux)
             updated.append(cache)
         return x, tuple(updated), tuple(auxes)
 
-    def _options(self, mixer: MixerConfig, for_lte: dict[str, Any] | None = None) -> dict[str, Any]:
+    def mixer_options(self, mixer: MixerConfig, for_lte: dict[str, Any] | None = None) -> dict[str, Any]:
         """What the model passes to LTE alone: the router that all layers share, and ``for_lte``."""
         options = {"router": self.router} if needs_shared_router(mixer) else {}
         return {**options, **(for_lte or {})} if mixer_name(mixer) == "lte" else options

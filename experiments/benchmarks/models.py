@@ -24,7 +24,7 @@ from flax import nnx
 from experiments.configs import _paper
 from lte_jax import LTE, NSA, FullAttention, GatedDeltaNet, ModelConfig, WindowAttention
 from lte_jax.convert import abstract_model
-from lte_jax.decode import layer_caches, layer_weights
+from lte_jax.decode import decode_weights, layer_caches
 from lte_jax.generate import Loop, decode_steps, read_chunk
 from lte_jax.sampling import Sampling
 
@@ -137,7 +137,7 @@ class Bench:
         ids = jax.ShapeDtypeStruct((batch, self.plan.chunk), jnp.int32)
         if kind == "prompt":
             return read_chunk.lower(self._graph, self._shapes, ids, ids, cache, reading="streaming")
-        weights = jax.eval_shape(lambda state: layer_weights(nnx.merge(self._graph, state)), self._shapes)
+        weights = jax.eval_shape(lambda state: decode_weights(nnx.merge(self._graph, state)), self._shapes)
         logits = jax.ShapeDtypeStruct((batch, self.config.vocab_size), jnp.float32)
         keys = jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.arange(batch, dtype=jnp.uint32)))
         loop = Loop(jax.eval_shape(layer_caches, cache), logits, None, keys)
@@ -172,7 +172,7 @@ class Bench:
     def allocate(self) -> None:
         """The weights, on the device."""
         self._state = jax.jit(lambda: random_weights(self._shapes))()
-        self._weights = layer_weights(nnx.merge(self._graph, self._state))
+        self._weights = decode_weights(nnx.merge(self._graph, self._state))
         jax.block_until_ready(self._weights)
 
     def rows(self) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lte_jax.decode import layer_weights
+from lte_jax.decode import take_apart
 from lte_jax.inputs import check_tokens
 from lte_jax.layers import rotary
 from lte_jax.mixers import lte, lte_store, mixer_name
@@ -92,7 +92,7 @@ def probe(model: LanguageModel, tokens: np.ndarray) -> Found:
     graph, state = nnx.split(model)
     x = jax.jit(lambda state: nnx.merge(graph, state).embeddings(jnp.asarray(tokens[None])))(state)
     seen: list[dict[str, Any]] = []
-    for weights in layer_weights(model):
+    for weights in take_apart(nnx.state(model.units), model.config.num_layers // len(model.config.pattern)):
         x, notes = _unit(graph, state, weights, x)
         seen += jax.device_get(notes)
     configs = [config for config in model.config.pattern if mixer_name(config) == "lte"]

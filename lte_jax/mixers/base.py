@@ -46,6 +46,9 @@ class MixerConfig:
 class Mixer(nnx.Module, abc.ABC):
     """The interface; the constructor's arguments are the same for all."""
 
+    inputs: ClassVar[tuple[str, ...]]
+    """The names of the Linear maps that read x, and nothing else does; ``o_proj`` writes y. A decode step merges them."""
+
     needs_max_length: ClassVar[bool] = False
     """Whether the cache grows with the sequence (full attention, NSA), so that ``max_length`` bounds it."""
 

@@ -110,6 +110,8 @@ def _init_dt_bias(key: jax.Array, shape, dtype) -> jax.Array:
 class GatedDeltaNet(Mixer):
     """The layer. Its cache holds B * (4 H N V + b (conv_size - 1) (2 K N + H V)) bytes, b those of its dtype."""
 
+    inputs = ("q_proj", "k_proj", "v_proj", "g_proj", "a_proj", "b_proj")
+
     def __init__(
         self,
         config: Config,

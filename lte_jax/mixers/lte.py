@@ -56,6 +56,8 @@ class LTE(Mixer):
     The cache is ``LTECache``; its size is B (4 + K ((W+1) (2N s + 4) + M (2N s + 8) + 2 reach 2N s)) bytes.
     """
 
+    inputs = ("q_proj", "k_proj", "v_proj")
+
     def __init__(
         self,
         config: Config,  # type: ignore[override]

@@ -69,6 +69,7 @@ class NSA(Mixer):
     as such a token is dropped there.
     """
 
+    inputs = ("q_proj", "k_proj", "v_proj", "g_proj")
     needs_max_length = True
 
     def __init__(

@@ -53,6 +53,8 @@ def validate_heads(name: str, width: int, num_heads: int, num_kv_heads: int | No
 class SoftmaxAttention(Mixer):
     """Causal attention over the last ``window`` tokens, or over all of them for None."""
 
+    inputs = ("q_proj", "k_proj", "v_proj")
+
     def __init__(
         self,
         width: int,

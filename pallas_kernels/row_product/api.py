@@ -1,0 +1,98 @@
+"""What the product of few rows computes, which arguments it takes, and what a backend must provide.
+
+For rows x [B,D] and a weight that lies by output, [F,D]:
+
+    n = rms(x) if a norm is given, else x;    z = n W^T + bias
+    y = silu(z[:, :F/2]) z[:, F/2:] if gated, else z;    y += residual
+
+A decode step reads every weight for a handful of rows: its time is that of the memory, and of the launches. So what
+stands before and after a product is part of its launch, several maps of one input are one weight, and y is handed out
+in the pieces that the maps have. By output, a weight's rows are read whole, and no sum is split over programs.
+
+A backend is a module of this folder with two functions, whose arguments have been checked:
+
+``check(case: Case) -> None``
+    Raises UnsupportedCase for what the backend does not do.
+``forward(x, weight, norm, bias, residual, *, eps, gated, widths, dtype) -> tuple of y's pieces``
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallas_kernels.dispatch import Operation, UnsupportedCase
+
+OPERATION = Operation("row_product", implementations=("triton", "xla"), fastest=("triton", "xla"))
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call, as far as the choice of an implementation is concerned."""
+
+    rows: int
+    depth: int
+    widths: tuple[int, ...]
+    dtype: str
+    gated: bool
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UnsupportedCase(f"row_product: {message}")
+
+
+def row_product(
+    x: Float[Array, "B D"],
+    weight: Float[Array, "F D"],
+    *,
+    norm: Float[Array, "D"] | None = None,
+    eps: float = 1e-6,
+    bias: Float[Array, "F"] | None = None,
+    residual: Float[Array, "B Y"] | None = None,
+    gated: bool = False,
+    widths: Sequence[int] | None = None,
+    dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, ...]:
+    """y as above, in pieces; not differentiable (training multiplies whole batches).
+
+    Args:
+      weight: in the dtype of x.
+      norm: the weight of an RMSNorm over x, any float dtype; the norm is computed in float32.
+      eps: of that norm.
+      residual: added to y, whose width is Y: F, or F/2 if gated.
+      gated: the first half of the weight's rows is the gate's.
+      widths: of the pieces; they add up to Y. None is one piece.
+      dtype: of y; default that of x. Sums are float32 always.
+      implementation: "triton", "xla", or None for the fastest.
+
+    Raises:
+      UnsupportedCase: a shape, dtype or implementation outside of this; nothing has been launched then.
+    """
+    _require(x.ndim == 2 and min(x.shape) > 0, f"x has shape {x.shape}; it must be [B, D], both at least 1")
+    _require(str(x.dtype) in _DTYPES, f"x has dtype {x.dtype}; it must be one of {', '.join(_DTYPES)}")
+    B, D = x.shape
+    _require(weight.ndim == 2 and weight.shape[1] == D, f"weight has shape {weight.shape}; it must be [F, {D}]")
+    _require(weight.dtype == x.dtype, f"weight has dtype {weight.dtype}; it must be that of x, {x.dtype}")
+    F = weight.shape[0]
+    _require(F > 0 and not (gated and F % 2), f"weight has {F} rows; at least 1, and gated an even number")
+    width = F // 2 if gated else F
+    widths = (width,) if widths is None else tuple(widths)
+    _require(min(widths) > 0 and sum(widths) == width, f"widths={widths}: positive numbers that add up to {width}")
+    shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
+        "norm": (norm, (D,)), "bias": (bias, (F,)), "residual": (residual, (B, width))
+    }  # fmt: skip
+    for name, (array, shape) in shapes.items():
+        _require(array is None or array.shape == shape, f"{name} has shape {getattr(array, 'shape', None)}, not {shape}")
+    backend = OPERATION.select(implementation, Case(B, D, widths, str(x.dtype), gated))
+    out = jnp.dtype(x.dtype if dtype is None else dtype)
+    return backend.forward(x, weight, norm, bias, residual, eps=eps, gated=gated, widths=widths, dtype=out)
