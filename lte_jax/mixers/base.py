@@ -22,7 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lte_jax.dims import Hidden, Positions, SegmentIds
-from lte_jax.layers import InitRule
+from lte_jax.layers import InitRule, Linear
 
 Reading = Literal["train", "prompt", "streaming"]
 """How LTE reads a sequence; the other mixers read all three alike.
@@ -47,7 +47,10 @@ class Mixer(nnx.Module, abc.ABC):
     """The interface; the constructor's arguments are the same for all."""
 
     inputs: ClassVar[tuple[str, ...]]
-    """The names of the Linear maps that read x, and nothing else does; ``o_proj`` writes y. A decode step merges them."""
+    """The names of the Linear maps of x, which read nothing else: a decode step merges them."""
+
+    o_proj: Linear
+    implementation: str | None
 
     needs_max_length: ClassVar[bool] = False
     """Whether the cache grows with the sequence (full attention, NSA), so that ``max_length`` bounds it."""

@@ -92,7 +92,8 @@ def row_product(
         "norm": (norm, (D,)), "bias": (bias, (F,)), "residual": (residual, (B, width))
     }  # fmt: skip
     for name, (array, shape) in shapes.items():
-        _require(array is None or array.shape == shape, f"{name} has shape {getattr(array, 'shape', None)}, not {shape}")
+        if array is not None:
+            _require(array.shape == shape, f"{name} has shape {array.shape}; it must be {shape}")
     backend = OPERATION.select(implementation, Case(B, D, widths, str(x.dtype), gated))
     out = jnp.dtype(x.dtype if dtype is None else dtype)
     return backend.forward(x, weight, norm, bias, residual, eps=eps, gated=gated, widths=widths, dtype=out)

@@ -1,4 +1,4 @@
-"""The product of few rows against float64: norm, bias, gate, residual, pieces, odd sizes; and its kernels' registers."""
+"""The product of few rows against float64: norm, bias, gate, residual, pieces, odd sizes; its kernels' registers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_values(name, dtype, implementation):
 
 
 def test_float32_out_of_16_bits(implementation):
-    x, weight, arrays, options = make_inputs("two_rows", "bfloat16")
+    x, weight, _, options = make_inputs("two_rows", "bfloat16")
     (logits,) = row_product(x, weight, **options | {"widths": None}, dtype=jnp.float32, implementation=implementation)
     assert logits.dtype == jnp.float32
     assert_close(logits, truth(x, weight, {}, options), "row_product", "float32")
