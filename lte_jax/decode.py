@@ -192,7 +192,7 @@ def _block(
     )
     mixer = nnx.merge(nnx.graphdef(_without_maps(block.mixer)), weights.mixer)
     for name, piece in zip(names, pieces, strict=True):
-        setattr(mixer, name, lambda _, piece=piece: piece[:, None])
+        setattr(mixer, name, lambda x, piece=piece: piece.reshape(*x.shape[:-1], -1))
     mixer.o_proj = lambda o: o
     o, cache, aux = mixer.extend(x[:, None], cache, segment_ids=None, reading="streaming", return_aux=True, **options)
     (x,) = product(o[:, 0].astype(x.dtype), weights.out.weight, bias=weights.out.bias, residual=x)

@@ -148,18 +148,20 @@ class Tiles:
 
 
 def tiles_of(case: Case) -> Tiles:
-    """Enough programs to fill the GPU, each with as much of the weight as it can have in flight."""
+    """What was fastest for the products of the paper's models on an H200.
+
+    One row: each program has its whole part of the weight in flight. Several: the fewer programs, the fewer times x is
+    read, as long as half of the processors have one.
+    """
     width, depth = sum(case.widths), 1 << (case.depth - 1).bit_length()
     if case.rows == 1:
-        columns = 32
-        while columns > 4 and ceil_div(width, columns) < 2 * PROCESSORS:
-            columns //= 2
-        return Tiles(1, columns, min(depth, 256), 4, 1)
+        columns = 4 if case.gated or ceil_div(width, 8) < PROCESSORS else 8
+        return Tiles(1, columns, min(depth, 1024), 8 if columns == 4 and case.depth > 1024 else 4, 1)
     rows = min(64, max(16, 1 << (case.rows - 1).bit_length()))
-    columns = 64
-    while columns > 16 and ceil_div(width, columns) * ceil_div(case.rows, rows) < PROCESSORS:
+    columns = 128
+    while columns > 16 and ceil_div(width, columns) < PROCESSORS // 2 - 2:
         columns //= 2
-    return Tiles(rows, columns, min(depth, 128), 4, 4)
+    return Tiles(rows, columns, min(depth, 64 if columns > 16 else 128), 8 if columns > 64 else 4, 4)
 
 
 def check(case: Case) -> None:
