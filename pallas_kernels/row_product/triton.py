@@ -155,8 +155,9 @@ def tiles_of(case: Case) -> Tiles:
     """
     width, depth = sum(case.widths), 1 << (case.depth - 1).bit_length()
     if case.rows == 1:
-        columns = 4 if case.gated or ceil_div(width, 8) < PROCESSORS else 8
-        return Tiles(1, columns, min(depth, 1024), 8 if columns == 4 and case.depth > 1024 else 4, 1)
+        few = ceil_div(width, 8) < 2 * PROCESSORS and not case.gated
+        columns = 4 if few and case.depth > 1024 else 8
+        return Tiles(1, columns, min(depth, 512 if case.gated else 1024), 8 if few else 4, 1)
     rows = min(64, max(16, 1 << (case.rows - 1).bit_length()))
     columns = 128
     while columns > 16 and ceil_div(width, columns) < PROCESSORS // 2 - 2:
