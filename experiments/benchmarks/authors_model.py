@@ -6,7 +6,9 @@
 Their window must be 64 n - 1 and prompts multiples of 64: window 767 stands for 768. Random weights, bfloat16. The
 environment may be newer than theirs: transformers' cache is replaced by a plain base class, and where flash-attn is not
 installed its decode call is torch's attention over the filled slots. Each autotuned kernel tries ``--configurations``
-of its own list (0: all), which changes their prompt's time and no step's.
+of its own list (0: all), which changes their prompt's time and no step's. ``--noprompt`` skips the prompt, whose
+kernels take long to compile: the steps begin from a cache of random numbers in the form that a prompt leaves, and no
+step's time depends on the numbers. ``--eager`` turns ``torch.compile`` off, and the line says so.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import json
+import os
 import statistics
 import sys
 import time
@@ -41,11 +44,15 @@ def define_flags() -> None:
     flags.DEFINE_integer("length", 4096, "Tokens of the prompt, a multiple of 64.")
     flags.DEFINE_integer("steps", 16, "Tokens in one timed stretch.")
     flags.DEFINE_integer("configurations", 3, "Of each autotuned kernel's list, how many are tried; 0 for all.")
+    flags.DEFINE_bool("prompt", True, "Read and time a prompt; without it, steps begin from a cache of random numbers.")
+    flags.DEFINE_bool("eager", False, "Without torch.compile, which takes long.")
     flags.mark_flag_as_required("authors_path")
 
 
-def prepare(path: str, configurations: int) -> None:
+def prepare(path: str, configurations: int, eager: bool = False) -> None:
     """Makes their package importable in this environment."""
+    if eager:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read when torch is imported
     if not (Path(path) / "fla/layers/lte.py").is_file():
         raise ValueError(f"--authors_path={path}: there is no fla/layers/lte.py in it")
     import transformers.cache_utils
@@ -114,6 +121,34 @@ def read(model: Any, ids: Any) -> tuple[Any, Any]:
         return out.last_hidden_state[:, -1:] @ model.embeddings.weight.T, out.past_key_values
 
 
+def filled(batch: int, length: int) -> tuple[Any, Any]:
+    """Logits and a cache as ``read`` returns them, of random numbers, every slot filled."""
+    import torch
+    from fla.models.utils import Cache
+
+    heads, window = LAYERS["num_heads"], LAYERS["window_size"] + 1
+    slots, size = window + LAYERS["buffer_size"], SIZE["hidden_size"] // heads
+
+    def draw(*shape: int, dtype: Any = torch.bfloat16) -> Any:
+        return torch.randn(batch, *shape, device="cuda", dtype=torch.float32).mul_(0.1).to(dtype)
+
+    def zeros(dtype: Any) -> Any:
+        return torch.zeros(batch, device="cuda", dtype=dtype)
+
+    cache = Cache(length)
+    for layer in range(SIZE["num_hidden_layers"]):
+        state: dict[str, Any] = dict.fromkeys(("recurrent_state", "attn_state", "conv_state", "ffn_state"))
+        if layer in LAYERS["layers"]:
+            kept = torch.full((batch, heads), LAYERS["buffer_size"], device="cuda", dtype=torch.int32)
+            keys, scores = (draw(slots, heads, size), draw(slots, heads, size)), draw(slots, heads)
+            state["attn_state"] = (*keys, scores, zeros(torch.long), zeros(torch.int32), 0, kept)
+        else:
+            state["recurrent_state"] = draw(SIZE["num_heads"], SIZE["head_dim"], SIZE["head_dim"], dtype=torch.float32)
+            state["conv_state"] = tuple(draw(SIZE["hidden_size"], 4) for _ in "qkv")
+        cache.states.append(state)
+    return draw(1, SIZE["vocab_size"]), cache
+
+
 def decode(model: Any, logits: Any, cache: Any, steps: int) -> tuple[Any, Any]:
     """Greedy tokens one by one, without transformers' ``generate`` around them."""
     import torch
@@ -125,7 +160,7 @@ def decode(model: Any, logits: Any, cache: Any, steps: int) -> tuple[Any, Any]:
     return logits, cache
 
 
-def measure(model: Any, batch: int, length: int, steps: int) -> dict[str, Any]:
+def measure(model: Any, batch: int, length: int, steps: int, prompt: bool = True) -> dict[str, Any]:
     """A line as ``experiments.bench --model`` writes them."""
     import torch
 
@@ -136,11 +171,16 @@ def measure(model: Any, batch: int, length: int, steps: int) -> dict[str, Any]:
         torch.cuda.synchronize()
         return time.perf_counter() - start, found
 
-    ids = torch.randint(0, SIZE["vocab_size"], (batch, length), device="cuda")
-    decode(model, *read(model, ids), 3)  # compiles everything
+    found: dict[str, Any] = {}
+    start = functools.partial(filled, batch, length)
+    if prompt:
+        ids = torch.randint(0, SIZE["vocab_size"], (batch, length), device="cuda")
+        start = functools.partial(read, model, ids)
+    decode(model, *start(), 3)  # compiles everything
     torch.cuda.reset_peak_memory_stats()
-    prompt, (logits, cache) = seconds(lambda: read(model, ids))
-    prompt_bytes = torch.cuda.max_memory_allocated()
+    took, (logits, cache) = seconds(start)
+    if prompt:
+        found = {"prompt": took, "prompt_bytes": torch.cuda.max_memory_allocated()}
     torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(4):
@@ -149,11 +189,12 @@ def measure(model: Any, batch: int, length: int, steps: int) -> dict[str, Any]:
     if not bool(torch.isfinite(logits.float()).all()):
         raise RuntimeError("their logits are not finite")
     case = {"who": "authors", "model": "lalte", "size": "0.4B", "length": length, "batch": batch}
-    where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    found = {"prompt": prompt, "prompt_bytes": prompt_bytes, "token": statistics.median(times[1:]), "run": where}
+    eager = ", torch.compile off" if os.environ.get("TORCHDYNAMO_DISABLE") == "1" else ""
     return {
         **case,
         **found,
+        "run": f"{torch.cuda.get_device_name()}, torch {torch.__version__}{eager}",
+        "token": statistics.median(times[1:]),
         "spread": max(times[1:]) / min(times[1:]),
         "token_bytes": torch.cuda.max_memory_allocated(),
     }
@@ -165,10 +206,10 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"{argv[1]!r}: no such argument")
         if FLAGS.length % 64:
             raise ValueError(f"--length={FLAGS.length}: their prompts are multiples of 64")
-        prepare(FLAGS.authors_path, FLAGS.configurations)
+        prepare(FLAGS.authors_path, FLAGS.configurations, FLAGS.eager)
         model = build()
         for batch in FLAGS.batches:
-            print(json.dumps(measure(model, int(batch), FLAGS.length, FLAGS.steps)), flush=True)
+            print(json.dumps(measure(model, int(batch), FLAGS.length, FLAGS.steps, FLAGS.prompt)), flush=True)
     except (ValueError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
