@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lte_jax.dims import Hidden, Positions, Tokens
+from lte_jax.remat import operand
 
 Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
 
@@ -125,7 +126,7 @@ def rotary(x: Float[Array, "B T H N"], positions: Positions, theta: float) -> Fl
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+    return operand(jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype))
 
 
 def mlp_width(width: int, hidden_ratio: float, intermediate_size: int | None) -> int:
@@ -147,7 +148,7 @@ class GatedMLP(nnx.Module):
         self.down_proj = Linear(inner, width, axes=("mlp", "embed"), init=init.residual(inner), **kwargs)
 
     def __call__(self, x: Hidden) -> Hidden:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(operand(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
 class Embedding(nnx.Module):
@@ -161,6 +162,11 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Tokens) -> Hidden:
         return jnp.take(self.weight[...], tokens, axis=0).astype(self.dtype)
+
+
+def row_positions(tokens: Tokens) -> Positions:
+    """Positions of rows that hold one document each."""
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 
 
 def document_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

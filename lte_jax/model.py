@@ -1,7 +1,7 @@
 """The language model: a pattern of mixers repeated to depth, between an embedding and a head.
 
-The pattern is data: ``ModelConfig.pattern`` holds the settings of the layers that repeat, such as (GDN, LTE). One
-repeat is one step of a ``jax.lax.scan`` over stacked parameters, so that compile time does not grow with depth.
+The pattern is data: ``ModelConfig.pattern`` holds the settings of the layers that repeat, such as (GDN, LTE). The
+parameters of the repeats are stacked, and one repeat is one step through the depth (``depth.py``).
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lte_jax import partition
+from lte_jax.depth import through
 from lte_jax.dims import Hidden, SegmentIds, Tokens
 from lte_jax.inputs import check_tokens, mask_to_segment_ids, zero_padding
-from lte_jax.layers import Embedding, GatedMLP, InitRule, Linear, RMSNorm, document_positions, mlp_width
+from lte_jax.layers import Embedding, GatedMLP, InitRule, Linear, RMSNorm, document_positions, mlp_width, row_positions
 from lte_jax.mixers import mixer_module, mixer_name
 from lte_jax.mixers.base import Aux, MixerConfig, Reading
 from lte_jax.mixers.lte import make_router, needs_shared_router
 from lte_jax.model_config import ModelConfig, with_emitters
-from lte_jax.remat import checkpointed
+from lte_jax.remat import operand
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +85,7 @@ class Block(nnx.Module):
         self.mlp = GatedMLP(config.width, inner, init=init, **types)
 
     def __call__(self, x: Hidden, **kwargs: Any) -> tuple[Hidden, Aux]:
-        y, aux = self.mixer(self.mixer_norm(x), **kwargs)
+        y, aux = self.mixer(operand(self.mixer_norm(x)), **kwargs)
         return self._finish(x, y, kwargs["segment_ids"]), aux
 
     def extend(self, x: Hidden, cache: Any, **kwargs: Any) -> tuple[Hidden, Any, Aux]:
@@ -93,7 +94,7 @@ class Block(nnx.Module):
 
     def _finish(self, x: Hidden, y: Hidden, segment_ids: SegmentIds | None) -> Hidden:
         x = x + y
-        x = x + self.mlp(self.mlp_norm(x))
+        x = x + self.mlp(operand(self.mlp_norm(x)))
         return partition.constrain(zero_padding(x, segment_ids), "batch", "length", None)
 
 
@@ -114,6 +115,7 @@ class LanguageModel(nnx.Module):
       param_dtype: of the stored weights.
       implementation: of every operation: "pallas", "triton", "xla", or None for the fastest measured.
       remat: what a backward pass keeps: a name in ``remat.POLICIES``.
+      layers: how training runs through the depth: "scan", "unroll", or None for the rule of ``depth.through``.
     """
 
     def __init__(
@@ -125,11 +127,12 @@ class LanguageModel(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         implementation: str | None = None,
         remat: str = "none",
+        layers: str | None = None,
     ):
         config.validate()
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.remat = remat
+        self.remat, self.layers = remat, layers
         init = InitRule(config.init_std, config.num_layers, config.rescale_residual)
         types: dict[str, Any] = dict(dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
         self.embeddings = Embedding(config.vocab_size, config.width, init=init, **types)
@@ -179,10 +182,7 @@ class LanguageModel(nnx.Module):
           [B, T, D] after the final norm, and, with LTE layers, ``{"scores", "selected"}`` stacked over those layers,
           [layers, B, T, K].
         """
-        if segment_ids is None:
-            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
-        else:
-            positions = document_positions(segment_ids)
+        positions = row_positions(input_ids) if segment_ids is None else document_positions(segment_ids)
         shared = dict(positions=positions, segment_ids=segment_ids, reading=reading)
         graph, state = nnx.split(self.units)
 
@@ -197,10 +197,10 @@ class LanguageModel(nnx.Module):
                 auxes.append(aux)
             return x, tuple(auxes)
 
-        repeats = self.config.num_layers // len(self.config.pattern)
-        keys = None if key is None else jax.random.split(key, repeats)
+        keys = None if key is None else jax.random.split(key, self.config.num_layers // len(self.config.pattern))
         x = zero_padding(partition.lookup(self.embeddings.weight[...], input_ids, self.dtype), segment_ids)
-        x, auxes = jax.lax.scan(checkpointed(step, self.remat), x, (state, keys))
+        layers = self.layers if reading == "train" else "scan"
+        x, auxes = through(step, x, (state, keys), layers=layers, remat=self.remat)
         return self.norm(x), self._stack_routing(auxes)
 
     def __call__(

@@ -33,6 +33,8 @@ class ComputeConfig:
     """Of every operation: "pallas", "triton", "xla", or None for the fastest measured."""
     remat: str = "none"
     """What the backward pass keeps: a name in ``lte_jax.remat.POLICIES``."""
+    layers: Literal["scan", "unroll"] | None = None
+    """How training runs through the depth: "scan", "unroll", or None for the rule of ``lte_jax.depth.through``."""
     chunk_tokens: int = losses.CHUNK_TOKENS
     """Tokens whose logits are held at a time."""
 
@@ -97,6 +99,7 @@ class Builder:
             dtype=jnp.dtype(compute.dtype),
             implementation=compute.implementation,
             remat=compute.remat,
+            layers=compute.layers,
         )
 
     def model(self, params: Params) -> LanguageModel:

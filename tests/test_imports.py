@@ -14,17 +14,25 @@ ALLOWED = {
     "pallas_kernels": ("pallas_kernels",),
     "lte_jax.dims": (),
     "lte_jax.configs": (),
-    "lte_jax.layers": ("lte_jax.dims",),
+    "lte_jax.layers": ("lte_jax.dims", "lte_jax.remat"),
     "lte_jax.inputs": ("lte_jax.dims",),
     "lte_jax.remat": (),
+    "lte_jax.depth": ("lte_jax.remat", "pallas_kernels"),
     "lte_jax.sharding": ("lte_jax.dims", "pallas_kernels"),
     "lte_jax.retained": ("pallas_kernels",),
     "lte_jax.partition": ("lte_jax.dims", "lte_jax.retained", "lte_jax.sharding", "pallas_kernels"),
-    "lte_jax.mixers": ("lte_jax.dims", "lte_jax.layers", "lte_jax.partition", "lte_jax.mixers", "pallas_kernels"),
+    "lte_jax.mixers": (
+        "lte_jax.dims",
+        "lte_jax.layers",
+        "lte_jax.remat",
+        "lte_jax.partition",
+        "lte_jax.mixers",
+        "pallas_kernels",
+    ),
     "lte_jax.data": ("lte_jax.dims", "lte_jax.configs", "lte_jax.data"),
 }
 MODEL = ("lte_jax.dims", "lte_jax.layers", "lte_jax.inputs", "lte_jax.remat", "lte_jax.sharding", "lte_jax.mixers")
-MODEL += ("lte_jax.partition",)
+MODEL += ("lte_jax.partition", "lte_jax.depth")
 ALLOWED["lte_jax.model_config"] = (*MODEL,)
 ALLOWED["lte_jax.model"] = (*MODEL, "lte_jax.model_config")
 PROGRAMS = ("lte_jax.train", "lte_jax.evaluate", "lte_jax.generate")

@@ -23,6 +23,7 @@ from lte_jax.dims import Hidden, Positions, SegmentIds
 from lte_jax.layers import InitRule, Linear, RMSNorm, parameter
 from lte_jax.mixers.base import Aux, Mixer, MixerConfig, Reading
 from lte_jax.partition import gated_delta_rule, short_convolution
+from lte_jax.remat import operand
 from pallas_kernels.gated_delta_rule import gated_delta_rule_step
 from pallas_kernels.short_convolution import short_convolution_step
 
@@ -270,7 +271,7 @@ class GatedDeltaNet(Mixer):
         o = self.o_norm(o)
         if self.g_proj is not None:
             o = o * jax.nn.silu(self.g_proj(x).astype(jnp.float32)).reshape(o.shape)
-        return self.o_proj(o.reshape(*o.shape[:2], -1))
+        return self.o_proj(operand(o.reshape(*o.shape[:2], -1).astype(self.dtype)))
 
     def _aux(self, updates: Float32[Array, "B T H V"] | None = None) -> Aux:
         if updates is None:

@@ -1,0 +1,196 @@
+"""How fast is a whole training step, with the optimiser, and what is its time made of?
+
+    python -m experiments.benchmarks.training --model=lalte --size=0.4B --rows=8 --remat=dots,kernels
+    python -m experiments.benchmarks.training --model=lalte --size=1.4B --rows=4 --remat=dots --breakdown=FOLDER
+
+Random tokens in rows of ``--length``, weights as training starts (LTE's routers keep nearly all tokens), bfloat16
+computation with float32 weights. One line of JSON for each setting: seconds of lowering (which compiles the Triton
+kernels) and of compilation, of the first step, the median step, tokens per second, MFU, the peak of the memory, and
+the first losses, by which settings can be compared. ``--breakdown`` writes, by the compiler's names of what they
+compute, the kernels of a step and their milliseconds, and the compiled program beside them.
+"""
+
+from __future__ import annotations
+
+import collections
+import glob
+import gzip
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("model", "lalte", "One of the paper's models.")
+    flags.DEFINE_string("size", "0.4B", "0.4B, 1.4B, or tiny (to see that it runs).")
+    flags.DEFINE_integer("rows", 8, "Rows of a step.")
+    flags.DEFINE_integer("length", 4096, "Tokens of a row.")
+    flags.DEFINE_list("remat", ["dots"], "Policies of lte_jax.remat; each is timed.")
+    flags.DEFINE_list("layers", ["auto"], "scan, unroll, or auto for the rule of the model; each is timed.")
+    flags.DEFINE_string("implementation", None, "triton, xla, ...; default the fastest.")
+    flags.DEFINE_integer("steps", 10, "Steps whose median counts.")
+    flags.DEFINE_string("breakdown", None, "A folder for the kernels of a step.")
+    flags.DEFINE_string("cache", None, "A folder of compiled programs; default none, so that compilation is timed.")
+
+
+def builder(remat: str, layers: str) -> Any:
+    """The step of the model on this device."""
+    from experiments.benchmarks import models
+    from lte_jax.optim import OptimizerConfig
+    from lte_jax.retention import PenaltyConfig
+    from lte_jax.sharding import MeshConfig, make_mesh
+    from lte_jax.step import Builder, ComputeConfig, StepConfig
+
+    compute = ComputeConfig(
+        dtype="bfloat16",
+        implementation=FLAGS.implementation,
+        remat=remat,
+        layers=None if layers == "auto" else layers,  # type: ignore[arg-type]
+    )
+    config = StepConfig(
+        models.model_config(FLAGS.model, FLAGS.size),
+        OptimizerConfig(),
+        PenaltyConfig(),
+        compute,
+        steps=30720,
+        accumulation=1,
+        seed=0,
+        length=FLAGS.length,
+    )
+    return Builder(config, make_mesh(MeshConfig(), jax.local_devices()[:1]))
+
+
+def batches(vocabulary: int) -> list[dict[str, jax.Array]]:
+    """A few batches of random tokens, on the device."""
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(3):
+        tokens = random.integers(0, vocabulary, (FLAGS.rows, FLAGS.length + 1), np.int32)
+        arrays = {
+            "input_ids": tokens[:, :-1],
+            "labels": tokens[:, 1:],
+            "interrupted": np.zeros(FLAGS.rows, np.int32),
+        }
+        found.append(jax.device_put({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+    return found
+
+
+def measure(remat: str, layers: str) -> dict[str, Any]:
+    """The line of one setting."""
+    from lte_jax import metrics
+
+    made = builder(remat, layers)
+    config = made.config
+    data = batches(config.model.vocab_size)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), data[0])
+    began = time.perf_counter()
+    lowered = made.train_step().lower(made.abstract_state(), shapes)
+    low = time.perf_counter()
+    step = lowered.compile()
+    compiled = time.perf_counter()
+    state = made.init_state()
+    jax.block_until_ready(state)
+    losses, times = [], []
+    for number in range(FLAGS.steps + 3):
+        start = time.perf_counter()
+        state, numbers = step(state, data[number % len(data)])
+        loss = float(numbers["loss"])
+        times.append(time.perf_counter() - start)
+        losses.append(round(loss, 5))
+    median = statistics.median(times[3:])
+    device = jax.local_devices()[0]
+    parameters = sum(leaf.size for leaf in state.params.values())
+    rate = FLAGS.rows * FLAGS.length / median
+    peak = metrics.peak_flops(device)
+    used = metrics.flops_per_token(config.model, parameters, FLAGS.length) * rate
+    analysis = step.memory_analysis()
+    line = {
+        "model": FLAGS.model,
+        "size": FLAGS.size,
+        "rows": FLAGS.rows,
+        "remat": remat,
+        "layers": layers,
+        "lower": round(low - began, 1),
+        "compile": round(compiled - low, 1),
+        "first_step": round(times[0], 2),
+        "step_ms": round(median * 1e3, 1),
+        "tokens_per_second": round(rate),
+        "mfu": None if peak is None else round(used / peak, 4),
+        "temporary_gib": round(analysis.temp_size_in_bytes / 2**30, 1),
+        "peak_gib": round((device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30, 1),
+        "losses": losses[:4],
+        "device": device.device_kind,
+    }
+    print(json.dumps(line), flush=True)
+    if FLAGS.breakdown:
+        _break_down(step, state, data[0], f"{FLAGS.model}_{FLAGS.size}_{remat}_{layers}")
+    return line
+
+
+def _break_down(step: Any, state: Any, batch: Any, name: str) -> None:
+    folder = Path(FLAGS.breakdown)
+    folder.mkdir(parents=True, exist_ok=True)
+    with gzip.open(folder / f"{name}.hlo.gz", "wt") as file:
+        file.write(step.as_text())
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level, options.host_tracer_level = 0, 1
+    with tempfile.TemporaryDirectory() as traced:
+        with jax.profiler.trace(traced, profiler_options=options):
+            for _ in range(2):
+                state, numbers = step(state, batch)
+            jax.block_until_ready(numbers)
+        (path,) = glob.glob(f"{traced}/**/*.xplane.pb", recursive=True)
+        kernels = kernels_of(jax.profiler.ProfileData.from_file(path), 2)
+    with (folder / f"{name}.tsv").open("w") as file:
+        for kernel in kernels:
+            file.write("\t".join(map(str, kernel)) + "\n")
+    total = sum(kernel[0] for kernel in kernels)
+    print(f"  {total:.1f} ms of kernels and copies in {sum(kernel[1] for kernel in kernels):.0f} launches", flush=True)
+
+
+def kernels_of(profile: Any, steps: int) -> list[tuple[float, float, str, str, str]]:
+    """(milliseconds, launches, kernel, instruction, operation) of a step, the largest first."""
+    found: dict[tuple[str, str, str], list[float]] = collections.defaultdict(list)
+    for plane in profile.planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        for line in plane.lines:
+            if not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                stats = dict(event.stats)
+                key = (event.name[:120], str(stats.get("hlo_op", "")), str(stats.get("tf_op", stats.get("name", ""))))
+                found[key].append(event.duration_ns * 1e-6)
+    rows = [(sum(times) / steps, len(times) / steps, *key) for key, times in found.items()]
+    return sorted(rows, reverse=True)
+
+
+def main(argv: list[str]) -> None:
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"{argv[1]!r}: no such argument")
+        if FLAGS.cache:
+            jax.config.update("jax_compilation_cache_dir", FLAGS.cache)
+        else:
+            jax.config.update("jax_enable_compilation_cache", False)
+        for remat in FLAGS.remat:
+            for layers in FLAGS.layers:
+                measure(remat, layers)
+                jax.clear_caches()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
