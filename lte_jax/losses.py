@@ -167,8 +167,10 @@ def _statistics(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Ar
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _chunked(hidden: jax.Array, weight: jax.Array, labels: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
+    cast = weight.astype(hidden.dtype)
+
     def step(sums: tuple, chunk: tuple) -> tuple[tuple, None]:
-        loss, correct, _ = _statistics(_logits(chunk[0], weight.astype(chunk[0].dtype)), chunk[1])
+        loss, correct, _ = _statistics(_logits(chunk[0], cast), chunk[1])
         return (sums[0] + jnp.sum(loss), sums[1] + jnp.sum(correct)), None
 
     zeros = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
@@ -176,10 +178,11 @@ def _chunked(hidden: jax.Array, weight: jax.Array, labels: jax.Array, steps: int
 
 
 def _chunked_forward(hidden: jax.Array, weight: jax.Array, labels: jax.Array, steps: int) -> tuple[tuple, tuple]:
+    cast = weight.astype(hidden.dtype)
+
     def step(carry: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
         total, hits, dweight = carry
         h, target = chunk
-        cast = weight.astype(h.dtype)
         logits = _logits(h, cast)
         loss, correct, lse = _statistics(logits, target)
         # d loss / d logits = softmax - onehot; a label of -1 matches no column and its row is masked.

@@ -93,7 +93,7 @@ class Block(nnx.Module):
         return self._finish(x, y, kwargs["segment_ids"]), cache, aux
 
     def _finish(self, x: Hidden, y: Hidden, segment_ids: SegmentIds | None) -> Hidden:
-        x = x + y
+        x = operand(x + y)
         x = x + self.mlp(operand(self.mlp_norm(x)))
         return partition.constrain(zero_padding(x, segment_ids), "batch", "length", None)
 

@@ -1,0 +1,131 @@
+"""Does training in bfloat16 with kernels follow training in float32 without any? Two loss curves on the same text.
+
+    python -m experiments.benchmarks.agreement --steps=200 > agreement.json
+
+A byte-level laLTE on the sources of the Python that runs it: the same weights, rows and dropout keys for both. Prints
+the relative difference of the two losses, each averaged over ``SPAN`` steps, every 20 steps; one line of JSON at the
+end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from lte_jax import LTE, GatedDeltaNet, ModelConfig
+
+FLAGS = flags.FLAGS
+SPAN = 10
+MODEL = ModelConfig(
+    vocab_size=259,
+    width=512,
+    num_layers=8,
+    pattern=(GatedDeltaNet(num_heads=4, head_dim=128), LTE(num_heads=8, window=192, budget=128, sinks=4)),
+    max_length=1024,
+    init_std=0.02,
+)
+
+
+def define_flags() -> None:
+    flags.DEFINE_integer("steps", 200, "Steps of each run.")
+    flags.DEFINE_integer("rows", 8, "Rows of 1024 bytes in a step.")
+
+
+def experiment(rows: int, steps: int) -> Any:
+    """The config ``text`` with the larger model."""
+    from experiments.configs import text
+    from lte_jax.data import Packing
+    from lte_jax.optim import OptimizerConfig
+
+    config = text.get_config()
+    return dataclasses.replace(
+        config,
+        model=MODEL,
+        data=dataclasses.replace(config.data, packing=Packing(length=1024)),
+        batch_size=rows,
+        steps=steps,
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
+    )
+
+
+def batches(config: Any) -> Iterator[dict[str, np.ndarray]]:
+    """The training batches, the same at every call."""
+    from lte_jax.data import Batches
+
+    found = Batches(config.data.rows("train", batch_size=config.batch_size), config.batch_size)
+    try:
+        while True:
+            batch = next(found)
+            arrays = {name: batch[name] for name in ("input_ids", "labels", "segment_ids") if name in batch}
+            yield arrays | {"interrupted": np.zeros(config.batch_size, np.int32)}
+    finally:
+        found.close()
+
+
+def losses(config: Any, dtype: str, implementation: str | None, steps: int) -> np.ndarray:
+    """The loss of every step of one run."""
+    from lte_jax.experiment import step_config
+    from lte_jax.sharding import MeshConfig, make_mesh
+    from lte_jax.step import Builder, ComputeConfig
+
+    compute = ComputeConfig(dtype=dtype, implementation=implementation, remat="dots")  # type: ignore[arg-type]
+    settings = dataclasses.replace(step_config(config, 1024), compute=compute)
+    builder = Builder(settings, make_mesh(MeshConfig(), jax.local_devices()[:1]))
+    state, step, found = builder.init_state(), builder.train_step(), []
+    for _, batch in zip(range(steps), batches(config), strict=False):
+        state, numbers = step(state, batch)
+        found.append(numbers["loss"])
+    return np.asarray(jax.device_get(found), np.float64)
+
+
+def compare(steps: int, rows: int) -> dict[str, Any]:
+    """Both curves, and the largest relative difference of their averages over ``SPAN`` steps."""
+    config = experiment(rows, steps)
+    curves, seconds = {}, {}
+    for name, dtype, implementation in (("bfloat16", "bfloat16", None), ("float32", "float32", "xla")):
+        began = time.perf_counter()
+        with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+            curves[name] = losses(config, dtype, implementation, steps)
+        seconds[name] = round(time.perf_counter() - began, 1)
+        print(f"{name}: {seconds[name]} s, loss {curves[name][0]:.4f} to {curves[name][-1]:.4f}", flush=True)
+    smooth = {name: np.convolve(curve, np.ones(SPAN) / SPAN, "valid") for name, curve in curves.items()}
+    apart = np.abs(smooth["bfloat16"] / smooth["float32"] - 1)
+    for step in range(SPAN, steps + 1, 20):
+        both = ", ".join(f"{name} {curve[step - SPAN]:.4f}" for name, curve in smooth.items())
+        print(f"steps {step - SPAN + 1} to {step}: {both}, apart by {100 * apart[step - SPAN]:.3f} %", flush=True)
+    single = np.abs(curves["bfloat16"] / curves["float32"] - 1)
+    return {
+        "steps": steps,
+        "rows": rows,
+        "span": SPAN,
+        "largest": float(apart.max()),
+        "last": float(apart[-1]),
+        "largest_of_single_steps": float(single.max()),
+        "seconds": seconds,
+        "device": jax.local_devices()[0].device_kind,
+        "curves": {name: np.round(curve, 5).tolist() for name, curve in curves.items()},
+    }
+
+
+def main(argv: list[str]) -> None:
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"{argv[1]!r}: no such argument")
+        if FLAGS.steps < SPAN or FLAGS.rows < 1:
+            raise ValueError(f"--steps={FLAGS.steps} --rows={FLAGS.rows}: at least {SPAN} steps of 1 row")
+        print(json.dumps(compare(FLAGS.steps, FLAGS.rows)))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
