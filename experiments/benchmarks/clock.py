@@ -151,7 +151,7 @@ def busy_times(profile: Any) -> dict[str, list[float]]:
     ]
     if not device:
         return {}
-    merged = _union(device)
+    merged = union(device)
     starts = [start for start, _ in merged]
     found: dict[str, list[float]] = {}
     for plane in profile.planes:
@@ -167,7 +167,7 @@ def busy_times(profile: Any) -> dict[str, list[float]]:
     return found
 
 
-def _union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+def union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """The same stretches of time without overlaps, in order."""
     merged: list[tuple[float, float]] = []
     for start, end in sorted(spans):

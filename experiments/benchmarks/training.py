@@ -6,16 +6,18 @@
 Random tokens in rows of ``--length``, weights as training starts (LTE's routers keep nearly all tokens), bfloat16
 computation with float32 weights. One line of JSON for each setting: seconds of lowering (which compiles the Triton
 kernels) and of compilation, of the first step, the median step, tokens per second, MFU, the peak of the memory, and
-the first losses, by which settings can be compared. ``--breakdown`` writes, by the compiler's names of what they
-compute, the kernels of a step and their milliseconds, and the compiled program beside them.
+the first losses, by which settings can be compared. ``--breakdown`` prints the kernels of a step and their
+milliseconds, and writes the device's timeline and the compiled program.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import glob
 import gzip
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -27,7 +29,10 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from experiments.benchmarks import clock
+
 FLAGS = flags.FLAGS
+TRACED = 2  # steps
 
 
 def define_flags() -> None:
@@ -35,6 +40,7 @@ def define_flags() -> None:
     flags.DEFINE_string("size", "0.4B", "0.4B, 1.4B, or tiny (to see that it runs).")
     flags.DEFINE_integer("rows", 8, "Rows of a step.")
     flags.DEFINE_integer("length", 4096, "Tokens of a row.")
+    flags.DEFINE_integer("depth", None, "Layers, where not the model's own.")
     flags.DEFINE_list("remat", ["dots"], "Policies of lte_jax.remat; each is timed.")
     flags.DEFINE_list("layers", ["auto"], "scan, unroll, or auto for the rule of the model; each is timed.")
     flags.DEFINE_string("implementation", None, "triton, xla, ...; default the fastest.")
@@ -57,8 +63,9 @@ def builder(remat: str, layers: str) -> Any:
         remat=remat,
         layers=None if layers == "auto" else layers,  # type: ignore[arg-type]
     )
+    model = models.model_config(FLAGS.model, FLAGS.size)
     config = StepConfig(
-        models.model_config(FLAGS.model, FLAGS.size),
+        model if FLAGS.depth is None else dataclasses.replace(model, num_layers=FLAGS.depth),
         OptimizerConfig(),
         PenaltyConfig(),
         compute,
@@ -101,13 +108,19 @@ def measure(remat: str, layers: str) -> dict[str, Any]:
     state = made.init_state()
     jax.block_until_ready(state)
     losses, times = [], []
-    for number in range(FLAGS.steps + 3):
+    for number in range(3):
+        start = time.perf_counter()
+        state, numbers = step(state, data[number])
+        losses.append(round(float(numbers["loss"]), 5))
+        times.append(time.perf_counter() - start)
+    late = numbers
+    for number in range(FLAGS.steps):
         start = time.perf_counter()
         state, numbers = step(state, data[number % len(data)])
-        loss = float(numbers["loss"])
+        jax.block_until_ready(late)  # as the trainer reads: one step late
+        late = numbers
         times.append(time.perf_counter() - start)
-        losses.append(round(loss, 5))
-    median = statistics.median(times[3:])
+    median = statistics.median(times[4:])
     device = jax.local_devices()[0]
     parameters = sum(leaf.size for leaf in state.params.values())
     rate = FLAGS.rows * FLAGS.length / median
@@ -128,7 +141,7 @@ def measure(remat: str, layers: str) -> dict[str, Any]:
         "mfu": None if peak is None else round(used / peak, 4),
         "temporary_gib": round(analysis.temp_size_in_bytes / 2**30, 1),
         "peak_gib": round((device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30, 1),
-        "losses": losses[:4],
+        "losses": losses,
         "device": device.device_kind,
     }
     print(json.dumps(line), flush=True)
@@ -146,39 +159,48 @@ def _break_down(step: Any, state: Any, batch: Any, name: str) -> None:
     options.python_tracer_level, options.host_tracer_level = 0, 1
     with tempfile.TemporaryDirectory() as traced:
         with jax.profiler.trace(traced, profiler_options=options):
-            for _ in range(2):
+            for _ in range(TRACED):
                 state, numbers = step(state, batch)
             jax.block_until_ready(numbers)
         (path,) = glob.glob(f"{traced}/**/*.xplane.pb", recursive=True)
-        kernels = kernels_of(jax.profiler.ProfileData.from_file(path), 2)
-    with (folder / f"{name}.tsv").open("w") as file:
-        for kernel in kernels:
-            file.write("\t".join(map(str, kernel)) + "\n")
-    total = sum(kernel[0] for kernel in kernels)
-    print(f"  {total:.1f} ms of kernels and copies in {sum(kernel[1] for kernel in kernels):.0f} launches", flush=True)
+        events = device_events(jax.profiler.ProfileData.from_file(path))
+    with gzip.open(folder / f"{name}.tsv.gz", "wt") as file:
+        file.writelines("\t".join(map(str, event)) + "\n" for event in events)
+    kinds: dict[str, list[float]] = collections.defaultdict(list)
+    for _, duration, _, kernel, _ in events:
+        kinds[re.sub(r"[_.]?\d+$", "", kernel)].append(duration * 1e-3 / TRACED)
+    spans = clock.union((start, start + duration) for start, duration, *_ in events)
+    whole, busy = spans[-1][1] - spans[0][0], sum(end - start for start, end in spans)
+    total = sum(map(sum, kinds.values()))
+    print(
+        f"  {whole * 1e-3 / TRACED:.1f} ms a step, busy {busy * 1e-3 / TRACED:.1f}, kernels and copies {total:.1f} in "
+        f"{len(events) / TRACED:.0f} launches"
+    )
+    for kernel, times in sorted(kinds.items(), key=lambda kind: -sum(kind[1]))[:30]:
+        print(f"  {sum(times):7.2f} ms x{len(times) / TRACED:<5.0f} {kernel[:70]}", flush=True)
 
 
-def kernels_of(profile: Any, steps: int) -> list[tuple[float, float, str, str, str]]:
-    """(milliseconds, launches, kernel, instruction, operation) of a step, the largest first."""
-    found: dict[tuple[str, str, str], list[float]] = collections.defaultdict(list)
+def device_events(profile: Any) -> list[tuple[float, float, str, str, str]]:
+    """(start and duration in microseconds, stream, kernel, instruction) of all that the device ran, by start."""
+    found = []
     for plane in profile.planes:
         if not plane.name.startswith("/device:GPU"):
             continue
         for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue
-            for event in line.events:
-                stats = dict(event.stats)
-                key = (event.name[:120], str(stats.get("hlo_op", "")), str(stats.get("tf_op", stats.get("name", ""))))
-                found[key].append(event.duration_ns * 1e-6)
-    rows = [(sum(times) / steps, len(times) / steps, *key) for key, times in found.items()]
-    return sorted(rows, reverse=True)
+            if line.name.startswith("Stream"):
+                for event in line.events:
+                    instruction = next((str(value) for name, value in event.stats if name == "hlo_op"), "")
+                    times = (event.start_ns * 1e-3, event.duration_ns * 1e-3)
+                    found.append((*times, line.name, event.name[:120], instruction))
+    return sorted(found)
 
 
 def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise ValueError(f"{argv[1]!r}: no such argument")
+        if FLAGS.breakdown and jax.default_backend() != "gpu":
+            raise ValueError(f"--breakdown={FLAGS.breakdown}: only a GPU's trace shows kernels")
         if FLAGS.cache:
             jax.config.update("jax_compilation_cache_dir", FLAGS.cache)
         else:
