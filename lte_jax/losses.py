@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from lte_jax import partition, retention
 from lte_jax.dims import Hidden, SegmentIds, Tokens
+from pallas_kernels.cross_entropy import cross_entropy, statistics
 
 CHUNK_TOKENS = 4096
 """Tokens of a device's rows whose float32 logits are held at a time."""
@@ -40,7 +41,7 @@ def training_loss(
     """The loss of one batch and what to report about it.
 
     Args:
-      model: has ``hidden``, ``head_weight`` and ``config`` (``lte_jax.model.LanguageModel``).
+      model: has ``hidden``, ``head_weight``, ``implementation`` and ``config`` (``lte_jax.model.LanguageModel``).
       penalty_weights: lambda per LTE layer and KV head; None for no penalty.
       labels: the target at each position, negative where nothing is asked; default the next token of the same document.
       segment_ids: document of each token, 0 for padding; None for one document a row.
@@ -58,7 +59,8 @@ def training_loss(
         labels = next_token_labels(input_ids, segment_ids)
     hidden, aux = model.hidden(input_ids, segment_ids=segment_ids, reading="train", key=key, select=select)
     count = jnp.sum(labels >= 0, dtype=jnp.float32)
-    total, correct = cross_entropy_sums(hidden, model.head_weight, labels, chunk_tokens)
+    implementation = "xla" if model.implementation == "xla" else None  # other names are of the mixers' kernels
+    total, correct = cross_entropy_sums(hidden, model.head_weight, labels, chunk_tokens, implementation)
     ce = total / jnp.maximum(count if targets is None else targets, 1.0)
     metrics = {"ce": ce, "correct": correct, "targets": count}
     if not aux:
@@ -91,7 +93,7 @@ def token_losses(
     hidden, labels, steps = _padded(hidden, labels, chunk_tokens)
 
     def chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        loss, correct, _ = _statistics(_logits(inputs[0], weight), inputs[1])
+        loss, correct, _ = statistics(_logits(inputs[0], weight), inputs[1])
         return loss, correct
 
     losses, corrects = jax.lax.map(chunk, (_split(hidden, steps), _split(labels, steps)))
@@ -116,7 +118,11 @@ def router_reach(config: Any) -> int:
 
 
 def cross_entropy_sums(
-    hidden: Hidden, weight: Float[Array, "D L"], labels: Int32[Array, "B T"], chunk_tokens: int = CHUNK_TOKENS
+    hidden: Hidden,
+    weight: Float[Array, "D L"],
+    labels: Int32[Array, "B T"],
+    chunk_tokens: int = CHUNK_TOKENS,
+    implementation: str | None = None,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """(sum of cross-entropies, number of targets predicted) over positions with a label >= 0.
 
@@ -125,8 +131,11 @@ def cross_entropy_sums(
 
     def local(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         hidden, labels, steps = _padded(hidden, labels, chunk_tokens)
-        return _chunked(hidden, weight, labels, steps)
+        return _chunked(hidden, weight, labels, steps, implementation)
 
+    mesh = partition.current_mesh()
+    if mesh is not None and mesh.shape["tensor"] > 1:
+        implementation = "xla"  # the compiler splits the vocabulary, which it cannot inside a kernel
     return partition.sum_over_tokens(local, hidden, weight, labels)
 
 
@@ -156,39 +165,32 @@ def _logits(hidden: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.matmul(hidden, weight, preferred_element_type=jnp.float32)
 
 
-def _statistics(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(loss, correct, logsumexp) per position; the first two are 0 where there is no label."""
-    asked = labels >= 0
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-    correct = (jnp.argmax(logits, axis=-1) == labels) & asked
-    return jnp.where(asked, lse - chosen, 0.0), correct.astype(jnp.float32), lse
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _chunked(hidden: jax.Array, weight: jax.Array, labels: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _chunked(
+    hidden: jax.Array, weight: jax.Array, labels: jax.Array, steps: int, implementation: str | None
+) -> tuple[jax.Array, jax.Array]:
     cast = weight.astype(hidden.dtype)
 
     def step(sums: tuple, chunk: tuple) -> tuple[tuple, None]:
-        loss, correct, _ = _statistics(_logits(chunk[0], cast), chunk[1])
+        loss, correct, _ = statistics(_logits(chunk[0], cast), chunk[1])
         return (sums[0] + jnp.sum(loss), sums[1] + jnp.sum(correct)), None
 
     zeros = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
     return jax.lax.scan(step, zeros, (_split(hidden, steps), _split(labels, steps)))[0]
 
 
-def _chunked_forward(hidden: jax.Array, weight: jax.Array, labels: jax.Array, steps: int) -> tuple[tuple, tuple]:
+def _chunked_forward(
+    hidden: jax.Array, weight: jax.Array, labels: jax.Array, steps: int, implementation: str | None
+) -> tuple[tuple, tuple]:
     cast = weight.astype(hidden.dtype)
 
     def step(carry: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
         total, hits, dweight = carry
         h, target = chunk
         logits = _logits(h, cast)
-        loss, correct, lse = _statistics(logits, target)
-        # d loss / d logits = softmax - onehot; a label of -1 matches no column and its row is masked.
-        onehot = target[..., None] == jnp.arange(logits.shape[-1])
-        dlogits = jnp.where(target[..., None] >= 0, jnp.exp(logits - lse[..., None]) - onehot.astype(jnp.float32), 0.0)
-        dlogits = dlogits.astype(h.dtype)
+        flat = logits.reshape(-1, logits.shape[-1])
+        loss, correct, dlogits = cross_entropy(flat, target.reshape(-1), dtype=h.dtype, implementation=implementation)
+        dlogits = dlogits.reshape(logits.shape)
         dhidden = jnp.matmul(dlogits, cast.T, preferred_element_type=jnp.float32).astype(h.dtype)
         dweight += jnp.einsum("btd,btl->dl", h, dlogits, preferred_element_type=jnp.float32)
         return (total + jnp.sum(loss), hits + jnp.sum(correct), dweight), dhidden
@@ -199,7 +201,7 @@ def _chunked_forward(hidden: jax.Array, weight: jax.Array, labels: jax.Array, st
     return (total, hits), (_join(dhidden), dweight, jnp.zeros((), weight.dtype))
 
 
-def _chunked_backward(steps: int, residuals: tuple, cotangents: tuple) -> tuple:
+def _chunked_backward(steps: int, implementation: str | None, residuals: tuple, cotangents: tuple) -> tuple:
     dhidden, dweight, like = residuals
     scale = cotangents[0]
     return (dhidden.astype(jnp.float32) * scale).astype(dhidden.dtype), (dweight * scale).astype(like.dtype), None

@@ -132,7 +132,7 @@ class LanguageModel(nnx.Module):
         config.validate()
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.remat, self.layers = remat, layers
+        self.remat, self.layers, self.implementation = remat, layers, implementation
         init = InitRule(config.init_std, config.num_layers, config.rescale_residual)
         types: dict[str, Any] = dict(dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
         self.embeddings = Embedding(config.vocab_size, config.width, init=init, **types)

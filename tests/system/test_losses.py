@@ -21,6 +21,7 @@ class StandIn:
     table: jax.Array
     head: jax.Array
     config = types.SimpleNamespace(pattern=(types.SimpleNamespace(reach=REACH),))
+    implementation = None
 
     @property
     def head_weight(self):
