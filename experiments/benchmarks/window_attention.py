@@ -169,7 +169,7 @@ def _peers(size: Size, inputs: list[Any], do: Any, kept: Any, backward: bool, op
     found = {"torch: causal": torch_causal, "cudnn: causal": functools.partial(cudnn, None)}
     if kept is None:
         found |= {"cudnn: window": functools.partial(cudnn, size.W), "jax_linear_attention: window": jla}
-    elif backward and size.H == size.K:  # their training; it compiles for long, so not at every length
+    elif backward and size.H == size.K and 8 * size.kept == size.T:  # one share for all: each compiles for 40 s
         found |= flex_contenders(size, plain, cotangent, kept, NAMES)
     if not backward and size.T > 1:
         found["authors"] = functools.partial(authors_prompt, size, plain, kept, options.authors_path)
