@@ -21,6 +21,8 @@ ALLOWED = {
     "lte_jax.sharding": ("lte_jax.dims", "pallas_kernels"),
     "lte_jax.retained": ("pallas_kernels",),
     "lte_jax.partition": ("lte_jax.dims", "lte_jax.retained", "lte_jax.sharding", "pallas_kernels"),
+    "lte_jax.partition_router": ("lte_jax.sharding", "lte_jax.partition", "pallas_kernels"),
+    "lte_jax.mixers.lte_router": ("lte_jax.dims", "lte_jax.layers", "lte_jax.partition_router", "pallas_kernels"),
     "lte_jax.mixers": (
         "lte_jax.dims",
         "lte_jax.layers",

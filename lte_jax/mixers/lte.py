@@ -102,7 +102,8 @@ class LTE(Mixer):
         q, k, v = self._project(x)
         scores = None
         if self.config.retention == "learned":
-            scores = self._router(router)(self._router_input(k, v, select), segment_ids, key)
+            inputs = self._router_input(k, v, select)
+            scores = self._router(router)(*inputs, segment_ids, key, self.implementation)
             ranks = scores
         else:
             ranks = rule_scores(self.config, positions, context)
@@ -156,7 +157,7 @@ class LTE(Mixer):
         if config.retention == "learned":
             joined = self._join_inputs(cache, k, v)
             known = position - 2 * reach + jnp.arange(2 * reach + 1, dtype=jnp.int32) >= 0
-            scores = self._router(router)(joined, known.astype(jnp.int32))
+            scores = self._router(router)(*joined, known.astype(jnp.int32), None, self.implementation)
             score, own = scores[:, reach], scores[:, -1:]
         else:
             score, own = rule_scores(self.config, position, context)[:, 0], None
@@ -270,13 +271,11 @@ class LTE(Mixer):
         reach = self.config.reach
         inputs = self._join_inputs(cache, k, v)
         known = jnp.concatenate([position[:, :1] - 2 * reach + jnp.arange(2 * reach) >= 0, real], axis=1)
-        alone = past is None and new is None
-        scores = (
-            self._router(router)(inputs[:, 2 * reach :])
-            if alone
-            else self._router(router)(inputs, known.astype(jnp.int32))[:, reach:]
-        )
-        own = scores if alone else scores[:, reach:]
+        if past is None and new is None:
+            own = self._router(router)(*(part[:, 2 * reach :] for part in inputs), None, None, self.implementation)
+        else:
+            scores = self._router(router)(*inputs, known.astype(jnp.int32), None, self.implementation)[:, reach:]
+            own = scores[:, reach:]
         if past is not None:
             # The last ``reach`` tokens of the ring have their right context now.
             scores = jnp.concatenate([past.score[:, : past.score.shape[1] - reach], scores], axis=1)
@@ -363,19 +362,23 @@ class LTE(Mixer):
             raise ValueError(f"lte: routing_shared={self.config.routing_shared!r}: {wanted}")
         return self.router if router is None else router  # type: ignore[return-value]
 
-    def _router_input(self, k: Keys, v: Values, select: jax.Array | None) -> Float[Array, "B T K C"]:
-        """[k; v], cut from the gradient where the settings or the warm-up say so."""
-        x = jnp.concatenate([k, v], axis=-1)
+    def _router_input(self, k: Keys, v: Values, select: jax.Array | None) -> tuple[Keys, Values]:
+        """k and v, cut from the gradient where the settings or the warm-up say so."""
+        cut = jax.lax.stop_gradient((k, v))
         if not self.config.routing_grad:
-            return jax.lax.stop_gradient(x)
-        return x if select is None else jnp.where(select, x, jax.lax.stop_gradient(x))
+            return cut
+        return (k, v) if select is None else (jnp.where(select, k, cut[0]), jnp.where(select, v, cut[1]))
 
-    def _join_inputs(self, cache: LTECache, k: Keys, v: Values) -> Float[Array, "B J K C"]:
+    def _join_inputs(self, cache: LTECache, k: Keys, v: Values) -> tuple[Keys, Values]:
         """The router's remembered inputs and the new ones, rounded as the cache will hold them."""
-        x = jnp.concatenate([k, v], axis=-1)
         if cache.recent is None:
-            return x
-        return jnp.concatenate([cache.recent, x.astype(cache.recent.dtype)], axis=1).astype(self.dtype)
+            return k, v
+        old_k, old_v = jnp.split(cache.recent, 2, axis=-1)
+
+        def join(old: Array, new: Array) -> Array:
+            return jnp.concatenate([old, new.astype(old.dtype)], axis=1).astype(self.dtype)
+
+        return join(old_k, k), join(old_v, v)
 
 
 def _check_reading(reading: str, known: tuple[str, ...]) -> None:

@@ -108,11 +108,13 @@ def roll_up(
     )
 
 
-def last_inputs(joined: Float[Array, "B J K C"], count: int, new: Int32[Array, "B"] | int) -> Array:
-    """The last ``count`` of the router's inputs, of which ``new`` follow the ``count`` that the cache held."""
+def last_inputs(joined: tuple[Keys, Values], count: int, new: Int32[Array, "B"] | int) -> Float[Array, "B J K C"]:
+    """The last ``count`` of the router's inputs, side by side; ``new`` of them follow the ``count`` of the cache."""
     if isinstance(new, int):
-        return jax.lax.slice_in_dim(joined, new, new + count, axis=1)
-    return _take(joined, new[:, None] + jnp.arange(count, dtype=jnp.int32))
+        last = [jax.lax.slice_in_dim(part, new, new + count, axis=1) for part in joined]
+    else:
+        last = [_take(part, new[:, None] + jnp.arange(count, dtype=jnp.int32)) for part in joined]
+    return jnp.concatenate(last, axis=-1)
 
 
 def push(

@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 
 from lte_jax.mixers import lte_store
 from lte_jax.mixers.base import MixerConfig
-from lte_jax.mixers.lte_router import METHODS, Router, reach
+from lte_jax.mixers.lte_router import Router, reach
+from pallas_kernels.router.api import METHODS
 
 SHARING = ("head", "layer", "all")
 

@@ -1,12 +1,9 @@
-"""How LTE's router scores each token: dilated convolutions over [k; v], one number per token and KV head.
+"""LTE's router: the weights of dilated convolutions over [k; v] that give one number per token and KV head.
 
-    x_0 = [k_h ; v_h]                          2N channels, k before its rotary positions
-    x_n = silu(mask * (conv_n(dropout(x_{n-1})) + b_n))      halves the channels
-    z   = w . x_last + b,    r = sigmoid(z) - 1/2   or   relu(z)
-
-A convolution is centred, so a score reads ``reach`` tokens on each side. It stops at the ends of its document and at
-padding, which count as zeros. Heads never mix: each has its own weights, or all share one set (paper 2510.20787,
-section 3). Padding is zeroed between the convolutions however the weights are shared.
+``pallas_kernels.router`` has the equation. A convolution is centred, so a score reads ``reach`` tokens on each side. It
+stops at the ends of its document and at padding, which count as zeros. Heads never mix: each has its own weights, or
+all share one set (paper 2510.20787, section 3). Padding is zeroed between the convolutions however the weights are
+shared.
 """
 
 from __future__ import annotations
@@ -15,15 +12,14 @@ import math
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Shaped
 
-from lte_jax.dims import Scores, SegmentIds
+from lte_jax.dims import Keys, Scores, SegmentIds, Values
 from lte_jax.layers import parameter
-
-METHODS = ("sigmoid", "relu")
+from lte_jax.partition_router import router_scores
+from pallas_kernels.router import Convolution, Dropout, draw_seeds
+from pallas_kernels.router.api import OPERATION
 
 
 def reach(sizes: Sequence[int], dilations: Sequence[int]) -> int:
@@ -32,7 +28,7 @@ def reach(sizes: Sequence[int], dilations: Sequence[int]) -> int:
 
 
 class GroupedConvolution(nnx.Module):
-    """y_t = b + sum_i x_{t + (i - (taps-1)/2) dilation} w_i, per head; x [B,T,K,I] -> y [B,T,K,O], float32.
+    """The parameters of y_t = b + sum_i x_{t + (i - (taps-1)/2) dilation} w_i, per head.
 
     ``weight`` is [heads, taps, I, O], Kaiming-normal (fan in, ReLU gain); ``bias`` [heads, O] is uniform in
     +-1/sqrt(fan_in). ``heads`` is K, or 1 where all heads share the weights.
@@ -46,7 +42,6 @@ class GroupedConvolution(nnx.Module):
         inputs: int,
         outputs: int,
         *,
-        dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -68,29 +63,10 @@ class GroupedConvolution(nnx.Module):
             rngs,
         )
         self.dilation = dilation
-        self.dtype = dtype
-
-    def __call__(self, x: Float[Array, "B T K I"], segment_ids: SegmentIds | None = None) -> Float[Array, "B T K O"]:
-        heads, taps, inputs, outputs = self.weight.shape
-        weight = self.weight[...].astype(self.dtype).transpose(0, 2, 1, 3).reshape(heads, inputs, taps * outputs)
-        # One product for all taps, then shifts of its (narrower) result: x is read once.
-        x = x.astype(self.dtype)
-        if heads == 1:
-            products = jnp.matmul(x, weight[0], preferred_element_type=jnp.float32)
-        else:
-            if jax.default_backend() == "cpu":  # XLA's CPU has no batched product of 16-bit inputs into float32
-                x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
-            products = jnp.einsum("btki,kio->btko", x, weight, preferred_element_type=jnp.float32)
-        y = self.bias[...].astype(jnp.float32)
-        for tap in range(taps):
-            product = products[..., tap * outputs : (tap + 1) * outputs]
-            offset = tap * self.dilation - (taps - 1) * self.dilation // 2
-            y = y + _same_document(_shift(product, offset), offset, segment_ids)
-        return y
 
 
 class HeadProjection(nnx.Module):
-    """z = w . x + b, one number per head: x [B,T,K,I] -> z [B,T,K], float32. ``bias`` starts at 1/2: all kept."""
+    """The parameters of z = w . x + b, one number per head. ``bias`` starts at 1/2: all kept."""
 
     def __init__(self, heads: int, inputs: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
         axis = "kv_heads" if heads > 1 else None
@@ -98,13 +74,9 @@ class HeadProjection(nnx.Module):
         self.weight = parameter(std, (heads, inputs), (axis, None), param_dtype, rngs)
         self.bias = parameter(jax.nn.initializers.constant(0.5), (heads,), (axis,), param_dtype, rngs)
 
-    def __call__(self, x: Float[Array, "B T K I"]) -> Scores:
-        weight, bias = self.weight[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
-        return jnp.sum(x.astype(jnp.float32) * weight, axis=-1) + bias
-
 
 class Router(nnx.Module):
-    """Scores tokens for retention: [k; v] [B,T,K,2N] -> r [B,T,K] float32; a token is selected where r > 0.
+    """Scores tokens for retention: k, v [B,T,K,N] -> r [B,T,K] float32; a token is selected where r > 0.
 
     Args:
       heads: K for own weights per head, 1 for one set that all heads share.
@@ -130,9 +102,7 @@ class Router(nnx.Module):
         convs = []
         for size, dilation in zip(sizes, dilations, strict=True):
             convs.append(
-                GroupedConvolution(
-                    heads, size, dilation, channels, channels // 2, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-                )
+                GroupedConvolution(heads, size, dilation, channels, channels // 2, param_dtype=param_dtype, rngs=rngs)
             )
             channels //= 2
         self.convs = nnx.List(convs)
@@ -142,48 +112,33 @@ class Router(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, x: Float[Array, "B T K C"], segment_ids: SegmentIds | None = None, key: jax.Array | None = None
+        self,
+        k: Keys,
+        v: Values,
+        segment_ids: SegmentIds | None = None,
+        key: jax.Array | None = None,
+        implementation: str | None = None,
     ) -> Scores:
         """Scores of every token, 0 at padding.
 
         Args:
-          x: keys (without rotary positions) and values side by side, C = 2N.
+          k, v: keys (without rotary positions) and values.
           segment_ids: document of each token, 0 for padding; None for one document.
           key: draws dropout; None means none.
+          implementation: of the model's operations. The router has no "pallas": None then.
         """
-        real = None if segment_ids is None else (segment_ids != 0)[..., None]
-        keys = [None] * len(self.convs) if key is None else jax.random.split(key, len(self.convs))
-        x = _zero(x, None if real is None else real[..., None])
-        for conv, conv_key in zip(self.convs, keys, strict=True):
-            y = conv(_dropout(x, self.dropout, conv_key), segment_ids)
-            x = jax.nn.silu(_zero(y, None if real is None else real[..., None])).astype(self.dtype)
-        z = self.proj(x)
-        return _zero(jax.nn.relu(z) if self.method == "relu" else jax.nn.sigmoid(z) - 0.5, real)
-
-
-def _zero(x: Array, real: Bool[Array, "..."] | None) -> Array:
-    return x if real is None else jnp.where(real, x, jnp.zeros((), x.dtype))
-
-
-def _shift(x: Shaped[Array, "B T ..."], offset: int) -> Shaped[Array, "B T ..."]:
-    """y_t = x_{t + offset}, 0 outside the sequence."""
-    tokens = x.shape[1]
-    if abs(offset) >= tokens:
-        return jnp.zeros_like(x)
-    pads = [(0, 0)] * x.ndim
-    pads[1] = (max(-offset, 0), max(offset, 0))
-    return jax.lax.slice_in_dim(jnp.pad(x, pads), max(offset, 0), max(offset, 0) + tokens, axis=1)
-
-
-def _same_document(shifted: Float[Array, "B T K O"], offset: int, segment_ids: SegmentIds | None) -> Array:
-    """Zeros where the token that was shifted in belongs to another document than the token that reads it."""
-    if segment_ids is None or offset == 0:
-        return shifted
-    return _zero(shifted, (_shift(segment_ids, offset) == segment_ids)[..., None, None])
-
-
-def _dropout(x: Array, rate: float, key: jax.Array | None) -> Array:
-    if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+        dropout = None
+        if key is not None and self.dropout:
+            dropout = Dropout(self.dropout, draw_seeds(key, len(self.convs)))
+        return router_scores(
+            k.astype(self.dtype),
+            v.astype(self.dtype),
+            [Convolution(conv.weight[...], conv.bias[...]) for conv in self.convs],
+            self.proj.weight[...],
+            self.proj.bias[...],
+            dilations=[conv.dilation for conv in self.convs],
+            method=self.method,
+            segment_ids=segment_ids,
+            dropout=dropout,
+            implementation=implementation if implementation in OPERATION.implementations else None,
+        )

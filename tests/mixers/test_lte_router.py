@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lte_jax import sharding
 from lte_jax.mixers.lte_router import Router, reach
 
 BATCH, TOKENS, HEADS, CHANNELS = 2, 29, 3, 8
@@ -19,6 +20,11 @@ def build(heads=HEADS, **changes):
 
 def inputs(tokens=TOKENS, seed=0):
     return jax.random.normal(jax.random.key(seed), (BATCH, tokens, HEADS, CHANNELS))
+
+
+def scores(router, x, *rest):
+    """Of keys and values side by side."""
+    return router(*jnp.split(x, 2, axis=-1), *rest)
 
 
 def plain_scores(router, x, mask=None):
@@ -48,7 +54,7 @@ def plain_scores(router, x, mask=None):
 )
 def test_scores_follow_the_definition(changes):
     router, x = build(**changes), inputs()
-    np.testing.assert_allclose(router(x), plain_scores(router, x), atol=1e-6, rtol=1e-5)
+    np.testing.assert_allclose(scores(router, x), plain_scores(router, x), atol=1e-6, rtol=1e-5)
 
 
 def test_packed_documents_and_padding_are_scored_as_if_alone():
@@ -56,15 +62,17 @@ def test_packed_documents_and_padding_are_scored_as_if_alone():
     x = inputs()
     lengths = (3, 11, 2, 4, 9)  # padding first and fourth
     segment_ids = jnp.asarray(np.repeat([0, 5, 2, 0, 3], lengths), jnp.int32)[None].repeat(BATCH, axis=0)
-    scores = router(x, segment_ids)
+    found = scores(router, x, segment_ids)
     edges = np.cumsum((0, *lengths))
     for number, low, high in zip((0, 5, 2, 0, 3), edges[:-1], edges[1:], strict=True):
-        expected = router(x[:, low:high]) if number else np.zeros((BATCH, high - low, HEADS))
-        np.testing.assert_allclose(scores[:, low:high], expected, atol=1e-6)
+        expected = scores(router, x[:, low:high]) if number else np.zeros((BATCH, high - low, HEADS))
+        np.testing.assert_allclose(found[:, low:high], expected, atol=1e-6)
     # An interior mask as the authors' code would apply it to one padded row.
     mask = np.arange(TOKENS) >= 7
     np.testing.assert_allclose(
-        router(x, jnp.asarray(mask, jnp.int32)[None].repeat(BATCH, axis=0)), plain_scores(router, x, mask), atol=1e-6
+        scores(router, x, jnp.asarray(mask, jnp.int32)[None].repeat(BATCH, axis=0)),
+        plain_scores(router, x, mask),
+        atol=1e-6,
     )
 
 
@@ -74,7 +82,7 @@ def test_packed_documents_and_padding_are_scored_as_if_alone():
 def test_a_score_reads_its_reach_on_both_sides_and_no_other_head(sizes, dilations, expected):
     assert reach(sizes, dilations) == expected
     router, middle = build(sizes=sizes, dilations=dilations), TOKENS // 2
-    gradient = jax.grad(lambda x: router(x)[0, middle, 1])(inputs())
+    gradient = jax.grad(lambda x: scores(router, x)[0, middle, 1])(inputs())
     read = np.flatnonzero(np.abs(np.asarray(gradient[0, :, 1])).sum(axis=-1))
     assert (read.min(), read.max()) == (middle - expected, middle + expected)
     assert not np.asarray(gradient[1]).any() and not np.asarray(gradient[0, :, [0, 2]]).any()
@@ -82,10 +90,44 @@ def test_a_score_reads_its_reach_on_both_sides_and_no_other_head(sizes, dilation
 
 def test_dropout_is_drawn_by_its_key_alone():
     router, x = build(dropout=0.3), inputs()
-    first = router(x, None, jax.random.key(1))
-    np.testing.assert_array_equal(first, router(x, None, jax.random.key(1)))
-    assert bool(jnp.any(first != router(x, None, jax.random.key(2))))
-    np.testing.assert_array_equal(router(x), build()(x))
+    first = scores(router, x, None, jax.random.key(1))
+    np.testing.assert_array_equal(first, scores(router, x, None, jax.random.key(1)))
+    assert bool(jnp.any(first != scores(router, x, None, jax.random.key(2))))
+    np.testing.assert_array_equal(scores(router, x), scores(build(), x))
+
+
+@pytest.mark.parametrize(
+    "mesh", [dict(tensor=2, sequence=2), dict(fsdp=2, sequence=4), dict(tensor=8), dict(sequence=8)]
+)
+def test_no_mesh_changes_a_score_a_gradient_or_what_is_dropped(mesh):
+    """Documents and padding across the shards of tokens, which on ``sequence=8`` are shorter than the reach."""
+    tokens, heads = 40, 4
+    router = Router(
+        heads, CHANNELS, sizes=(3, 3, 3), dilations=(2, 2, 2), dropout=0.4, method="sigmoid",
+        dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    k, v = jax.random.normal(jax.random.key(0), (2, 2, tokens, heads, CHANNELS // 2))
+    direction = jax.random.normal(jax.random.key(1), (2, tokens, heads))
+    ids = jnp.asarray(np.repeat([[1, 2, 0], [0, 3, 5]], [3, 20, 17], axis=1), jnp.int32)
+    graph, state = nnx.split(router)
+
+    def loss(state, k, v, ids):
+        r = nnx.merge(graph, state)(k, v, ids, jax.random.key(5))
+        return jnp.sum(r * direction), r
+
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+    def on_mesh(*arrays):
+        with sharding.on(devices):
+            return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
+
+    devices = sharding.make_mesh(sharding.MeshConfig(**mesh))
+    for segment_ids in (ids, None):
+        expected = gradient(state, k, v, segment_ids)
+        placed = jax.device_put((state, k, v, segment_ids), sharding.replicated(devices))
+        found = jax.jit(on_mesh)(*placed)
+        for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+            np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_start_kaiming_normal_and_the_last_bias_at_one_half():

@@ -203,3 +203,22 @@ def test_random_scores_are_a_uniform_reproducible_sample():
 def test_recency_ranks_the_latest_first():
     scores = np.asarray(lte_store.recency_scores(jnp.asarray([[0, 1, 2**24 - 2]], jnp.int32), 2))
     assert (np.diff(scores, axis=1) > 0).all() and (scores > 0).all()
+
+
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 2), (97, 3), (5000, 3), (2**18 + 7, 5)])
+def test_the_best_of_a_row_are_those_of_a_sort(tokens, heads):
+    """Equal scores across the last place, sinks, tiny and huge scores, heads with too few candidates and with none."""
+    budget, rng = 61, np.random.default_rng(tokens)
+    scores = np.round(rng.normal(size=(1, tokens, heads)) * 30).astype(np.float32) / 60
+    scores[0, :: max(tokens // 50, 1), 0] *= np.float32(1e-30)
+    scores[0, :: max(tokens // 40, 1), 0] *= np.float32(1e30)
+    scores = np.where(scores > 0, scores, -np.inf).astype(np.float32)
+    scores[:, 13:, 1] = -np.inf
+    scores[:, :, heads - 1] = -np.inf if heads > 3 else scores[:, :, heads - 1]
+    scores[:, :4, 0] = np.inf
+    kept = np.asarray(jax.jit(lte_store.best_of_document, static_argnums=1)(jnp.asarray(scores), budget))
+    for h in range(heads):
+        order = np.argsort(-scores[0, :, h], kind="stable")[:budget]
+        expected = np.zeros(tokens, bool)
+        expected[order] = scores[0, order, h] > -np.inf
+        np.testing.assert_array_equal(kept[0, :, h], expected)
