@@ -102,8 +102,7 @@ class LTE(Mixer):
         q, k, v = self._project(x)
         scores = None
         if self.config.retention == "learned":
-            inputs = self._router_input(k, v, select)
-            scores = self._router(router)(*inputs, segment_ids, key, self.implementation)
+            scores = self._router(router)(*self._router_input(k, v, select), segment_ids, key, self.implementation)
             ranks = scores
         else:
             ranks = rule_scores(self.config, positions, context)
