@@ -159,7 +159,7 @@ def lte(layer, x, attn, mode):
     T, W = len(x), attn["window_size"]
     q, k, v = projections(layer, x, attn)
     features = np.concatenate([k, v], -1)
-    scores = router(layer, features if attn.get("routing_grad", True) else features.real + 0j * features, attn)
+    scores = router(layer, features if attn.get("routing_grad", True) else features.real.astype(features.dtype), attn)
     visible = np.zeros((k.shape[1], T, T), bool)
     for head in range(k.shape[1]):
         r = scores[:, head].real
