@@ -43,7 +43,8 @@ def pytest_configure(config):
     """Whole files only: a record of some of an operation's tests would say more than was seen."""
     if config.getoption("record_gpu_tests") and (config.getoption("keyword") or any("::" in x for x in config.args)):
         raise pytest.UsageError("--record_gpu_tests records whole test files: drop -k and the names of single tests")
-    config.gpu_outcomes = {}
+    if config.getoption("record_gpu_tests") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(GpuOutcomes())
     if exhaustive_page.wanted(config):
         config.pluginmanager.register(exhaustive_page.Recorder())
     if config.getoption("check_shapes"):
@@ -64,20 +65,22 @@ def pytest_configure(config):
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def pytest_runtest_makereport(item, call):
-    # A failure in the set-up or the clean-up counts; a test that passes counts once, by its body.
-    if item.get_closest_marker("gpu") is None or (call.when != "call" and call.excinfo is None):
-        return
-    outcome = "passed" if call.excinfo is None else "failed"
-    if call.excinfo is not None and call.excinfo.errisinstance(pytest.skip.Exception):
-        outcome = "skipped"
-    counts = item.config.gpu_outcomes.setdefault(item.path.stem, dict(passed=0, failed=0, skipped=0))
-    counts[outcome] += 1
+class GpuOutcomes:
+    """Counts the outcomes of GPU tests by file, in the process that hears of all of them."""
 
+    def __init__(self):
+        self.counts = {}
 
-def pytest_sessionfinish(session):
-    file = session.config.getoption("record_gpu_tests")
-    if file and session.config.gpu_outcomes:
-        from experiments.benchmarks import gate
+    def pytest_runtest_logreport(self, report):
+        # A failure in the set-up or the clean-up counts; a test that passes counts once, by its body.
+        if "gpu" in report.keywords and (report.when == "call" or not report.passed):
+            file = Path(report.nodeid.partition("::")[0]).stem
+            counts = self.counts.setdefault(file, dict(passed=0, failed=0, skipped=0))
+            counts[report.outcome] += 1
 
-        gate.write_record(session.config.gpu_outcomes, jax.devices()[0].device_kind, Path(file))
+    def pytest_sessionfinish(self, session):
+        if self.counts:
+            from experiments.benchmarks import gate
+
+            device, path = jax.devices()[0].device_kind, Path(session.config.getoption("record_gpu_tests"))
+            gate.write_record(self.counts, device, path)
