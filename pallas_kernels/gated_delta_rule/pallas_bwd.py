@@ -13,6 +13,7 @@ computed for every chunk at once (``pallas_gradients``).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule import pallas_tiles as t
+from pallas_kernels.gated_delta_rule.pallas_scan import bring_all
 from pallas_kernels.gated_delta_rule.pallas_tiles import BLOCK_V, CHUNK, COLUMNS, SQUARE, WGMMA
 
 
@@ -34,32 +36,17 @@ def copies_for(head_size: int) -> int:
     return 1 if head_size == 256 else 2
 
 
-def _copies(m: Any, *, chunks: int, stages: int, place: Any) -> None:
-    """The warpgroup that brings every chunk's inputs, the last chunk first."""
-    plgpu.set_max_registers(40, action="decrease")
+def _bring(m: Any, place: Any, chunks: int, step: Any, slot: Any) -> None:
+    """A chunk's inputs, the last chunk first."""
     b, h, hk, columns = place
-
-    def bring(step, slot):
-        n = chunks - 1 - step
-        rows, full = pl.ds(n * CHUNK, CHUNK), m.full.at[slot]
-        plgpu.copy_gmem_to_smem(m.k.at[b, rows, hk], m.k_s.at[slot], full)
-        plgpu.copy_gmem_to_smem(m.do.at[b, rows, h, columns], m.do_s.at[slot], full)
-        plgpu.copy_gmem_to_smem(m.scores.at[b, h, n], m.scores_s.at[slot], full)
-        plgpu.copy_gmem_to_smem(m.factors.at[b, h, n], m.factors_s.at[slot], full)
-        plgpu.copy_gmem_to_smem(m.inverse.at[b, h, n], m.inverse_s.at[slot], full)
-        plgpu.copy_gmem_to_smem(m.q.at[b, rows, hk], m.q_s.at[slot], full)
-
-    for step in range(min(stages, chunks)):
-        bring(step, step)
-
-    @pl.loop(stages, chunks)
-    def _(step):
-        slot = jax.lax.rem(step, jnp.int32(stages))
-        plgpu.barrier_wait(m.used.at[slot])
-        bring(step, slot)
-
-    for step in range(max(chunks - stages, 0), chunks):
-        plgpu.barrier_wait(m.used.at[step % stages])
+    n = chunks - 1 - step
+    rows, full = pl.ds(n * CHUNK, CHUNK), m.full.at[slot]
+    plgpu.copy_gmem_to_smem(m.k.at[b, rows, hk], m.k_s.at[slot], full)
+    plgpu.copy_gmem_to_smem(m.do.at[b, rows, h, columns], m.do_s.at[slot], full)
+    plgpu.copy_gmem_to_smem(m.scores.at[b, h, n], m.scores_s.at[slot], full)
+    plgpu.copy_gmem_to_smem(m.factors.at[b, h, n], m.factors_s.at[slot], full)
+    plgpu.copy_gmem_to_smem(m.inverse.at[b, h, n], m.inverse_s.at[slot], full)
+    plgpu.copy_gmem_to_smem(m.q.at[b, rows, hk], m.q_s.at[slot], full)
 
 
 def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) -> None:
@@ -76,11 +63,12 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
         q, k, do, inverse = m.q_s.at[slot], m.k_s.at[slot], m.do_s.at[slot], m.inverse_s.at[slot]
 
         def publish_gradient():
-            plgpu.wait_smem_to_gmem(copies - 1, wait_read_only=True)
+            if m.dstates is not None:
+                plgpu.wait_smem_to_gmem(copies - 1, wait_read_only=True)
             m.dstates_s.at[half][...] = low
 
         def load_rows():
-            if size < 256:
+            if size < 256 and m.dstates is not None:
                 publish_gradient()
             rows = (plgpu.load(m.factors_s.at[slot, x], layout=COLUMNS) for x in (t.READ_K, t.READ_Q, t.WRITE))
             return plgpu.load(do.T, layout=WGMMA), *rows, m.factors_s[slot, t.CARRY, 0]
@@ -91,11 +79,11 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
             low = m.dstates_s.at[half]
         w, (read, read_k, read_q, write, carry) = t.product(low, k.T, tokens, room=room_state, meanwhile=load_rows)
         w = t.product(do.T, m.scores_s.at[slot], tokens, w * t.along_columns(write, tokens))
-        # The inverse's columns can add many almost cancelling w: 8 more bits of w keep the bound on the error.
+        # Two summands each: the inverse's columns can add many almost cancelling w, and without decay all stays.
         high, rest = t.split(w, dtype)
         read = (read.astype(jnp.float32) * t.along_columns(read_q, tokens)).astype(dtype)
         dy = t.products([(high, inverse), (rest, inverse)], tokens, room=room)
-        erased = (dy * t.along_columns(-read_k, tokens)).astype(dtype)
+        erased = t.split(dy * t.along_columns(-read_k, tokens), dtype)
 
         def publish_dy():
             m.dv_s.at[half].T[...] = dy.astype(dtype)
@@ -105,11 +93,15 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
             plgpu.copy_smem_to_gmem(m.dstates_s.at[half], m.dstates.at[b, h, n, columns], commit_group=False)
             plgpu.commit_smem_to_gmem_group()
 
-        dstate = t.products([(read, q), (erased, k)], shape, dstate * carry, room=room, meanwhile=publish_dy)
+        meanwhile = None if m.dv is None else publish_dy
+        pairs = [(read, q), *((x, k) for x in erased)]
+        dstate = t.products(pairs, shape, dstate * carry, room=room, meanwhile=meanwhile)
         plgpu.barrier_arrive(m.used.at[slot])
         return dstate
 
-    dstate = plgpu.load(m.dfinal.at[b, h, columns], layout=WGMMA, optimized=False)
+    dstate = t.zeros(shape)
+    if m.dfinal is not None:
+        dstate = plgpu.load(m.dfinal.at[b, h, columns], layout=WGMMA, optimized=False)
     m.dinitial[b, h, columns] = jax.lax.fori_loop(0, chunks, retreat, dstate)
     plgpu.wait_smem_to_gmem(0)
 
@@ -126,7 +118,8 @@ def _body(m: Any, *, chunks: int, stages: int, group: int, dtype: Any) -> None:
 
     @pl.when(warpgroup == 1)
     def _():
-        _copies(m, chunks=chunks, stages=stages, place=place)
+        plgpu.set_max_registers(40, action="decrease")
+        bring_all(m, functools.partial(_bring, m, place, chunks), chunks=chunks, stages=stages)
 
     plgpu.barrier_arrive(m.end)
     plgpu.barrier_wait(m.end)
@@ -158,9 +151,15 @@ def scan_back(
     inverse: jax.Array,
     scores: jax.Array,
     factors: jax.Array,
-    dfinal_state: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(gradient of the state after each chunk, transposed [B,H,chunks,V,N]; dv [B,T,H,V]; dinitial_state)."""
+    dfinal: jax.Array | None,
+    *,
+    ends: bool = False,
+) -> tuple[Any, Any, jax.Array]:
+    """(gradient of the state after each chunk [B,H,chunks,V,N], dv [B,T,H,V], of the state before all [B,H,V,N]).
+
+    Gradients of states are transposed; ``dfinal`` [B,H,V,N] is the last one's, None for zeros. With ``ends`` only the
+    last result is wanted, and the others are None.
+    """
     B, T, K, N = k.shape
     H, V = do.shape[2:]
     chunks, stages, dtype = T // CHUNK, stages_for(N), k.dtype
@@ -169,15 +168,15 @@ def scan_back(
         lambda m: _body(m, chunks=chunks, stages=stages, group=H // K, dtype=dtype),
         inputs={
             "q": q, "k": k, "do": do, "inverse": inverse, "scores": scores, "factors": factors,
-            "dfinal": jnp.swapaxes(dfinal_state, 2, 3),
+            "dfinal": dfinal,
         },
         outputs={
-            "dstates": jax.ShapeDtypeStruct((B, H, chunks, V, N), dtype),
-            "dv": jax.ShapeDtypeStruct(do.shape, dtype),
+            "dstates": None if ends else jax.ShapeDtypeStruct((B, H, chunks, V, N), dtype),
+            "dv": None if ends else jax.ShapeDtypeStruct(do.shape, dtype),
             "dinitial": jax.ShapeDtypeStruct((B, H, V, N), jnp.float32),
         },
         scratch=scratch(N, dtype),
         grid={"b": B, "h": H, "block": V // BLOCK_V},
         warpgroups=2,
     )  # fmt: skip
-    return results["dstates"], results["dv"], jnp.swapaxes(results["dinitial"], 2, 3)
+    return results.get("dstates"), results.get("dv"), results["dinitial"]

@@ -30,7 +30,6 @@ import jax.numpy as jnp
 from pallas_kernels.gated_delta_rule import pallas_tiles as t
 from pallas_kernels.gated_delta_rule.pallas_tiles import CHUNK, COLUMNS, ROWS, SQUARE, WGMMA
 
-PROGRAMS = 132  # one per multiprocessor of a Hopper GPU
 # Of the vectors that the warpgroup of dk hands over.
 DREAD, WRITTEN, BETA_WRITTEN, DCARRY = range(4)
 
@@ -68,7 +67,8 @@ def _write(m: Any, plan: _Plan, name: str, last: jax.Array, along: jax.Array, no
     Where the rows leave in float32 there is no room for a buffer, and registers are written.
     """
     b, n, h = place
-    buffer, x_s, out = (getattr(m, field, None) for field in (f"d{name}_s", f"{name}_s", f"d{name}"))
+    fields = vars(m)
+    x_s, out, buffer = fields[f"{name}_s"], fields[f"d{name}"], fields.get(f"d{name}_s")
     along = t.along_rows(along * norm * norm, (CHUNK, plan.tile.columns))
     for half in range(plan.halves):
         dx = last if half == plan.halves - 1 else plgpu.load(buffer, layout=WGMMA).astype(jnp.float32)
@@ -106,7 +106,7 @@ def _blocks(m: Any, plan: _Plan, first: Any, starts: tuple[Any, ...], multiply: 
 def _pairs(m: Any, plan: _Plan, turn: Any, queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, ...]:
     """Publishes Q and M, from E and F; returns dbeta's part, and the pairs' sums by row and by column for dg."""
     dtype = m.queries_s.dtype
-    i, j = t.index(0), t.index(1)
+    i, j = t.indices(turn)
     coarse, fine = (plgpu.load(m.by_row.at[x], layout=ROWS) for x in (t.COARSE, t.FINE))
     coarse_j, fine_j, beta_j = (plgpu.load(m.by_column.at[x], layout=COLUMNS) for x in (t.COARSE, t.FINE, t.BETA))
     apart = (t.along_rows(coarse) - t.along_columns(coarse_j)) + (t.along_rows(fine) - t.along_columns(fine_j))
@@ -143,7 +143,7 @@ def _of_queries(m: Any, turn: Any, place: Any, *, plan: _Plan) -> None:
         do, r, dv, state = m.do_s.at[slot], m.r_s.at[slot], m.dv_s.at[slot], m.states_s.at[slot]
         return t.accumulate(sums, [(do, state), (do, r.T), (dv, r.T)][: len(sums)])
 
-    along = from_row = None
+    along = t.row_zeros()
     for half in range(plan.halves):
         squares = () if half else (t.zeros(SQUARE), t.zeros(SQUARE))
         first = (turn * plan.halves + half) * plan.blocks
@@ -155,8 +155,7 @@ def _of_queries(m: Any, turn: Any, place: Any, *, plan: _Plan) -> None:
         q = plgpu.load(m.q_s[half], layout=WGMMA).astype(jnp.float32)
         from_row += (q * read).sum(axis=1)
         dq = t.product(m.queries_s, m.k_s[half], shape, read)
-        part = (q * dq).sum(axis=1)
-        along = part if half == 0 else along + part
+        along += (q * dq).sum(axis=1)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the results before these have left the buffers
         if half < plan.halves - 1:
             m.dq_s[...] = dq.astype(m.dq_s.dtype)
@@ -164,7 +163,7 @@ def _of_queries(m: Any, turn: Any, place: Any, *, plan: _Plan) -> None:
     _write(m, plan, "q", dq, along, plgpu.load(m.factors_row.at[t.NORM_Q], layout=ROWS), place)
 
     plgpu.barrier_wait(m.handed)
-    i, j = t.index(0), t.index(1)
+    i, j = t.indices(turn)
     later = plgpu.load(m.column, layout=COLUMNS) - from_column + plgpu.load(m.hand.at[DREAD], layout=COLUMNS)
     before = plgpu.load(m.hand.at[BETA_WRITTEN], layout=COLUMNS)
     always = plgpu.load(m.hand.at[DCARRY], layout=COLUMNS)
@@ -180,15 +179,14 @@ def _of_queries(m: Any, turn: Any, place: Any, *, plan: _Plan) -> None:
 
 def _inner_products(plan: _Plan, state: Any, dstate: Any) -> jax.Array:
     """Sums of state times dstate, 64 of them; in parts for the registers' sake."""
-    total = None
+    total = t.row_zeros()
     for part in range(plan.tile.columns // CHUNK):
         columns = pl.ds(part * CHUNK, CHUNK)
         parts = [x.at[:, columns] for x in (state, dstate)]
         if plan.tile.values < CHUNK:  # a tile in registers has 64 rows at least
             parts = [x.T for x in parts]
         both = [plgpu.load(x, layout=WGMMA).astype(jnp.float32) for x in parts]
-        found = (both[0] * both[1]).sum(axis=1)
-        total = found if total is None else total + found
+        total += (both[0] * both[1]).sum(axis=1)
     return total
 
 
@@ -202,7 +200,7 @@ def _of_keys(m: Any, turn: Any, place: Any, *, plan: _Plan) -> None:
         products = t.accumulate(tuple(products), [(dv, state), (r, dstate)])
         return *products, carried + _inner_products(plan, state, dstate)
 
-    dread = written = carried = along = plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.float32), ROWS)
+    dread = written = carried = along = t.row_zeros()
     for half in range(plan.halves):
         first = (turn * plan.halves + half) * plan.blocks
         read, write, carried = _blocks(m, plan, first, (t.zeros(shape), t.zeros(shape), carried), multiply)
@@ -274,7 +272,7 @@ def _bring_rows(m: Any, plan: _Plan, turn: Any, place: Any) -> None:
 
 def _body(m: Any, *, chunks: int, heads: int, items: int, plan: _Plan) -> None:
     program, warpgroup = jax.lax.axis_index("program"), jax.lax.axis_index("warpgroup")
-    programs = min(items, PROGRAMS)
+    programs = min(items, t.PROGRAMS)
     turns = jax.lax.div(items - program + programs - 1, jnp.int32(programs))
 
     def every_chunk(work: Any) -> None:
@@ -367,7 +365,7 @@ def gradients_within(
         },
         outputs={"dq": per_head, "dk": per_head, "dg": per_token, "dbeta": per_token},
         scratch=scratch(N, k.dtype, per_head.dtype),
-        grid={"program": min(items, PROGRAMS)},
+        grid={"program": min(items, t.PROGRAMS)},
         warpgroups=3,
     )  # fmt: skip
     dg, dbeta = (jnp.moveaxis(results[x].reshape(B, H, T), 1, 2) for x in ("dg", "dbeta"))

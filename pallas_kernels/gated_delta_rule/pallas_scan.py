@@ -13,6 +13,8 @@ r, from which the second warpgroup forms the outputs a chunk behind; the third b
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,76 +35,101 @@ def _slot(step: Any, count: int) -> Any:
     return jax.lax.rem(step, jnp.int32(count))
 
 
-def _copies(m: Any, *, chunks: int, stages: int, place: Any) -> None:
-    """The warpgroup that brings every chunk's inputs."""
-    plgpu.set_max_registers(40, action="decrease")
-    b, h, hk, columns = place
-
-    def bring(n, slot):
-        rows, full = pl.ds(n * CHUNK, CHUNK), m.full.at[slot]
-        plgpu.copy_gmem_to_smem(m.k.at[b, rows, hk], m.k_s.at[slot], full)
-        plgpu.copy_gmem_to_smem(m.v.at[b, rows, h, columns], m.v_s.at[slot], full)
-        plgpu.copy_gmem_to_smem(m.inverse.at[b, h, n], m.inverse_s.at[slot], full)
-        plgpu.copy_gmem_to_smem(m.factors.at[b, h, n, pl.ds(0, 4)], m.by_column.at[slot], full)
-        plgpu.copy_gmem_to_smem(m.factors.at[b, h, n, t.READ_Q], m.by_row.at[slot], full)
-        plgpu.copy_gmem_to_smem(m.q.at[b, rows, hk], m.q_s.at[slot], full)
-        plgpu.copy_gmem_to_smem(m.scores.at[b, h, n], m.scores_s.at[slot], full)
-
-    for n in range(min(stages, chunks)):
-        bring(n, n)
+def bring_all(m: Any, bring: Callable[[Any, Any], None], *, chunks: int, stages: int) -> None:
+    """``bring(step, slot)`` for every chunk, each when its slot is free; then waits until all have been used."""
+    for step in range(min(stages, chunks)):
+        bring(step, step)
 
     @pl.loop(stages, chunks)
-    def _(n):
-        slot = _slot(n, stages)
+    def _(step):
+        slot = _slot(step, stages)
         plgpu.barrier_wait(m.used.at[slot])
-        bring(n, slot)
+        bring(step, slot)
 
-    for n in range(max(chunks - stages, 0), chunks):
-        plgpu.barrier_wait(m.used.at[n % stages])
+    for step in range(max(chunks - stages, 0), chunks):
+        plgpu.barrier_wait(m.used.at[step % stages])
+
+
+def _bring(m: Any, place: Any, n: Any, slot: Any) -> None:
+    b, h, hk, columns = place
+    rows, full = pl.ds(n * CHUNK, CHUNK), m.full.at[slot]
+    plgpu.copy_gmem_to_smem(m.k.at[b, rows, hk], m.k_s.at[slot], full)
+    plgpu.copy_gmem_to_smem(m.v.at[b, rows, h, columns], m.v_s.at[slot], full)
+    plgpu.copy_gmem_to_smem(m.inverse.at[b, h, n], m.inverse_s.at[slot], full)
+    plgpu.copy_gmem_to_smem(m.factors.at[b, h, n, pl.ds(0, 4)], m.by_column.at[slot], full)
+    plgpu.copy_gmem_to_smem(m.factors.at[b, h, n, t.READ_Q], m.by_row.at[slot], full)
+    plgpu.copy_gmem_to_smem(m.q.at[b, rows, hk], m.q_s.at[slot], full)
+    plgpu.copy_gmem_to_smem(m.scores.at[b, h, n], m.scores_s.at[slot], full)
+
+
+def advance(
+    m: Any,
+    slot: Any,
+    v_s: Any,
+    state: jax.Array,
+    *,
+    dtype: Any,
+    value_weight: Any = None,
+    publish_state: Callable[[jax.Array], None] | None = None,
+    publish_r: Callable[[jax.Array], None] | None = None,
+) -> jax.Array:
+    """The state after a chunk from that before it: three products, each of which needs the one before.
+
+    The state and r are given away while products run. ``value_weight`` is a number by which the values count.
+    """
+    k, inverse = m.k_s.at[slot], m.inverse_s.at[slot]
+    shape, tokens = (state.shape[0], state.shape[1]), (BLOCK_V, CHUNK)
+    room_state, room = getattr(m, "spare_state", None), getattr(m, "spare", None)
+    low = state.astype(dtype)
+
+    def during_first():
+        if publish_state is not None:
+            publish_state(low)
+        read, write = (plgpu.load(m.by_column.at[slot, x], layout=COLUMNS) for x in (t.READ_K, t.WRITE))
+        return plgpu.load(v_s.T, layout=WGMMA), read, write, m.by_column[slot, t.CARRY, 0]
+
+    seen, (v, read, write, carry) = t.product(low, k.T, tokens, room=room_state, meanwhile=during_first)
+    v = v.astype(jnp.float32)
+    if value_weight is not None:
+        v *= value_weight
+    y = v - seen * t.along_columns(read, tokens)
+    # Two summands each: the inverse's rows can add many almost cancelling y, and without decay all writes stay.
+    high, rest = t.split(y, dtype)
+    r = t.products([(high, inverse.T), (rest, inverse.T)], tokens, room=room)
+    written = t.split(r * t.along_columns(write, tokens), dtype)
+    meanwhile = None if publish_r is None else functools.partial(publish_r, r)
+    return t.products([(x, k) for x in written], shape, state * carry, room=room, meanwhile=meanwhile)
 
 
 def _carry_state(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) -> None:
-    """The warpgroup that carries the state: three products per chunk, each of which needs the one before."""
+    """The warpgroup that carries the state."""
     b, h, columns = place[0], place[1], place[3]
-    size = m.k_s.shape[-1]
-    shape, tokens = (BLOCK_V, size), (BLOCK_V, CHUNK)
-    room_state, room = getattr(m, "spare_state", None), getattr(m, "spare", None)
-    state = t.zeros(shape)
+    state = t.zeros((BLOCK_V, m.k_s.shape[-1]))
     if m.initial is not None:
         state = plgpu.load(m.initial.at[b, h, columns], layout=WGMMA, optimized=False)
 
-    def advance(n, state):
+    def chunk(n, state):
         slot = _slot(n, stages)
-        k, inverse = m.k_s.at[slot], m.inverse_s.at[slot]
-        low = state.astype(dtype)
-        pl.when(n > 0)(lambda: plgpu.barrier_wait(m.state_read))
-        plgpu.barrier_wait(m.full.at[slot])
 
-        def publish_state():
+        def publish_state(low):
             m.states_s[...] = low
             plgpu.commit_smem()
             plgpu.barrier_arrive(m.state_ready)
-            read, write = (plgpu.load(m.by_column.at[slot, x], layout=COLUMNS) for x in (t.READ_K, t.WRITE))
-            return plgpu.load(m.v_s.at[slot].T, layout=WGMMA), read, write, m.by_column[slot, t.CARRY, 0]
 
-        seen, (v, read, write, carry) = t.product(low, k.T, tokens, room=room_state, meanwhile=publish_state)
-        y = v.astype(jnp.float32) - seen * t.along_columns(read, tokens)
-        # The inverse's rows can add many almost cancelling y: 8 more bits of y keep the bound on the error.
-        high, rest = t.split(y, dtype)
-        r = t.products([(high, inverse.T), (rest, inverse.T)], tokens, room=room)
-        pl.when(n > 0)(lambda: plgpu.barrier_wait(m.r_read))
-
-        def publish_r():
-            m.r_s.T[...] = r.astype(dtype)
+        def publish_r(r):
+            pl.when(n > 0)(lambda: plgpu.barrier_wait(m.r_read))
+            # In two summands for o, whose scores can add many almost cancelling r; the second replaces the values.
+            m.r_s.T[...], m.v_s.at[slot].T[...] = t.split(r, dtype)
             plgpu.commit_smem()
             plgpu.barrier_arrive(m.r_ready)
 
-        written = (r * t.along_columns(write, tokens)).astype(dtype)
-        state = t.product(written, k, shape, state * carry, room=room, meanwhile=publish_r)
+        pl.when(n > 0)(lambda: plgpu.barrier_wait(m.state_read))
+        plgpu.barrier_wait(m.full.at[slot])
+        state = advance(m, slot, m.v_s.at[slot], state, dtype=dtype, publish_state=publish_state, publish_r=publish_r)
         plgpu.barrier_arrive(m.used.at[slot])
         return state
 
-    state = jax.lax.fori_loop(0, chunks, advance, state)
+    state = jax.lax.fori_loop(0, chunks, chunk, state)
     plgpu.barrier_wait(m.state_read)
     plgpu.barrier_wait(m.r_read)
     m.final[b, h, columns] = state
@@ -128,13 +155,13 @@ def _form_outputs(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) -
         plgpu.barrier_wait(m.r_ready)
         if m.r is not None:
             plgpu.copy_smem_to_gmem(m.r_s, m.r.at[b, rows, h, columns])
-        o = t.product(m.scores_s.at[slot], m.r_s, shape, o)
-        o_s = m.scores_s.at[slot]  # the scores have been used
-        o_s[...] = o.astype(dtype)
+        scores = m.scores_s.at[slot]
+        o = t.products([(scores, m.r_s), (scores, m.v_s.at[slot])], shape, o)
+        scores[...] = o.astype(dtype)  # no longer needed
         plgpu.commit_smem()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(m.r_read)
-        plgpu.copy_smem_to_gmem(o_s, m.o.at[b, rows, h, columns])
+        plgpu.copy_smem_to_gmem(scores, m.o.at[b, rows, h, columns])
 
     plgpu.wait_smem_to_gmem(0)
     plgpu.barrier_arrive(m.used.at[(chunks - 1) % stages])
@@ -157,7 +184,8 @@ def _body(m: Any, *, chunks: int, stages: int, group: int, dtype: Any) -> None:
 
     @pl.when(warpgroup == 2)
     def _():
-        _copies(m, chunks=chunks, stages=stages, place=place)
+        plgpu.set_max_registers(40, action="decrease")
+        bring_all(m, functools.partial(_bring, m, place), chunks=chunks, stages=stages)
 
     # A warpgroup that ends while another still multiplies has made programs fail.
     plgpu.barrier_arrive(m.end)
@@ -195,14 +223,15 @@ def scan_chunks(
     inverse: jax.Array,
     scores: jax.Array,
     factors: jax.Array,
-    initial_state: jax.Array | None,
+    initial: jax.Array | None,
     *,
     save_r: bool,
     save_states: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
-    """(o [B,T,H,V] in the dtype of v, final state [B,H,N,V] float32, r, states); T whole chunks.
+    """(o [B,T,H,V] in the dtype of v, final state [B,H,V,N] float32, r, states); T whole chunks.
 
-    If wanted, else None: r like o, and the state before each chunk, transposed, [B,H,chunks,V,N] in the dtype of v.
+    If wanted, else None: r like o, and the state before each chunk, [B,H,chunks,V,N] in the dtype of v. All states are
+    transposed, ``initial`` too (None for zeros).
     """
     B, T, K, N = k.shape
     H, V = v.shape[2:]
@@ -213,7 +242,7 @@ def scan_chunks(
         lambda m: _body(m, chunks=chunks, stages=stages, group=H // K, dtype=dtype),
         inputs={
             "q": q, "k": k, "v": v, "inverse": inverse, "scores": scores, "factors": factors,
-            "initial": None if initial_state is None else jnp.swapaxes(initial_state, 2, 3),
+            "initial": initial,
         },
         outputs={
             "o": by_value,
@@ -225,4 +254,4 @@ def scan_chunks(
         grid={"b": B, "h": H, "block": V // BLOCK_V},
         warpgroups=3,
     )  # fmt: skip
-    return results["o"], jnp.swapaxes(results["final"], 2, 3), results.get("r"), results.get("states")
+    return results["o"], results["final"], results.get("r"), results.get("states")

@@ -19,6 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 CHUNK = 64
+PROGRAMS = 132  # persistent ones: one per multiprocessor of a Hopper GPU
 BLOCK_V = 64  # values of a program, or of a step
 SQUARE = (CHUNK, CHUNK)
 WGMMA = plgpu.Layout.WGMMA
@@ -77,6 +78,15 @@ def index(dimension: int, shape: tuple[int, int] = SQUARE) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=WGMMA)
 
 
+def indices(turn: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Row and column of a square tile, for use inside a loop over ``turn``.
+
+    They depend on it by a zero that the compiler cannot see through: else it computes every mask before the loop and
+    keeps all in registers, which spill.
+    """
+    return index(0) + (jax.lax.optimization_barrier(turn) - turn), index(1)
+
+
 def along_rows(x: Any, shape: tuple[int, int] = SQUARE) -> jax.Array:
     """x[i] at (i, j)."""
     return jax.lax.broadcast_in_dim(x, shape, [0])
@@ -89,6 +99,10 @@ def along_columns(x: jax.Array, shape: tuple[int, int] = SQUARE) -> jax.Array:
 
 def zeros(shape: tuple[int, int]) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
+
+
+def row_zeros() -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.float32), ROWS)
 
 
 def product(
@@ -137,6 +151,18 @@ def products(
         return jax.lax.optimization_barrier(pl.run_state(further)(plgpu.ACC.init(start)))
     result = jax.lax.optimization_barrier(pl.run_scoped(fresh, plgpu.ACC(shape, jnp.float32)))
     return result if start is None else start + result  # the interpreter's accumulators begin at zero
+
+
+def together(pairs: list[tuple[Any, Any]], shape: tuple[int, int], meanwhile: Callable[[], Any]) -> tuple[Any, ...]:
+    """The product of each pair (both in shared memory), all started at once, and what ``meanwhile`` returns."""
+
+    def multiply(*accumulators):
+        for accumulator, (a, b) in zip(accumulators, pairs, strict=True):
+            plgpu.wgmma(accumulator, a, b)
+        beside = meanwhile()
+        return *(accumulator[...] for accumulator in accumulators), beside
+
+    return jax.lax.optimization_barrier(pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for _ in pairs)))
 
 
 def accumulate(

@@ -22,7 +22,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gated_delta_rule import triton_split as split
+from pallas_kernels.gated_delta_rule import segments as split
+from pallas_kernels.gated_delta_rule import triton_split
 from pallas_kernels.gated_delta_rule.triton_tiles import HEAD_SIZES, choose
 from pallas_kernels.tiles import ceil_div, check_choice
 from pallas_kernels.triton_call import check_installed, fold_batch, interpreting, jit, tl, triton_call
@@ -289,7 +290,7 @@ def scan_chunks(q, k, v, inverse, scores, factors, initial_state, *, writes: boo
     """
     B, T, _, N = k.shape
     H, V = v.shape[2:]
-    plan = split.plan(B * H * V // 64, ceil_div(T, CHUNK))
+    plan = split.plan(B * H * V // 64, ceil_div(T, CHUNK), wanted=256)
     small = jax.ShapeDtypeStruct((B, 1), v.dtype)
     arrays = (q, k, v, inverse, scores, factors)
     start, transitions = initial_state, None
@@ -297,7 +298,7 @@ def scan_chunks(q, k, v, inverse, scores, factors, initial_state, *, writes: boo
         ends = jax.ShapeDtypeStruct((B, H, plan.segments - 1, V + N, N), jnp.float32)
         *_, ends = _launch_scan(*arrays, None, (small, small, small, ends), plan, ends=True)
         ends, transitions = ends[..., :V, :], ends[..., V:, :]
-        start = split.join(initial_state, ends, transitions, backwards=False)
+        start = triton_split.join(initial_state, ends, transitions, backwards=False)
     outputs = (
         jax.ShapeDtypeStruct(v.shape, v.dtype),
         jax.ShapeDtypeStruct(v.shape, v.dtype) if writes else small,

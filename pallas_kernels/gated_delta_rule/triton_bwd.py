@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gated_delta_rule import triton_split as split
+from pallas_kernels.gated_delta_rule import segments as split
+from pallas_kernels.gated_delta_rule import triton_split
 from pallas_kernels.gated_delta_rule.triton import CHUNK, dot_in_pairs, precision
 from pallas_kernels.gated_delta_rule.triton_gradients import gradients
 from pallas_kernels.gated_delta_rule.triton_tiles import choose
@@ -114,13 +115,13 @@ def _scan_back(q, k, do, inverse, scores, factors, transitions, dfinal) -> tuple
     """(gradient of the state after each chunk, transposed [B,H,chunks,V,N]; dv; dinitial_state)."""
     B, T, _, N = k.shape
     H, V = do.shape[2:]
-    plan = split.plan(B * H * V // 64, ceil_div(T, CHUNK))
+    plan = split.plan(B * H * V // 64, ceil_div(T, CHUNK), wanted=256)
     arrays = (q, k, do, inverse, scores, factors)
     if plan.segments > 1:
         small = jax.ShapeDtypeStruct((B, 1), k.dtype)
         ends = jax.ShapeDtypeStruct((B, H, plan.segments - 1, V, N), jnp.float32)
         *_, ends = _launch_scan(*arrays, dfinal, (small, small, ends), plan, ends=True)
-        dfinal = split.join(dfinal, ends, transitions, backwards=True)
+        dfinal = triton_split.join(dfinal, ends, transitions, backwards=True)
     outputs = (
         jax.ShapeDtypeStruct((B, H, ceil_div(T, CHUNK), V, N), k.dtype),
         jax.ShapeDtypeStruct(do.shape, do.dtype),

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step, triton_split, triton_tiles
+from pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step, triton_tiles
+from pallas_kernels.gated_delta_rule import segments as split
 from pallas_kernels.gated_delta_rule.xla import recurrence
 from tests.kernels.gated_delta_truth import NAMES, truth
 from tests.tolerances import assert_close, rms_error
@@ -308,11 +309,11 @@ def test_long_sequence(implementation):
 
 
 def test_split_over_segments(implementation):
-    """One long row of few heads: the Triton scan is split, over a sequence that ends inside a chunk."""
+    """One long row of few heads: the kernels' scans are split, over a sequence that ends inside a chunk."""
     shape = {**sizes(implementation), "batch": 1, "kv_heads": 1, "heads": 2}
     tokens = 48 * 64 + 5
-    if implementation == "triton":
-        assert triton_split.plan(shape["heads"] * shape["value_size"] // 64, 49).segments > 2
+    if implementation != "xla":
+        assert split.plan(shape["heads"] * shape["value_size"] // 64, 49, wanted=132).segments > 2
     inputs, cotangents = make_inputs(tokens, decays=(0.0, 0.001, 0.1), **shape)
     check(inputs, cotangents, implementation)
     check(inputs, cotangents, implementation, rows([(1, 1500), (0, 20), (2, tokens - 1520)]))
@@ -323,7 +324,7 @@ def test_split_over_segments(implementation):
 @pytest.mark.parametrize(("size", "value_size"), [(64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512)])
 def test_every_tile(monkeypatch, size, value_size, segments):
     """Every choice of tile that ships, in one scan and in a split one."""
-    monkeypatch.setattr(triton_split, "plan", lambda _, chunks: triton_split.Plan(segments, -(-chunks // segments)))
+    monkeypatch.setattr(split, "plan", lambda _, chunks, wanted: split.Plan(segments, -(-chunks // segments)))
     shape = dict(batch=1, kv_heads=1, heads=2, size=size, value_size=value_size, dtype="bfloat16")
     check(*make_inputs(150 + segments, decays=(0.01, 0.1, 20.0), **shape), "triton")
 
@@ -340,8 +341,9 @@ def test_only_checked_tiles_are_chosen():
 
 @pytest.mark.parametrize("programs", [1, 16, 33, 34, 128])
 @pytest.mark.parametrize("chunks", [1, 47, 48, 49, 512, 1000])
-def test_split_covers_every_chunk_once(programs, chunks):
-    plan = triton_split.plan(programs, chunks)
+@pytest.mark.parametrize("wanted", [132, 256])
+def test_split_covers_every_chunk_once(programs, chunks, wanted):
+    plan = split.plan(programs, chunks, wanted)
     assert (plan.segments - 1) * plan.length < chunks <= plan.segments * plan.length
     assert plan.segments == 1 or (programs <= 33 and plan.segments > 2 and plan.length >= 16)
 
