@@ -117,6 +117,7 @@ def page(done: dict[str, dict], command: str) -> str:
 
 
 def prepare() -> None:
+    jax.config.update("jax_disable_most_optimizations", True)  # each program runs once; its collectives stay
     jax.config.update("jax_default_matmul_precision", "highest")
     jax.config.update("jax_threefry_partitionable", True)
 
