@@ -48,6 +48,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("tiny", None, "Tiny shapes; default where there is no GPU.")
     flags.DEFINE_bool("errors", True, "Compare outputs and gradients with float32.")
     flags.DEFINE_integer("rounds", 5, "Turns that each side has.")
+    flags.DEFINE_string("lock", None, "A file to hold while timing: several processes then compile side by side.")
     flags.DEFINE_bool("write", False, "Write JSON and page into --results.")
     flags.DEFINE_string(
         "json", None, "Also write this run's rows into this file, for --merge (of --model: add lines, for --lines)."
@@ -108,6 +109,7 @@ def _operation() -> None:
         rounds=FLAGS.rounds,
         say=lambda line: print(line, flush=True),
         copy_bytes=2**20 if tiny else 2**29,
+        lock=FLAGS.lock,
     )
     about = report.environment(FLAGS.commit or gate.commit()) | dict(tests=tests, verified=not FLAGS.unverified)
     rows = [{**row, "run": about} for row in rows]

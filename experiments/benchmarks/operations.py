@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import gc
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -43,11 +45,16 @@ def run(
     rounds: int,
     say: Callable[[str], Any],
     copy_bytes: int,
+    lock: str | None = None,
 ) -> list[dict[str, Any]]:
-    """One row for each case; ``say`` hears each line as it is known."""
+    """One row for each case; ``say`` hears each line as it is known.
+
+    Args:
+      lock: a file that is locked while a case is compared and timed, for processes that compile side by side.
+    """
     rows = []
     for case in chosen(cases(operation, tiny), patterns):
-        rows.append(_row(case, implementations, peers, options, errors, rounds, say, copy_bytes))
+        rows.append(_row(case, implementations, peers, options, errors, rounds, say, copy_bytes, lock))
         for line in lines(rows[-1]):
             say(line)
         gc.collect()
@@ -63,17 +70,19 @@ def _row(
     rounds: int,
     say: Callable[[str], Any],
     copy_bytes: int,
+    lock: str | None,
 ) -> dict[str, Any]:
     setup = case.make(options)
     contenders, missing = assemble(setup, implementations, peers, say)
     found: dict[str, dict[str, float]] = {}
     equal: dict[str, bool] = {}
-    if errors and setup.reference is not None:
-        truth = setup.reference()
-        found = {c.name: _errors(c, truth) for c in contenders if c.values is not None}
-        equal = {c.name: _same_bits(c) for c in contenders if c.values is not None and c.name in implementations}
     copy, moved = copy_contender(copy_bytes)
-    times = measure([*contenders, copy], rounds=rounds, trace=jax.default_backend() == "gpu")
+    with _alone(lock):
+        if errors and setup.reference is not None:
+            truth = setup.reference()
+            found = {c.name: _errors(c, truth) for c in contenders if c.values is not None}
+            equal = {c.name: _same_bits(c) for c in contenders if c.values is not None and c.name in implementations}
+        times = measure([*contenders, copy], rounds=rounds, trace=jax.default_backend() == "gpu")
     return {
         "case": case.name,
         "shape": case.shape,
@@ -87,6 +96,17 @@ def _row(
         ],
         "missing": missing,
     }
+
+
+@contextlib.contextmanager
+def _alone(lock: str | None) -> Iterator[None]:
+    """Holds the file ``lock``, if there is one, against other processes."""
+    if lock is None:
+        yield
+        return
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _entry(contender: Contender, timing: Timing, errors: dict[str, float], peer: bool) -> dict[str, Any]:
