@@ -7,7 +7,7 @@ Random tokens in rows of ``--length``, weights as training starts (LTE's routers
 computation with float32 weights. One line of JSON for each setting: seconds of lowering (which compiles the Triton
 kernels) and of compilation, of the first step, the median step, tokens per second, MFU, the peak of the memory, and
 the first losses, by which settings can be compared. ``--breakdown`` prints the kernels of a step and their
-milliseconds, and writes the device's timeline and the compiled program.
+milliseconds, and writes the device's timeline.
 """
 
 from __future__ import annotations
@@ -153,8 +153,6 @@ def measure(remat: str, layers: str) -> dict[str, Any]:
 def _break_down(step: Any, state: Any, batch: Any, name: str) -> None:
     folder = Path(FLAGS.breakdown)
     folder.mkdir(parents=True, exist_ok=True)
-    with gzip.open(folder / f"{name}.hlo.gz", "wt") as file:
-        file.write(step.as_text())
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level, options.host_tracer_level = 0, 1
     with tempfile.TemporaryDirectory() as traced:

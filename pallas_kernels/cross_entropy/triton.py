@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from pallas_kernels.cross_entropy.api import Case
 from pallas_kernels.triton_call import check_installed, jit, tl, triton_call
 
-BLOCK = 4096
-"""Columns that a program reads at a time."""
+BLOCK = 8192
+"""Columns that a program reads at a time: the fastest of 2048, 4096 and 8192 at 32,000 columns on an H200."""
 
 
 @jit
