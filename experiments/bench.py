@@ -39,7 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_list("lengths", None, "For --model: tokens before; default 4096,16384,65536,131072.")
     flags.DEFINE_list("batches", ["1", "16"], "For --model: rows at a time.")
     flags.DEFINE_string("lines", None, "Time nothing: put the lines that --model --json wrote into --results.")
-    flags.DEFINE_string("operation", None, "gated_delta_rule, window_attention or block_attention.")
+    flags.DEFINE_string("operation", None, "A folder of pallas_kernels: gated_delta_rule, ...")
     flags.DEFINE_list("shapes", [], "Names of cases, * for anything; default all. --list shows them.")
     flags.DEFINE_bool("list", False, "Show the names of the operation's cases and stop.")
     flags.DEFINE_list("implementations", None, "Of ours; default triton and xla on a GPU, xla elsewhere.")

@@ -21,6 +21,7 @@ called as they are.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from jaxtyping import Array
 from lte_jax import retained, sharding
 from pallas_kernels import block_attention as blocks
 from pallas_kernels import gated_delta_rule as delta
+from pallas_kernels import rms_norm as norms
 from pallas_kernels import short_convolution as convolutions
 from pallas_kernels import window_attention as windows
 
@@ -208,38 +210,55 @@ def short_convolution(
 ) -> tuple[Array, Array]:
     """``pallas_kernels.short_convolution`` on the current mesh; a shard receives the last inputs of the one before."""
     mesh = current_mesh()
-    taps, tokens = weight.shape[0], 0 if mesh is None else x.shape[1] // mesh.shape[SEQUENCE]
-    if mesh is None or mesh.shape[SEQUENCE] == 1 or x.shape[1] % mesh.shape[SEQUENCE] or tokens < taps - 1:
+    if mesh is None:
         options |= {"segment_ids": segment_ids, "initial_state": initial_state}
         return convolutions.short_convolution(x, weight, **options)
-    shards = mesh.shape[SEQUENCE]
+    taps, shards = weight.shape[0], mesh.shape[SEQUENCE]
+    split = x.shape[1] % shards == 0 and x.shape[1] // shards >= taps - 1
+    length = "length" if split else None
 
     def local(arrays: Arrays) -> tuple[Array, Array]:
-        x, segments = arrays["x"], arrays.get("segments")
-        before = _from_before(x[:, 1 - taps :], 1, shards)
-        if segments is not None:
-            first, _ = _ends(segments, x.shape[0])
-            same = _from_before(segments[:, 1 - taps :], 1, shards) == first[:, None]
-            before = jnp.where(same[..., None], before, jnp.zeros((), x.dtype))
-        if "state" in arrays:
+        x, segments, before = arrays["x"], arrays.get("segments"), arrays.get("state")
+        over_shards = split and shards > 1
+        if over_shards:
             at_start = jax.lax.axis_index(SEQUENCE) == 0
-            before = jnp.where(at_start, arrays["state"], before)
+            state, before = before, _from_before(x[:, 1 - taps :], 1, shards)
+            if segments is not None:
+                first, _ = _ends(segments, x.shape[0])
+                same = _from_before(segments[:, 1 - taps :], 1, shards) == first[:, None]
+                before = jnp.where(same[..., None], before, jnp.zeros((), x.dtype))
+            if state is not None:
+                before = jnp.where(at_start, state, before)
         y, after = convolutions.short_convolution(
             x, arrays["weight"], segment_ids=segments, initial_state=before, **options
         )
-        last = jax.lax.axis_index(SEQUENCE) == shards - 1
-        return y, jax.lax.psum(jnp.where(last, after, jnp.zeros((), after.dtype)), SEQUENCE)
+        if over_shards:
+            last = jax.lax.axis_index(SEQUENCE) == shards - 1
+            after = jax.lax.psum(jnp.where(last, after, jnp.zeros((), after.dtype)), SEQUENCE)
+        return y, after
 
     named: dict[str, tuple[Any, Axes]] = {
-        "x": (x, ("batch", "length", "heads")),
+        "x": (x, ("batch", length, "heads")),
         "weight": (weight, (None, "heads")),
-        "segments": (segment_ids, ("batch", "length")),
+        "segments": (segment_ids, ("batch", length)),
         "state": (initial_state, ("batch", None, "heads")),
     }
     arrays = {name: array for name, (array, _) in named.items() if array is not None}
     specs = {name: sharding.spec(named[name][1], array.shape, mesh, every=True) for name, array in arrays.items()}
     state = PartitionSpec(specs["x"][0], None, specs["x"][2])
     return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=(specs["x"], state), check_vma=False)(arrays)
+
+
+def rms_norm(x: Array, weight: Array, gate: Array | None = None, *, axes: Axes, **options: Any) -> Array:
+    """``pallas_kernels.rms_norm`` on the current mesh; ``axes`` are those of x, whose last is whole."""
+    mesh = current_mesh()
+    if mesh is None:
+        return norms.rms_norm(x, weight, gate, **options)
+    rows = sharding.spec(axes, x.shape, mesh, every=True)
+    local = functools.partial(norms.rms_norm, **options)
+    # A gate of None is no argument at all: the spec that stands for it is not used.
+    specs = (rows, PartitionSpec(), rows)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(x, weight, gate)
 
 
 def sum_over_tokens(function: Any, rows: Array, weight: Array, labels: Array) -> Any:

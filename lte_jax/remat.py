@@ -10,7 +10,14 @@ from jax.ad_checkpoint import checkpoint_name
 # The names that the operations give to their outputs and to the residuals of their backward passes.
 KERNEL_NAMES = tuple(
     f"{operation}_{part}"
-    for operation in ("gated_delta_rule", "window_attention", "block_attention", "short_convolution", "router")
+    for operation in (
+        "gated_delta_rule",
+        "window_attention",
+        "block_attention",
+        "short_convolution",
+        "rms_norm",
+        "router",
+    )
     for part in ("out", "residual")
 )
 OPERAND = "operand"

@@ -17,8 +17,10 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "experiments/results/gpu_tests.json"
 IMPLEMENTATIONS = ("pallas", "triton", "xla")
-_SHARED = ("dispatch.py", "tiles.py", "triton_call.py")
-_NEEDS = {"block_attention": ("block_attention", "window_attention")}  # its window branch is the other operation
+_NEEDS = {
+    "block_attention": ("block_attention", "window_attention"),  # its window branch is the other operation
+    "gated_deltanet": ("gated_deltanet", "gated_delta_rule", "short_convolution", "rms_norm"),  # the whole layer
+}
 
 
 class TestsRed(RuntimeError):
@@ -31,7 +33,7 @@ def digest(operation: str) -> str:
     Files of an implementation that the operation does not offer do not count: no test and no benchmark runs them.
     """
     folder = ROOT / "pallas_kernels"
-    files = [folder / name for name in _SHARED]
+    files = sorted(folder.glob("*.py"))  # what all operations share
     for name in _NEEDS.get(operation, (operation,)):
         offered = importlib.import_module(f"pallas_kernels.{name}.api").OPERATION.implementations
         absent = tuple(other for other in IMPLEMENTATIONS if other not in offered)

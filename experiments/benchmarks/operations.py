@@ -17,7 +17,14 @@ import numpy as np
 from experiments.benchmarks.cases import Case, Options, assemble, chosen
 from experiments.benchmarks.clock import Contender, Timing, measure
 
-OPERATIONS = ("gated_delta_rule", "window_attention", "block_attention")
+OPERATIONS = (
+    "gated_delta_rule",
+    "window_attention",
+    "block_attention",
+    "short_convolution",
+    "rms_norm",
+    "gated_deltanet",
+)
 
 
 def cases(operation: str, tiny: bool) -> list[Case]:

@@ -22,10 +22,12 @@ from jaxtyping import Array, Float, Float32
 from lte_jax.dims import Hidden, Positions, SegmentIds
 from lte_jax.layers import InitRule, Linear, RMSNorm, parameter
 from lte_jax.mixers.base import Aux, Mixer, MixerConfig, Reading
-from lte_jax.partition import gated_delta_rule, short_convolution
-from lte_jax.remat import operand
-from pallas_kernels.gated_delta_rule import gated_delta_rule_step
-from pallas_kernels.short_convolution import short_convolution_step
+from lte_jax.partition import ROWS, gated_delta_rule, rms_norm, short_convolution
+from pallas_kernels.dispatch import Operation
+from pallas_kernels.gated_deltanet import Parameters, Projections, State, gated_deltanet_step
+from pallas_kernels.gated_deltanet.api import OPERATION as STEP
+from pallas_kernels.rms_norm.api import OPERATION as NORM
+from pallas_kernels.short_convolution.api import OPERATION as CONVOLUTION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,75 +205,75 @@ class GatedDeltaNet(Mixer):
         self, x: Hidden, cache: GatedDeltaNetCache | None, segment_ids: SegmentIds | None
     ) -> tuple[Hidden, GatedDeltaNetCache, Aux]:
         """A whole sequence, from a cache or (None) from nothing."""
-
-        def convolve(y: jax.Array, weight: nnx.Param | None, state: jax.Array | None):
-            if weight is None:
-                return jax.nn.silu(y), None
-            start = None if state is None else state.astype(y.dtype)
-            # Not given ``implementation``: that names the delta rule's kernel, and this is a fusion on every device.
-            y, after = short_convolution(y, weight[...], segment_ids=segment_ids, initial_state=start)
-            return y, after if state is None else after.astype(state.dtype)
-
-        q, k, v, g, beta, inputs = self._project(x, cache, convolve)
-        o, state, *updates = gated_delta_rule(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            segment_ids=segment_ids,
-            initial_state=None if cache is None else cache.state,
-            return_updates=self.config.emit_write_strength,
-            implementation=self.implementation,
-        )
-        return self._output(x, o), GatedDeltaNetCache(state, *inputs), self._aux(*updates)
+        y, cache, *updates = self.between(self._projections(x), cache, segment_ids)
+        return self.o_proj(y), cache, self._aux(*updates)
 
     def _step(
         self, x: Hidden, cache: GatedDeltaNetCache, segment_ids: SegmentIds | None
     ) -> tuple[Hidden, GatedDeltaNetCache, Aux]:
-        """One token, from x [B,1,D]."""
-        active = None if segment_ids is None else segment_ids[:, 0] != 0
+        """One token, from x [B,1,D]: one operation for all between the projections."""
+        config = self.config
+        taps = [None if weight is None else weight[...] for weight in (self.q_conv, self.k_conv, self.v_conv)]
+        y, after, update = gated_deltanet_step(
+            self._projections(x[:, 0]),
+            Parameters(*taps, self.A_log[...], self.dt_bias[...], self.o_norm.weight[...]),
+            State(cache.state, cache.q_conv, cache.k_conv, cache.v_conv),
+            active=None if segment_ids is None else segment_ids[:, 0] != 0,
+            eps=config.norm_eps,
+            beta_range=2.0 if config.allow_neg_eigval else 1.0,
+            return_update=config.emit_write_strength,
+            implementation=self._named(STEP),
+        )
+        aux = self._aux() if update is None else self._aux(update[:, None])
+        return self.o_proj(y)[:, None], GatedDeltaNetCache(*after), aux
 
-        def convolve(y: jax.Array, weight: nnx.Param | None, state: jax.Array | None):
-            if weight is None or state is None:
-                return jax.nn.silu(y), None
-            step, after = short_convolution_step(y[:, 0], weight[...], state.astype(y.dtype), active=active)
-            return step[:, None], after.astype(state.dtype)
+    def _projections(self, x: Float[Array, "... D"]) -> Projections:
+        q, k, v, a, b = (p(x) for p in (self.q_proj, self.k_proj, self.v_proj, self.a_proj, self.b_proj))
+        return Projections(q, k, v, a, b, None if self.g_proj is None else self.g_proj(x))
 
-        q, k, v, g, beta, inputs = self._project(x, cache, convolve)
-        o, state, *update = gated_delta_rule_step(
-            q[:, 0],
-            k[:, 0],
-            v[:, 0],
-            g[:, 0],
-            beta[:, 0],
-            cache.state,
-            active=active,
-            return_update=self.config.emit_write_strength,
+    def between(
+        self, inputs: Projections, cache: GatedDeltaNetCache | None, segment_ids: SegmentIds | None
+    ) -> tuple[Any, ...]:
+        """The layer without its projections: y [B,T,HV] from theirs, the new cache, and the updates where wanted."""
+        config, T = self.config, inputs.q.shape[1]
+        states = (None, None, None) if cache is None else (cache.q_conv, cache.k_conv, cache.v_conv)
+        weights = (self.q_conv, self.k_conv, self.v_conv)
+        (q, q_last), (k, k_last), (v, v_last) = (
+            self._convolve(*arrays, segment_ids) for arrays in zip(inputs[:3], weights, states, strict=True)
+        )
+        beta = jax.nn.sigmoid(inputs.b.astype(jnp.float32)) * (2.0 if config.allow_neg_eigval else 1.0)
+        rate = inputs.a.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32)
+        g = -jnp.exp(self.A_log[...].astype(jnp.float32)) * jax.nn.softplus(rate)
+        o, state, *updates = gated_delta_rule(
+            q.reshape(-1, T, config.num_heads, config.head_dim),
+            k.reshape(-1, T, config.num_heads, config.head_dim),
+            v.reshape(-1, T, config.value_heads, config.value_dim),
+            g,
+            beta,
+            segment_ids=segment_ids,
+            initial_state=None if cache is None else cache.state,
+            return_updates=config.emit_write_strength,
             implementation=self.implementation,
         )
-        return self._output(x, o[:, None]), GatedDeltaNetCache(state, *inputs), self._aux(*(u[:, None] for u in update))
+        gate = None if inputs.gate is None else inputs.gate.reshape(o.shape)
+        named = dict(dtype=self.dtype, axes=ROWS, implementation=self._named(NORM))
+        y = rms_norm(o, self.o_norm.weight[...], gate, eps=config.norm_eps, **named)
+        return y.reshape(*y.shape[:2], -1), GatedDeltaNetCache(state, q_last, k_last, v_last), *updates
 
-    def _project(self, x: Hidden, cache: GatedDeltaNetCache | None, convolve):
-        """q, k [B,T,K,N], v [B,T,H,V], g and beta [B,T,H] float32, and the convolutions' new states."""
-        config = self.config
-        states = (None, None, None) if cache is None else (cache.q_conv, cache.k_conv, cache.v_conv)
-        q, q_inputs = convolve(self.q_proj(x), self.q_conv, states[0])
-        k, k_inputs = convolve(self.k_proj(x), self.k_conv, states[1])
-        v, v_inputs = convolve(self.v_proj(x), self.v_conv, states[2])
-        q = q.reshape(*q.shape[:2], config.num_heads, config.head_dim)
-        k = k.reshape(*k.shape[:2], config.num_heads, config.head_dim)
-        v = v.reshape(*v.shape[:2], config.value_heads, config.value_dim)
-        beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32)) * (2.0 if config.allow_neg_eigval else 1.0)
-        rate = self.a_proj(x).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32)
-        g = -jnp.exp(self.A_log[...].astype(jnp.float32)) * jax.nn.softplus(rate)
-        return q, k, v, g, beta, (q_inputs, k_inputs, v_inputs)
+    def _convolve(
+        self, x: jax.Array, weight: nnx.Param | None, state: jax.Array | None, segment_ids: SegmentIds | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """SiLU of the convolution, and its new state in the dtype of the old one."""
+        if weight is None:
+            return jax.nn.silu(x), None
+        start = None if state is None else state.astype(x.dtype)
+        named = self._named(CONVOLUTION)
+        y, after = short_convolution(x, weight[...], segment_ids=segment_ids, initial_state=start, implementation=named)
+        return y, after if state is None else after.astype(state.dtype)
 
-    def _output(self, x: Hidden, o: Float[Array, "B T H V"]) -> Hidden:
-        o = self.o_norm(o)
-        if self.g_proj is not None:
-            o = o * jax.nn.silu(self.g_proj(x).astype(jnp.float32)).reshape(o.shape)
-        return self.o_proj(operand(o.reshape(*o.shape[:2], -1).astype(self.dtype)))
+    def _named(self, operation: Operation) -> str | None:
+        """The implementation asked for, which names the delta rule's: also of what surrounds it, where it has such."""
+        return self.implementation if self.implementation in operation.implementations else None
 
     def _aux(self, updates: Float32[Array, "B T H V"] | None = None) -> Aux:
         if updates is None:

@@ -11,7 +11,8 @@ A backend is a module of this folder with four functions, whose arguments have b
 ``forward(x, weight, segment_ids, initial_state, *, activation) -> y, final_state``
     segment_ids is None or [B,T] int32 with padding anywhere; initial_state is None or an array.
 ``backward(x, weight, segment_ids, initial_state, dy, dfinal_state, *, activation) -> dx, dweight, dinitial_state``
-    Gradients in the dtype of what they belong to; dinitial_state is None where initial_state is.
+    dfinal_state is None where nothing depends on the final state, as in training. Gradients in the dtype of what they
+    belong to; dinitial_state is None where initial_state is.
 ``step(x, weight, state, *, activation) -> y, state``
     One token of every row.
 """
@@ -26,11 +27,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.dispatch import Operation, UnsupportedCase
 
-OPERATION = Operation("short_convolution", implementations=("xla",))
+OPERATION = Operation("short_convolution", implementations=("triton", "xla"), fastest=("triton", "xla"))
 
 ACTIVATIONS = ("silu", None)
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -103,16 +105,22 @@ def _differentiable(backend: ModuleType, activation: str | None, x, weight, segm
 
 
 def _forward_rule(backend, activation, *inputs):
+    inputs = tuple(None if x is None else x.value for x in inputs)
     outputs = backend.forward(*inputs, activation=activation)
     return checkpoint_name(outputs, "short_convolution_out"), inputs
 
 
 def _backward_rule(backend, activation, inputs, cotangents):
-    dx, dweight, dinitial_state = backend.backward(*inputs, *cotangents, activation=activation)
+    dy, dfinal_state = cotangents
+    if isinstance(dy, SymbolicZero):
+        dy = jnp.zeros(dy.shape, dy.dtype)
+    if isinstance(dfinal_state, SymbolicZero):
+        dfinal_state = None
+    dx, dweight, dinitial_state = backend.backward(*inputs, dy, dfinal_state, activation=activation)
     return dx, dweight, None, dinitial_state
 
 
-_differentiable.defvjp(_forward_rule, _backward_rule)
+_differentiable.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
 
 
 def short_convolution(
@@ -134,14 +142,15 @@ def short_convolution(
       initial_state: the taps - 1 inputs before the row's first document token, oldest first, in the dtype of x; None
         means zeros, as before a document's start.
       activation: "silu" or None.
-      implementation: "xla", or None for the fastest.
+      implementation: "triton", "xla", or None for the fastest that supports the case.
 
     Returns:
       y in the dtype of x, and final_state: the last taps - 1 inputs of the row's last document, zeros where it is
       shorter (of a row of padding: its initial state). Both are differentiable in x, weight and initial_state.
 
     Raises:
-      UnsupportedCase: a shape, dtype or activation breaks the rules above.
+      UnsupportedCase: a shape, dtype or activation breaks the rules above, or the named implementation does not
+        support the case.
     """
     case = _make_case(x, weight, initial_state, segment_ids, activation, step=False)
     backend = OPERATION.select(implementation, case)

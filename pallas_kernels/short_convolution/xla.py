@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.short_convolution.rows import bounds, final_state
+
 
 def check(case) -> None:
     """Every case is supported."""
@@ -19,11 +21,6 @@ def _insert(into: jax.Array, piece: jax.Array, at: jax.Array) -> jax.Array:
     return jax.vmap(lambda a, b, i: jax.lax.dynamic_update_slice_in_dim(a, b, i, axis=0))(into, piece, at)
 
 
-def _take(array: jax.Array, at: jax.Array, size: int) -> jax.Array:
-    """``size`` elements of each row of ``array`` [B, U, ...] from index ``at`` [B] on."""
-    return jax.vmap(lambda a, i: jax.lax.dynamic_slice_in_dim(a, i, size, axis=0))(array, at)
-
-
 def forward(x, weight, segment_ids, initial_state, *, activation):
     """Token t stands at index t + taps - 1 of the inputs extended to the left.
 
@@ -34,23 +31,12 @@ def forward(x, weight, segment_ids, initial_state, *, activation):
     if initial_state is None:
         initial_state = jnp.zeros((batch, history, width), x.dtype)
     if segment_ids is None:
-        extended = jnp.concatenate([initial_state, x], axis=1)
-        ids = None
-        final_state = extended[:, tokens:]
+        extended, ids = jnp.concatenate([initial_state, x], axis=1), None
     else:
-        live = segment_ids != 0
-        index = jnp.arange(tokens, dtype=jnp.int32)
-        first = jnp.min(jnp.where(live, index, tokens), axis=1)
-        # A row of padding keeps its state: it was laid right after the row's last token.
-        last = jnp.max(jnp.where(live, index, -1), axis=1)
-        last = jnp.where(last < 0, tokens - 1, last)
-        first_id = jnp.max(jnp.where(index == first[:, None], segment_ids, -1), axis=1)
-        extended = _insert(jnp.pad(x, ((0, 0), (history, 0), (0, 0))), initial_state, first)
-        first_ids = jnp.broadcast_to(first_id[:, None], (batch, history))
-        ids = _insert(jnp.pad(segment_ids, ((0, 0), (history, 0))), first_ids, first)
-        final_state = _take(extended, last + 1, history)
-        final_ids = _take(ids, last + 1, history)
-        final_state = jnp.where((final_ids == final_ids[:, -1:])[..., None], final_state, jnp.zeros((), x.dtype))
+        row = bounds(segment_ids)
+        extended = _insert(jnp.pad(x, ((0, 0), (history, 0), (0, 0))), initial_state, row.first)
+        first_ids = jnp.broadcast_to(row.first_id[:, None], (batch, history))
+        ids = _insert(jnp.pad(segment_ids, ((0, 0), (history, 0))), first_ids, row.first)
     # Cast before the taps are taken, so that the backward pass sums them in float32.
     extended = extended.astype(jnp.float32)
     y = jnp.zeros(x.shape, jnp.float32)
@@ -60,17 +46,18 @@ def forward(x, weight, segment_ids, initial_state, *, activation):
             same = (ids[:, tap : tap + tokens] == segment_ids) & (segment_ids != 0)
             term = jnp.where(same[..., None], term, 0.0)
         y = y + term
-    return _activate(y, activation).astype(x.dtype), final_state
+    return _activate(y, activation).astype(x.dtype), final_state(x, segment_ids, initial_state, history)
 
 
 def backward(x, weight, segment_ids, initial_state, dy, dfinal_state, *, activation):
     """Differentiates the forward pass, recomputed from its inputs, so that no shifted copy of x is kept."""
 
     def run(x, weight, initial_state):
-        return forward(x, weight, segment_ids, initial_state, activation=activation)
+        y, after = forward(x, weight, segment_ids, initial_state, activation=activation)
+        return (y,) if dfinal_state is None else (y, after)
 
     _, pullback = jax.vjp(run, x, weight, initial_state)
-    return pullback((dy, dfinal_state))
+    return pullback((dy,) if dfinal_state is None else (dy, dfinal_state))
 
 
 def step(x, weight, state, *, activation):

@@ -128,6 +128,18 @@ def test_gradient_through_the_outputs_alone(implementation):
             assert_close(a, b, "short_convolution")
 
 
+def test_gradient_of_the_final_state_without_an_initial_one(implementation):
+    """What stands before a row's first document is nothing then, even where the row has tokens of padding there."""
+    (x, weight, state), (dy, dstate) = make_inputs()
+    for ids in (None, IDS["padding"], IDS["all_padding"]):
+        segment_ids = None if ids is None else jnp.asarray(ids, jnp.int32)
+        run = lambda x, w: short_convolution(x, w, segment_ids=segment_ids, implementation=implementation)  # noqa: E731, B023
+        _, pullback = jax.vjp(run, x, weight)
+        expected = truth(x, weight, ids, state * 0, dy, dstate, "silu")
+        for a, b in zip(pullback((dy, dstate)), expected[2:4], strict=True):
+            assert_close(a, b, "short_convolution")
+
+
 def test_low_precision_inputs(implementation):
     inputs, cotangents = make_inputs(dtype="bfloat16")
     actual = check(inputs, cotangents, IDS["padding"], implementation)

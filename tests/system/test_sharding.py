@@ -150,6 +150,10 @@ def operations(segments):
             lambda x, w: partition.short_convolution(x, w, segment_ids=segments)[0],
             (random(B, T, 12), random(4, 12)),
         ),
+        "norm": (
+            lambda x, w, gate: partition.rms_norm(x, w, gate, eps=1e-6, axes=partition.ROWS),
+            (random(B, T, 8, 6), random(6), random(B, T, 8, 6)),
+        ),
     }
 
 

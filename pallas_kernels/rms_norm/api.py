@@ -1,0 +1,109 @@
+"""What the gated norm computes, which arguments it takes, and what a backend must provide.
+
+    y = weight x / sqrt(mean(x^2) + eps) silu(gate)
+
+over the last dimension, in float32 throughout; without a gate, without the last factor.
+
+A backend is a module of this folder with three functions, whose arguments have been checked:
+
+``check(case: Case) -> None``
+    Raises UnsupportedCase for what the backend does not do.
+``forward(x, weight, gate, *, eps, dtype) -> y``
+    x and gate (or None) [R,V], weight [V]; y in ``dtype``.
+``backward(x, weight, gate, dy, *, eps) -> dx, dweight, dgate``
+    Gradients in the dtype of what they belong to; dgate is None where gate is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallas_kernels.dispatch import Operation, UnsupportedCase
+
+OPERATION = Operation("rms_norm", implementations=("triton", "xla"), fastest=("triton", "xla"))
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call, as far as the choice of an implementation is concerned."""
+
+    rows: int
+    width: int
+    dtype: str
+    gated: bool
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UnsupportedCase(f"rms_norm: {message}")
+
+
+def _make_case(x: Any, weight: Any, gate: Any) -> Case:
+    for name, array in {"x": x, "weight": weight, "gate": gate}.items():
+        if array is None and name == "gate":
+            continue
+        _require(hasattr(array, "shape"), f"{name} is a {type(array).__name__}; pass an array")
+        _require(str(array.dtype) in _DTYPES, f"{name} has dtype {array.dtype}; it must be {' or '.join(_DTYPES)}")
+    _require(x.ndim > 0 and x.size > 0, f"x has shape {x.shape}; every size must be at least 1")
+    _require(weight.shape == x.shape[-1:], f"weight has shape {weight.shape}; it must be {x.shape[-1:]}, the last of x")
+    _require(gate is None or gate.shape == x.shape, f"gate has shape {getattr(gate, 'shape', None)}; x has {x.shape}")
+    return Case(math.prod(x.shape[:-1]), x.shape[-1], str(x.dtype), gate is not None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _differentiable(backend: ModuleType, eps: float, dtype: DTypeLike, x, weight, gate):
+    return backend.forward(x, weight, gate, eps=eps, dtype=dtype)
+
+
+def _forward_rule(backend, eps, dtype, *inputs):
+    return checkpoint_name(backend.forward(*inputs, eps=eps, dtype=dtype), "rms_norm_out"), inputs
+
+
+def _backward_rule(backend, eps, dtype, inputs, dy):
+    return backend.backward(*inputs, dy, eps=eps)
+
+
+_differentiable.defvjp(_forward_rule, _backward_rule)
+
+
+def rms_norm(
+    x: Float[Array, "*rows V"],
+    weight: Float[Array, "V"],
+    gate: Float[Array, "*rows V"] | None = None,
+    *,
+    eps: float,
+    dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "*rows V"]:
+    """y = weight x / sqrt(mean(x^2) + eps) silu(gate), the mean over the last dimension; computed in float32.
+
+    Args:
+      x: float32, bfloat16 or float16, with any leading dimensions.
+      gate: multiplies by its SiLU; None means no gate.
+      dtype: of y; by default that of x.
+      implementation: "triton", "xla", or None for the fastest that supports the case.
+
+    Returns:
+      y, differentiable in x, weight and gate.
+
+    Raises:
+      UnsupportedCase: a shape or dtype breaks the rules above, or the named implementation does not support the case.
+    """
+    case = _make_case(x, weight, gate)
+    backend = OPERATION.select(implementation, case)
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    rows = x.reshape(case.rows, case.width)
+    gates = None if gate is None else gate.reshape(rows.shape)
+    return _differentiable(backend, float(eps), dtype, rows, weight, gates).reshape(x.shape)

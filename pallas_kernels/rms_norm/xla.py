@@ -1,0 +1,25 @@
+"""The gated norm in plain jax.numpy."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def check(case) -> None:
+    """Every case is supported."""
+
+
+def forward(x, weight, gate, *, eps, dtype):
+    """y; the protocol is in ``api``."""
+    x = x.astype(jnp.float32)
+    y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * weight.astype(jnp.float32)
+    if gate is not None:
+        y = y * jax.nn.silu(gate.astype(jnp.float32))
+    return y.astype(dtype)
+
+
+def backward(x, weight, gate, dy, *, eps):
+    """dx, dweight, dgate; the protocol is in ``api``."""
+    _, pullback = jax.vjp(lambda *inputs: forward(*inputs, eps=eps, dtype=dy.dtype), x, weight, gate)
+    return pullback(dy)
