@@ -209,26 +209,22 @@ def short_convolution(
     x: Array, weight: Array, *, segment_ids: Array | None = None, initial_state: Array | None = None, **options: Any
 ) -> tuple[Array, Array]:
     """``pallas_kernels.short_convolution`` on the current mesh; a shard receives the last inputs of the one before."""
-    mesh = current_mesh()
+    mesh, given = current_mesh(), {"segment_ids": segment_ids, "initial_state": initial_state}
     if mesh is None:
-        options |= {"segment_ids": segment_ids, "initial_state": initial_state}
-        return convolutions.short_convolution(x, weight, **options)
+        return convolutions.short_convolution(x, weight, **given, **options)
     taps, shards = weight.shape[0], mesh.shape[SEQUENCE]
     split = x.shape[1] % shards == 0 and x.shape[1] // shards >= taps - 1
-    length = "length" if split else None
+    length, over_shards = "length" if split else None, split and shards > 1
 
     def local(arrays: Arrays) -> tuple[Array, Array]:
         x, segments, before = arrays["x"], arrays.get("segments"), arrays.get("state")
-        over_shards = split and shards > 1
         if over_shards:
-            at_start = jax.lax.axis_index(SEQUENCE) == 0
             state, before = before, _from_before(x[:, 1 - taps :], 1, shards)
             if segments is not None:
-                first, _ = _ends(segments, x.shape[0])
-                same = _from_before(segments[:, 1 - taps :], 1, shards) == first[:, None]
+                same = _from_before(segments[:, 1 - taps :], 1, shards) == _ends(segments, len(x))[0][:, None]
                 before = jnp.where(same[..., None], before, jnp.zeros((), x.dtype))
             if state is not None:
-                before = jnp.where(at_start, state, before)
+                before = jnp.where(jax.lax.axis_index(SEQUENCE) == 0, state, before)
         y, after = convolutions.short_convolution(
             x, arrays["weight"], segment_ids=segments, initial_state=before, **options
         )
@@ -245,8 +241,8 @@ def short_convolution(
     }
     arrays = {name: array for name, (array, _) in named.items() if array is not None}
     specs = {name: sharding.spec(named[name][1], array.shape, mesh, every=True) for name, array in arrays.items()}
-    state = PartitionSpec(specs["x"][0], None, specs["x"][2])
-    return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=(specs["x"], state), check_vma=False)(arrays)
+    outs = specs["x"], PartitionSpec(specs["x"][0], None, specs["x"][2])
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=outs, check_vma=False)(arrays)
 
 
 def rms_norm(x: Array, weight: Array, gate: Array | None = None, *, axes: Axes, **options: Any) -> Array:
@@ -256,8 +252,7 @@ def rms_norm(x: Array, weight: Array, gate: Array | None = None, *, axes: Axes, 
         return norms.rms_norm(x, weight, gate, **options)
     rows = sharding.spec(axes, x.shape, mesh, every=True)
     local = functools.partial(norms.rms_norm, **options)
-    # A gate of None is no argument at all: the spec that stands for it is not used.
-    specs = (rows, PartitionSpec(), rows)
+    specs = (rows, PartitionSpec(), rows)  # the last is not used where there is no gate
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(x, weight, gate)
 
 

@@ -179,11 +179,13 @@ def check_operation(name, mesh_config):
 def test_few_key_heads_and_split_tokens_give_what_one_device_gives():
     check_operation("lte", MeshConfig(data=1, tensor=4, sequence=2))
     check_operation("delta", MeshConfig(data=1, tensor=2, sequence=4))
+    check_operation("convolution", MeshConfig(data=2, tensor=4))
+    check_operation("norm", MeshConfig(data=2, tensor=2, sequence=2))
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("mesh", [dict(tensor=4, sequence=2), dict(sequence=8), dict(data=2, sequence=4)], ids=str)
-@pytest.mark.parametrize("name", ["window", "lte", "delta", "convolution"])
+@pytest.mark.parametrize("name", ["window", "lte", "delta", "convolution", "norm"])
 def test_every_operation_on_every_mesh_gives_what_one_device_gives(name, mesh):
     check_operation(name, MeshConfig(**{"data": 1, **mesh}))
 
