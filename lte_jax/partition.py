@@ -209,9 +209,9 @@ def short_convolution(
     x: Array, weight: Array, *, segment_ids: Array | None = None, initial_state: Array | None = None, **options: Any
 ) -> tuple[Array, Array]:
     """``pallas_kernels.short_convolution`` on the current mesh; a shard receives the last inputs of the one before."""
-    mesh, given = current_mesh(), {"segment_ids": segment_ids, "initial_state": initial_state}
+    mesh, given = current_mesh(), {"segment_ids": segment_ids, "initial_state": initial_state, **options}
     if mesh is None:
-        return convolutions.short_convolution(x, weight, **given, **options)
+        return convolutions.short_convolution(x, weight, **given)  # type: ignore[arg-type]
     taps, shards = weight.shape[0], mesh.shape[SEQUENCE]
     split = x.shape[1] % shards == 0 and x.shape[1] // shards >= taps - 1
     length, over_shards = "length" if split else None, split and shards > 1

@@ -213,10 +213,11 @@ class GatedDeltaNet(Mixer):
     ) -> tuple[Hidden, GatedDeltaNetCache, Aux]:
         """One token, from x [B,1,D]: one operation for all between the projections."""
         config = self.config
-        taps = [None if weight is None else weight[...] for weight in (self.q_conv, self.k_conv, self.v_conv)]
+        weights = (self.q_conv, self.k_conv, self.v_conv)
+        q, k, v = (None if weight is None else weight[...] for weight in weights)
         y, after, update = gated_deltanet_step(
             self._projections(x[:, 0]),
-            Parameters(*taps, self.A_log[...], self.dt_bias[...], self.o_norm.weight[...]),
+            Parameters(q, k, v, self.A_log[...], self.dt_bias[...], self.o_norm.weight[...]),
             State(cache.state, cache.q_conv, cache.k_conv, cache.v_conv),
             active=None if segment_ids is None else segment_ids[:, 0] != 0,
             eps=config.norm_eps,
@@ -256,7 +257,7 @@ class GatedDeltaNet(Mixer):
             implementation=self.implementation,
         )
         gate = None if inputs.gate is None else inputs.gate.reshape(o.shape)
-        named = dict(dtype=self.dtype, axes=ROWS, implementation=self._named(NORM))
+        named: Any = dict(dtype=self.dtype, axes=ROWS, implementation=self._named(NORM))
         y = rms_norm(o, self.o_norm.weight[...], gate, eps=config.norm_eps, **named)
         return y.reshape(*y.shape[:2], -1), GatedDeltaNetCache(state, q_last, k_last, v_last), *updates
 

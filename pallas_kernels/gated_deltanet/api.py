@@ -105,7 +105,7 @@ def _make_case(inputs: Projections, parameters: Parameters, state: State, active
             _check(name, array, shapes[name], one)
     given = [x is not None for x in (*parameters[:3], *state[1:])]
     _require(all(given) or not any(given), "the taps and the last inputs of q, k and v are all arrays or all None")
-    taps = parameters[0].shape[0] if given[0] else 1
+    taps = 1 if parameters.q_taps is None else parameters.q_taps.shape[0]
     _require(not given[0] or taps > 1, f"q_taps has {taps} tap; it must have at least 2")
     if given[0]:
         for name in ("q", "k", "v"):

@@ -6,6 +6,9 @@ updates the state block by block of values, and normalises and gates the head's 
 S is decayed, read by k and q at once, and written: with S' = S + k u^T, S'^T q = S^T q + (k.q) u.
 """
 
+# Tuples of rows grow in the kernels' loops.
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 import functools
@@ -162,8 +165,8 @@ def _step(inputs, parameters, state, active, *, eps, beta_range, return_update):
         H=H, K=K, N=N, V=V, BV=min(64, ELEMENTS // N), TAPS=1 if state.q is None else state.q.shape[1] + 1,
         GATED=inputs.gate is not None, ACTIVE=active is not None, UPDATE=return_update, FAST=not interpreting(),
     )  # fmt: skip
-    after = State(*(None if old is None else new for old, new in zip(state, after, strict=True)))
-    return y, after, update if return_update else None
+    after = [None if old is None else new for old, new in zip(state, after, strict=True)]
+    return y, State._make(after), update if return_update else None
 
 
 def step(inputs, parameters, state, active, *, eps, beta_range, return_update):

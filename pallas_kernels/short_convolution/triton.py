@@ -11,6 +11,9 @@ that later tokens still add to. The forward pass keeps nothing for the backward 
 The rows before a row's first document token are those of the initial state, wherever that token stands.
 """
 
+# Tuples of rows grow in the kernels' loops.
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 import functools
