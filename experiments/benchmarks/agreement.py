@@ -27,7 +27,7 @@ SPAN = 10
 MODEL = ModelConfig(
     vocab_size=259,
     width=512,
-    num_layers=8,
+    num_layers=4,
     pattern=(GatedDeltaNet(num_heads=4, head_dim=128), LTE(num_heads=8, window=192, budget=128, sinks=4)),
     max_length=1024,
     init_std=0.02,

@@ -11,6 +11,7 @@ each of two programs: without the optimiser, and with torch's fused AdamW and cl
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments.benchmarks import authors_model
+from experiments.benchmarks import authors_model, clock
 
 FLAGS = flags.FLAGS
 LARGE = dict(hidden_size=2048, head_dim=256, tie_word_embeddings=False)
@@ -32,6 +33,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("rows", 8, "Rows of a step.")
     flags.DEFINE_integer("length", 4096, "Tokens of a row, a multiple of 64.")
     flags.DEFINE_integer("steps", 10, "Steps whose median counts.")
+    flags.DEFINE_string("lock", None, "A file to hold while timing: several processes then compile side by side.")
     flags.DEFINE_integer("configurations", 3, "Of each autotuned kernel's list, how many are tried; 0 for all.")
     flags.mark_flag_as_required("authors_path")
 
@@ -84,14 +86,15 @@ def measure(size: str, rows: int, length: int, steps: int, optimiser: bool) -> d
     compiled = time.perf_counter() - began
     step()
     torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(steps):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        loss = step()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    with clock.alone(FLAGS.lock):
+        torch.cuda.synchronize()
+        marks[0].record()
+        for mark in marks[1:]:
+            loss = step()
+            mark.record()
+        torch.cuda.synchronize()
+    times = [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
     if not bool(torch.isfinite(loss)):
         raise RuntimeError("their loss is not finite")
     median = statistics.median(times)

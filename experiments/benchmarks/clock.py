@@ -11,12 +11,14 @@ measured by the same instrument. Where no device trace can be had (a CPU), there
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
+import fcntl
 import glob
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -60,6 +62,17 @@ class Timing:
     def best(self) -> float:
         """The device's own time where it is known."""
         return self.calls if self.busy is None else self.busy
+
+
+@contextlib.contextmanager
+def alone(lock: str | None) -> Iterator[None]:
+    """Holds the file ``lock``, if there is one: processes compile side by side and time in turn."""
+    if lock is None:
+        yield
+        return
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def wait(contender: Contender, outputs: Any) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import gc
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.cases import Case, Options, assemble, chosen
-from experiments.benchmarks.clock import Contender, Timing, measure
+from experiments.benchmarks.clock import Contender, Timing, alone, measure
 
 OPERATIONS = (
     "gated_delta_rule",
@@ -84,7 +82,7 @@ def _row(
     found: dict[str, dict[str, float]] = {}
     equal: dict[str, bool] = {}
     copy, moved = copy_contender(copy_bytes)
-    with _alone(lock):
+    with alone(lock):
         if errors and setup.reference is not None:
             truth = setup.reference()
             found = {c.name: _errors(c, truth) for c in contenders if c.values is not None}
@@ -103,17 +101,6 @@ def _row(
         ],
         "missing": missing,
     }
-
-
-@contextlib.contextmanager
-def _alone(lock: str | None) -> Iterator[None]:
-    """Holds the file ``lock``, if there is one, against other processes."""
-    if lock is None:
-        yield
-        return
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _entry(contender: Contender, timing: Timing, errors: dict[str, float], peer: bool) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def define_flags() -> None:
     flags.DEFINE_string("implementation", None, "triton, xla, ...; default the fastest.")
     flags.DEFINE_integer("steps", 10, "Steps whose median counts.")
     flags.DEFINE_string("breakdown", None, "A folder for the kernels of a step.")
+    flags.DEFINE_string("lock", None, "A file to hold while timing: several processes then compile side by side.")
     flags.DEFINE_string("cache", None, "A folder of compiled programs; default none, so that compilation is timed.")
 
 
@@ -105,22 +106,11 @@ def measure(remat: str, layers: str) -> dict[str, Any]:
     low = time.perf_counter()
     step = lowered.compile()
     compiled = time.perf_counter()
-    state = made.init_state()
-    jax.block_until_ready(state)
-    losses, times = [], []
-    for number in range(3):
-        start = time.perf_counter()
-        state, numbers = step(state, data[number])
-        losses.append(round(float(numbers["loss"]), 5))
-        times.append(time.perf_counter() - start)
-    late = numbers
-    for number in range(FLAGS.steps):
-        start = time.perf_counter()
-        state, numbers = step(state, data[number % len(data)])
-        jax.block_until_ready(late)  # as the trainer reads: one step late
-        late = numbers
-        times.append(time.perf_counter() - start)
-    median = statistics.median(times[4:])
+    with clock.alone(FLAGS.lock):
+        state, losses, first, times = _run(step, made.init_state(), data)
+        if FLAGS.breakdown:
+            _break_down(step, state, data[0], f"{FLAGS.model}_{FLAGS.size}_{remat}_{layers}")
+    median = statistics.median(times)
     device = jax.local_devices()[0]
     parameters = sum(leaf.size for leaf in state.params.values())
     rate = FLAGS.rows * FLAGS.length / median
@@ -135,7 +125,7 @@ def measure(remat: str, layers: str) -> dict[str, Any]:
         "layers": layers,
         "lower": round(low - began, 1),
         "compile": round(compiled - low, 1),
-        "first_step": round(times[0], 2),
+        "first_step": round(first, 2),
         "step_ms": round(median * 1e3, 1),
         "tokens_per_second": round(rate),
         "mfu": None if peak is None else round(used / peak, 4),
@@ -145,9 +135,27 @@ def measure(remat: str, layers: str) -> dict[str, Any]:
         "device": device.device_kind,
     }
     print(json.dumps(line), flush=True)
-    if FLAGS.breakdown:
-        _break_down(step, state, data[0], f"{FLAGS.model}_{FLAGS.size}_{remat}_{layers}")
     return line
+
+
+def _run(step: Any, state: Any, data: list[dict[str, jax.Array]]) -> tuple[Any, list[float], float, list[float]]:
+    """The state after all steps, the first losses, seconds of the first step, and of those that count."""
+    jax.block_until_ready(state)
+    losses, times = [], []
+    for batch in data:
+        start = time.perf_counter()
+        state, late = step(state, batch)
+        losses.append(round(float(late["loss"]), 5))
+        times.append(time.perf_counter() - start)
+    first, times = times[0], []
+    for number in range(FLAGS.steps + 1):
+        start = time.perf_counter()
+        state, numbers = step(state, data[number % len(data)])
+        jax.block_until_ready(late)  # as the trainer reads: one step late
+        late = numbers
+        times.append(time.perf_counter() - start)
+    jax.block_until_ready(late)
+    return state, losses, first, times[1:]
 
 
 def _break_down(step: Any, state: Any, batch: Any, name: str) -> None:

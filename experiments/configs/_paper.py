@@ -75,5 +75,5 @@ def experiment(name: str, size: Size) -> ExperimentConfig:
         ),
         evaluation=EvaluationConfig(every=1024, batches=64),
         checkpoint=CheckpointConfig(every=1024, keep=3),
-        compute=ComputeConfig(dtype="bfloat16", remat="kernels"),
+        compute=ComputeConfig(dtype="bfloat16", remat="operands"),
     )
