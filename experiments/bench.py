@@ -16,9 +16,12 @@ with xla, which shows that the program works and nothing else.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import app, flags
@@ -38,6 +41,10 @@ def define_flags() -> None:
     flags.DEFINE_list("sizes", None, "For --model: 0.4B, 1.4B; default 0.4B, and tiny without a GPU.")
     flags.DEFINE_list("lengths", None, "For --model: tokens before; default 4096,16384,65536,131072.")
     flags.DEFINE_list("batches", ["1", "16"], "For --model: rows at a time.")
+    flags.DEFINE_bool("prompts", True, "For --model: time the prompts of batches too.")
+    flags.DEFINE_string(
+        "turns", None, "For --model: a file; programs that share it compile at once and measure in turn."
+    )
     flags.DEFINE_string("lines", None, "Time nothing: put the lines that --model --json wrote into --results.")
     flags.DEFINE_string("operation", None, "A folder of pallas_kernels: gated_delta_rule, ...")
     flags.DEFINE_list("shapes", [], "Names of cases, * for anything; default all. --list shows them.")
@@ -133,7 +140,7 @@ def _models() -> None:
     small = {"chunk": 16, "steps": 4} if tiny else {}
     implementation = FLAGS.implementations[0] if FLAGS.implementations else None
     plans = [
-        Plan(name, size, lengths, _numbers("batches"), implementation=implementation, **small)
+        Plan(name, size, lengths, _numbers("batches"), prompts=FLAGS.prompts, implementation=implementation, **small)
         for size in sizes
         for name in FLAGS.model
     ]
@@ -142,13 +149,26 @@ def _models() -> None:
     for plan in plans:
         bench = Bench(plan)
         bench.compile()
-        bench.allocate()
-        for row in bench.rows():
-            line = json.dumps({**row, "run": run})
-            print(line, flush=True)
-            if FLAGS.json:
-                with Path(FLAGS.json).open("a") as file:
-                    file.write(line + "\n")
+        with _turn(FLAGS.turns):
+            bench.allocate()
+            for row in bench.rows():
+                line = json.dumps({**row, "run": run})
+                print(line, flush=True)
+                if FLAGS.json:
+                    with Path(FLAGS.json).open("a") as file:
+                        file.write(line + "\n")
+            del bench
+
+
+@contextlib.contextmanager
+def _turn(path: str | None) -> Iterator[None]:
+    """Waits for the others that hold a lock on the file, then holds it."""
+    if path is None:
+        yield
+        return
+    with Path(path).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _numbers(flag: str) -> tuple[int, ...]:

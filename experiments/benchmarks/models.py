@@ -43,6 +43,7 @@ class Plan:
     Attributes:
       chunk: tokens of a row that are read at a time. steps: tokens drawn in one call of the loop.
       rounds: calls of the loop whose median counts.
+      prompts: time the prompts of batches too; a single one is read in any case.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Plan:
     chunk: int = 4096
     steps: int = 32
     rounds: int = 3
+    prompts: bool = True
     implementation: str | None = None
 
     def __post_init__(self) -> None:
@@ -149,7 +151,8 @@ class Bench:
         for length in self.plan.lengths:
             for batch in {1, *self.plan.batches}:
                 cache = self._shape_of_cache(batch, length)
-                for kind in ("prompt", "token"):
+                kinds = ["prompt"] if batch == 1 or self.plan.prompts else []
+                for kind in [*kinds, *(["token"] if batch in self.plan.batches else [])]:
                     wanted[self._key(kind, batch, cache)] = (kind, batch, cache)
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             compiling = {}
@@ -188,12 +191,15 @@ class Bench:
             del logits, cache
 
     def _time(self, length: int, batch: int, prompt_time: float, logits: jax.Array, cache: Any) -> dict[str, Any]:
-        prompt, token = self._find("prompt", batch, length), self._find("token", batch, length)
+        token = self._find("token", batch, length)
+        prompt = self._find("prompt", batch, length) if batch == 1 or self.plan.prompts else None
         found: dict[str, Any] = {"cache_bytes": batch * sum(leaf.nbytes for leaf in jax.tree.leaves(cache))}
         found["chunks"] = length // self.plan.chunk
         try:
             rows, last = _repeat(cache, batch), jnp.repeat(logits, batch, axis=0)
-            if not isinstance(prompt, Program):
+            if prompt is None:
+                pass
+            elif not isinstance(prompt, Program):
                 found["prompt_missing"] = prompt
             elif batch == 1:
                 found |= {"prompt_bytes": prompt.bytes, "prompt": prompt_time, "timed_chunks": found["chunks"]}
