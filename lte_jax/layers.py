@@ -115,6 +115,13 @@ class RMSNorm(nnx.Module):
         return (x32 * scale * self.weight[...].astype(jnp.float32)).astype(self.dtype)
 
 
+def rotation(positions: Int[Array, "..."], half: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, [..., half] float32, of the angles position * theta^(-2n/N) that :func:`rotary` turns by."""
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
 def rotary(x: Float[Array, "B T H N"], positions: Positions, theta: float) -> Float[Array, "B T H N"]:
     """Rotary positions on halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), angle = position * theta^(-2n/N).
 
@@ -122,9 +129,7 @@ def rotary(x: Float[Array, "B T H N"], positions: Positions, theta: float) -> Fl
     The rotation is computed in float32 and returned in the dtype of x.
     """
     half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = (part[..., None, :] for part in rotation(positions, half, theta))
     x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return operand(jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype))
 

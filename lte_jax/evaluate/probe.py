@@ -25,7 +25,7 @@ from lte_jax.inputs import check_tokens
 from lte_jax.layers import rotary
 from lte_jax.mixers import lte, lte_store, mixer_name
 from lte_jax.mixers.base import Aux
-from lte_jax.mixers.lte import needs_shared_router, rule_scores
+from lte_jax.mixers.lte_config import needs_shared_router, rule_scores
 from lte_jax.model import LanguageModel
 
 MASSES = ("window", "sinks", "retained")

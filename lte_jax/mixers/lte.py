@@ -25,13 +25,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from lte_jax.dims import Hidden, Keys, Positions, Queries, Scores, SegmentIds, Selected, Values
-from lte_jax.layers import InitRule, Linear, rotary
+from lte_jax.layers import InitRule, Linear, rotary, rotation
 from lte_jax.mixers import lte_cache, lte_store
 from lte_jax.mixers.base import Aux, Mixer, Reading
 from lte_jax.mixers.lte_cache import LTECache
-from lte_jax.mixers.lte_config import Config, make_router, needs_shared_router
+from lte_jax.mixers.lte_config import Config, check_reading, make_router, needs_shared_router, rule_scores
 from lte_jax.mixers.lte_router import Router
 from lte_jax.partition import window_attention
+from pallas_kernels.lte_inputs import api as lte_inputs
+from pallas_kernels.lte_inputs import lte_inputs_step
 from pallas_kernels.window_attention.api import NEVER, Columns
 
 READINGS = ("train", "prompt", "streaming")
@@ -97,7 +99,7 @@ class LTE(Mixer):
         router: Router | None = None,
         select: jax.Array | None = None,
     ) -> tuple[Hidden, Aux]:
-        _check_reading(reading, READINGS)
+        check_reading(reading, READINGS)
         select = select if reading == "train" else None
         q, k, v = self._project(x)
         scores = None
@@ -137,7 +139,7 @@ class LTE(Mixer):
         return_aux: bool = False,
         router: Router | None = None,
     ) -> tuple[Hidden, LTECache] | tuple[Hidden, LTECache, Aux]:
-        _check_reading(reading, READINGS[1:])
+        check_reading(reading, READINGS[1:])
         if x.shape[1] == 1:
             y, cache, aux = self._extend_one(x, cache, segment_ids, context, router)
         else:
@@ -152,23 +154,17 @@ class LTE(Mixer):
         active = None if segment_ids is None else segment_ids[:, 0] != 0
         position = cache.length[:, None]
         q, k, v = self._project(x)
-        q, k_rotated = (rotary(part, position, config.rope_theta) for part in (q, k))
         if config.retention == "learned":
-            joined = self._join_inputs(cache, k, v)
-            known = position - 2 * reach + jnp.arange(2 * reach + 1, dtype=jnp.int32) >= 0
-            scores = self._router(router)(*joined, known.astype(jnp.int32), None, self.implementation)
-            score, own = scores[:, reach], scores[:, -1:]
+            own = self._own_score(cache, k, v, position, router)  # nothing is computed where no one reads it
+            q, k, score, recent = self._step_inputs(cache, q, k, v, active, router)
+            cache = cache if cache.recent is None else cache._replace(recent=recent)
         else:
             score, own = rule_scores(self.config, position, context)[:, 0], None
-        if cache.recent is not None:
-            recent = lte_cache.last_inputs(joined, 2 * reach, 1).astype(cache.recent.dtype)
-            if active is not None:
-                recent = jnp.where(active[:, None, None, None], recent, cache.recent)
-            cache = cache._replace(recent=recent)
+            q, k = (rotary(part, position, config.rope_theta) for part in (q, k))
         o, cache = lte_cache.push(
             cache,
             q[:, 0],
-            k_rotated[:, 0],
+            k[:, 0],
             v[:, 0],
             score,
             reach=reach,
@@ -178,6 +174,30 @@ class LTE(Mixer):
         )
         y = self.o_proj(o.reshape(o.shape[0], 1, -1))
         return y, cache, self._step_aux(own, position, active)
+
+    def _step_inputs(
+        self, cache: LTECache, q: Queries, k: Keys, v: Values, active: Bool[Array, "B"] | None, router: Router | None
+    ) -> tuple[Queries, Keys, Float32[Array, "B K"], Array]:
+        """q and k [B,1,..] rotated, the score that is final with this token, and the router's inputs to remember."""
+        scorer, empty = self._router(router), (k.shape[0], 0, k.shape[2], 2 * k.shape[3])
+        operands = lte_inputs.Operands(
+            *(part[:, 0] for part in (q, k, v)),
+            cache.length,
+            *rotation(cache.length, self.head_size // 2, self.config.rope_theta),
+            jnp.zeros(empty, k.dtype) if cache.recent is None else cache.recent,
+            tuple(lte_inputs.Convolution(conv.weight[...], conv.bias[...], conv.dilation) for conv in scorer.convs),
+            scorer.proj.weight[...],
+            scorer.proj.bias[...],
+        )
+        named = self.implementation if self.implementation in lte_inputs.OPERATION.implementations else None
+        q, k, score, recent = lte_inputs_step(operands, method=scorer.method, active=active, implementation=named)
+        return q[:, None], k[:, None], score, recent
+
+    def _own_score(self, cache: LTECache, k: Keys, v: Values, position: Positions, router: Router | None) -> Scores:
+        """The new token's provisional score [B,1,K], of what is known so far."""
+        reach = self.config.reach
+        known = (position - 2 * reach + jnp.arange(2 * reach + 1, dtype=jnp.int32) >= 0).astype(jnp.int32)
+        return self._router(router)(*self._join_inputs(cache, k, v), known, None, self.implementation)[:, -1:]
 
     def _step_aux(self, own: Scores | None, position: Positions, active: Bool[Array, "B"] | None) -> Aux:
         shape = (*position.shape, self.config.kv_heads)
@@ -378,23 +398,3 @@ class LTE(Mixer):
             return jnp.concatenate([old, new.astype(old.dtype)], axis=1).astype(self.dtype)
 
         return join(old_k, k), join(old_v, v)
-
-
-def _check_reading(reading: str, known: tuple[str, ...]) -> None:
-    if reading not in known:
-        raise ValueError(f"lte: reading={reading!r} is not one of {', '.join(known)} here")
-
-
-def rule_scores(config: Config, positions: Positions, context: Aux | None) -> Scores:
-    """Scores by a rule without a router."""
-    if config.retention == "recency":
-        return lte_store.recency_scores(positions, config.kv_heads)
-    if config.retention == "random":
-        return lte_store.random_scores(positions, config.kv_heads, config.retention_seed)
-    if context is None or "write_strength" not in context:
-        raise ValueError(
-            "lte: retention='write_strength' needs context['write_strength'] [B, T] from the mixer below; put a "
-            "gated_deltanet there, with emit_write_strength=True"
-        )
-    strength = jax.lax.stop_gradient(context["write_strength"]).astype(jnp.float32)
-    return jnp.broadcast_to(strength[..., None], (*strength.shape, config.kv_heads))

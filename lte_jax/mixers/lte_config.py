@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, TypeGuard
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from lte_jax.dims import Positions, Scores
 from lte_jax.mixers import lte_store
-from lte_jax.mixers.base import MixerConfig
+from lte_jax.mixers.base import Aux, MixerConfig
 from lte_jax.mixers.lte_router import Router, reach
 from pallas_kernels.router.api import METHODS
 
@@ -131,3 +134,24 @@ def make_router(config: Config, width: int, *, dtype: DTypeLike, param_dtype: DT
 def needs_shared_router(config: MixerConfig) -> TypeGuard[Config]:
     """Whether these settings want a ``router`` passed to every call."""
     return isinstance(config, Config) and config.retention == "learned" and config.routing_shared == "all"
+
+
+def check_reading(reading: str, known: tuple[str, ...]) -> None:
+    """Raises ValueError for a reading that a call does not know."""
+    if reading not in known:
+        raise ValueError(f"lte: reading={reading!r} is not one of {', '.join(known)} here")
+
+
+def rule_scores(config: Config, positions: Positions, context: Aux | None) -> Scores:
+    """Scores by a rule without a router."""
+    if config.retention == "recency":
+        return lte_store.recency_scores(positions, config.kv_heads)
+    if config.retention == "random":
+        return lte_store.random_scores(positions, config.kv_heads, config.retention_seed)
+    if context is None or "write_strength" not in context:
+        raise ValueError(
+            "lte: retention='write_strength' needs context['write_strength'] [B, T] from the mixer below; put a "
+            "gated_deltanet there, with emit_write_strength=True"
+        )
+    strength = jax.lax.stop_gradient(context["write_strength"]).astype(jnp.float32)
+    return jnp.broadcast_to(strength[..., None], (*strength.shape, config.kv_heads))
