@@ -149,8 +149,8 @@ def _models() -> None:
     for plan in plans:
         bench = Bench(plan)
         bench.compile()
+        bench.allocate()
         with _turn(FLAGS.turns):
-            bench.allocate()
             for row in bench.rows():
                 line = json.dumps({**row, "run": run})
                 print(line, flush=True)

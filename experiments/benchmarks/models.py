@@ -218,8 +218,9 @@ class Bench:
 
     def _read_whole(self, program: Program, batch: int, length: int) -> tuple[float, jax.Array, Any]:
         """Seconds for all chunks of an empty cache, after one chunk to warm up; the last logits and the cache."""
-        jax.block_until_ready(self._chunk(program, batch, self._cache(self._state, batch, length), 0))
-        cache = jax.block_until_ready(self._cache(self._state, batch, length))
+        empty = jax.jit(self._cache, static_argnums=(1, 2))
+        jax.block_until_ready(self._chunk(program, batch, empty(self._state, batch, length), 0))
+        cache = jax.block_until_ready(empty(self._state, batch, length))
         start = time.perf_counter()
         for number in range(length // self.plan.chunk):
             logits, cache = self._chunk(program, batch, cache, number)
