@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.benchmarks import authors_model, clock, gate, model_page, models, operations, report
+from experiments.benchmarks import authors_model, clock, gate, model_page, models, operations, report, training
 from experiments.benchmarks.cases import Options
 from experiments.benchmarks.peers import PEERS, PeerMissing, authors_file
 
@@ -81,6 +81,23 @@ def test_busy_time_is_the_union_of_what_ran_inside_each_stretch():
     found = clock.busy_times(SimpleNamespace(planes=planes))
     assert found == {"x": pytest.approx([3.0, 1.0]), "y": pytest.approx([4.0])}
     assert clock.busy_times(SimpleNamespace(planes=planes[1:])) == {}
+
+
+def test_the_timeline_of_a_step_is_what_streams_ran_by_start():
+    def event(name, start, duration, **stats):
+        return SimpleNamespace(name=name, start_ns=start, duration_ns=duration, stats=list(stats.items()))
+
+    lines = [
+        SimpleNamespace(name="Stream #2(Memcpy)", events=[event("copy", 3000, 500)]),
+        SimpleNamespace(name="Stream #1(Compute)", events=[event("k", 4000, 1), event("k", 1000, 250, hlo_op="f")]),
+        SimpleNamespace(name="XLA Ops", events=[event("f", 1000, 250)]),
+    ]
+    planes = [SimpleNamespace(name="/device:GPU:0", lines=lines), SimpleNamespace(name="/host:CPU", lines=lines)]
+    assert training.device_events(SimpleNamespace(planes=planes)) == [
+        (1.0, 0.25, "Stream #1(Compute)", "k", "f"),
+        (3.0, 0.5, "Stream #2(Memcpy)", "copy", ""),
+        (4.0, 0.001, "Stream #1(Compute)", "k", ""),
+    ]
 
 
 @pytest.fixture
