@@ -22,6 +22,7 @@ OPERATIONS = (
     "short_convolution",
     "rms_norm",
     "gated_deltanet",
+    "router",
 )
 
 

@@ -35,7 +35,7 @@ from pallas_kernels.dispatch import Operation, UnsupportedCase
 from pallas_kernels.router import dropout as counters
 from pallas_kernels.router.dropout import Dropout
 
-OPERATION = Operation("router", implementations=("triton", "xla"), fastest=("xla",))
+OPERATION = Operation("router", implementations=("triton", "xla"), fastest=("triton", "xla"))
 
 METHODS = ("sigmoid", "relu")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -196,7 +196,10 @@ def _make_case(operands: Operands, dilations: tuple[int, ...], method: str, drop
         fits = 0.0 <= dropout.rate <= 1.0 and counters.threshold(dropout.rate) < 2**16
         _require(fits, f"dropout.rate={dropout.rate} must lie in [0, 1), also once rounded to a multiple of 2^-16")
     return Case(
-        *k.shape,
+        B,
+        T,
+        K,
+        N,
         heads=heads,
         channels=tuple(channels),
         taps=tuple(conv.weight.shape[1] for conv in convolutions),

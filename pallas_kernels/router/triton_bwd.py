@@ -1,14 +1,13 @@
 """The router in triton.language: the backward pass, without atomics, so that a second run gives the same bits.
 
-With a_n = conv_n(dropout(x_{n-1})) + b_n and e_n = dloss/da_n, from the last convolution to the first:
+With a_n = conv_n(dropout(x_{n-1})) + b_n and e = dloss/da_n, from the last convolution to the first:
 
-    dW_n[i] = sum_t dropout(x_{n-1})_{t + offset_i}^T e_{n,t}                  db_n = sum_t e_{n,t}
-    e_{n-1,s} = silu'(a_{n-1}) * dropped(sum_i e_{n, s - offset_i} W_n[i]^T)   and dk, dv for n = 1, without silu'
+    dW_n[i] = sum_t dropout(x_{n-1})_{t + offset_i}^T e_t        db_n = sum_t e_t
+    dx_{n-1, s} = dropped(sum_i e_{s - offset_i} W_n[i]^T)       da_{n-1} = dx_{n-1} silu'(a_{n-1})
 
-The forward kernels run again first and leave dropout(x_n) and what its gradient is multiplied by (the slope of SiLU
-where it was kept), in the inputs' dtype, and e of the last convolution. Gradients of weights are sums over parts of the
-tokens, in float32, added up in a fixed order. No result of a product is transposed before it enters another one: Triton
-up to 3.7 miscompiles that on Hopper.
+The forward pass runs again first, and leaves x_n and silu'(a_n) in the inputs' dtype; its last convolution ends with da
+at once. Gradients of weights are sums over parts of the tokens, written in float32 and added up in a fixed order. No
+result of a product is transposed before it enters another one: Triton up to 3.7 miscompiles that on Hopper.
 """
 
 from __future__ import annotations
@@ -19,181 +18,178 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.router.api import Case, Convolution, Gradients, Operands
-from pallas_kernels.router.triton import call_first, call_last, rounded, scratch
+from pallas_kernels.router.triton import halves, inner_layers, last_arguments, last_layer, rounded
 from pallas_kernels.router.triton_tiles import (
-    PROGRAMS,
+    convolve_tiles,
+    data_tiles,
     documents,
     dropout_words,
-    fresh,
-    lane_tokens,
-    load_taps,
+    layer_options,
     load_tile,
-    options,
-    walk,
+    weight_tiles,
 )
 from pallas_kernels.tiles import ceil_div
 from pallas_kernels.triton_call import jit, tl, triton_call
 
+PROGRAMS = 512  # of a weight's gradient: enough to fill the GPU, few enough that their sums are small beside the inputs
+
 
 @jit
-def _add(e, taps, done, next1, next2, new, SEGMENTS: tl.constexpr, PRECISION: tl.constexpr):
-    """One step of a transposed convolution: what is complete, and what is known of the next two steps."""
-    done += fresh(tl.dot(e, taps[0], input_precision=PRECISION), new, SEGMENTS)
-    next1 = tl.dot(e, taps[1], fresh(next2, new, SEGMENTS), input_precision=PRECISION)
-    return done, next1, tl.dot(e, taps[2], input_precision=PRECISION)
+def _last_kernel(
+    lo, hi, weight, bias, map_weight, map_bias, segments, seeds, dr, T, tokens, heads, da, sums,
+    K: tl.constexpr, HALF: tl.constexpr, O: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr,
+    LAYER: tl.constexpr, SHARED: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
+    SEGMENTS: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """da of the last convolution, and the sums over the tile of da, dz x_last and dz: sums is [tiles,K,3,O]."""
+    h = tl.program_id(0)
+    t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    b = tl.program_id(2)
+    y, slope, document = last_layer(
+        lo, hi, weight, bias, segments, seeds, b, h, t, T, tokens, heads, K, HALF, O, TAPS, DILATION, LAYER, SHARED,
+        THRESHOLD, SCALE, SEGMENTS, ROWS, INPUTS,
+    )  # fmt: skip
+    own: tl.constexpr = 0 if SHARED else 1
+    o = tl.arange(0, O)
+    w = tl.load(map_weight + own * h * O + o)[None, :]
+    z = tl.sum(y * w, 1) + tl.load(map_bias + own * h)
+    place = b.to(tl.int64) * T * K
+    dz = tl.load(dr + place + t * K + h, mask=document != 0, other=0.0)
+    if RELU:
+        dz = tl.where(z > 0, dz, 0.0)
+    else:
+        gate = tl.sigmoid(z)
+        dz *= gate * (1.0 - gate)
+    e = dz[:, None] * w * slope
+    tl.store(da + (place + h * T) * O + t[:, None] * O + o[None, :], e.to(da.dtype.element_ty), mask=(t < T)[:, None])
+    sums += ((b * tl.num_programs(1) + tl.program_id(1)) * K + h) * 3 * O + o
+    tl.store(sums, tl.sum(e, 0))
+    tl.store(sums + O, tl.sum(dz[:, None] * y, 0))
+    tl.store(sums + 2 * O, tl.sum(dz, 0) + tl.zeros((O,), tl.float32))
 
 
 @jit
 def _data_kernel(
-    e, weight, slopes, segments, T, out, sums,
-    K: tl.constexpr, DILATION: tl.constexpr, SHARED: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
-    SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
-    I: tl.constexpr, O: tl.constexpr, INPUTS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
+    e, weight, slopes, segments, seeds, T, tokens, heads, out_lo, out_hi,
+    K: tl.constexpr, HALF: tl.constexpr, O: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr,
+    LAYER: tl.constexpr, SHARED: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
+    SEGMENTS: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """e [B,K,T,I] of the convolution before, as out, and its sums over a program's tokens [programs,K,I]."""
-    blocks: tl.constexpr = I // INPUTS
+    """For the first convolution dk and dv; for others da of the one before, and its sums over the tile as out_hi."""
+    blocks: tl.constexpr = HALF // INPUTS
     h = tl.program_id(0) // blocks
     c = tl.program_id(0) % blocks * INPUTS + tl.arange(0, INPUTS)
-    o = tl.arange(0, O)
+    s = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(2)
-    segments += b * T
+    place = b.to(tl.int64) * T * K
     own: tl.constexpr = 0 if SHARED else 1
-    place = (b.to(tl.int64) * K + h) * T
-    taps = load_taps(weight + own * h * 3 * I * O + c[None, :] * O, o, tl.zeros((INPUTS,), tl.int32), 1, I * O)
-    start = lane_tokens(tl.program_id(1), STEPS, DILATION, LANES)
-    next1, next2 = tl.zeros((LANES, INPUTS), tl.float32), tl.zeros((LANES, INPUTS), tl.float32)
-    total = tl.zeros((LANES, INPUTS), tl.float32)
-    d1 = documents(segments, start - 2 * DILATION, T, SEGMENTS)
-    for n in range(-1, STEPS + 1):
-        t = start + n * DILATION
-        d0 = documents(segments, t, T, SEGMENTS)
-        tile = load_tile(e + place * O, t, O, o, d0 != 0)
-        done, next1, next2 = _add(tile, taps, next1, next1, next2, d0 != d1, SEGMENTS, PRECISION)
-        s = t - DILATION
-        mine = (n >= 1) & (s < T)
-        where = (place + s[:, None]) * I + c[None, :]
-        done *= tl.load(slopes + where, mask=mine[:, None], other=0.0)
-        tl.store(out + where, done.to(out.dtype.element_ty), mask=mine[:, None])
-        total += done
-        d1 = d0
-    tl.store(sums + ((b * tl.num_programs(1) + tl.program_id(1)) * K + h) * I + c, tl.sum(total, 0))
-
-
-@jit
-def _input_kernel(
-    e, weight, segments, seeds, T, tokens, heads, dk, dv,
-    K: tl.constexpr, DILATION: tl.constexpr, SHARED: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
-    SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
-    N: tl.constexpr, INPUTS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """dk and dv."""
-    blocks: tl.constexpr = N // INPUTS
-    h = tl.program_id(0) // blocks
-    c = tl.program_id(0) % blocks * INPUTS + tl.arange(0, INPUTS)
-    o = tl.arange(0, N)
-    b = tl.program_id(2)
     segments += b * T
-    own: tl.constexpr = 0 if SHARED else 1
-    weight += own * h * 6 * N * N + c[None, :] * N
-    none = tl.zeros((INPUTS,), tl.int32)
-    lo_taps, hi_taps = load_taps(weight, o, none, 1, 2 * N * N), load_taps(weight + N * N, o, none, 1, 2 * N * N)
-    e += (b.to(tl.int64) * K + h) * T * N
-    start = lane_tokens(tl.program_id(1), STEPS, DILATION, LANES)
-    lo1, lo2 = tl.zeros((LANES, INPUTS), tl.float32), tl.zeros((LANES, INPUTS), tl.float32)
-    hi1, hi2 = tl.zeros((LANES, INPUTS), tl.float32), tl.zeros((LANES, INPUTS), tl.float32)
-    d1 = documents(segments, start - 2 * DILATION, T, SEGMENTS)
-    for n in range(-1, STEPS + 1):
-        t = start + n * DILATION
-        d0 = documents(segments, t, T, SEGMENTS)
-        tile = load_tile(e, t, N, o, d0 != 0)
-        lo, lo1, lo2 = _add(tile, lo_taps, lo1, lo1, lo2, d0 != d1, SEGMENTS, PRECISION)
-        hi, hi1, hi2 = _add(tile, hi_taps, hi1, hi1, hi2, d0 != d1, SEGMENTS, PRECISION)
-        s = t - DILATION
-        if THRESHOLD:
-            words = dropout_words(seeds, 0, b, s, h, c, tokens, heads, N)
-            lo = tl.where((words & 0xFFFF) >= THRESHOLD, lo * SCALE, 0.0)
-            hi = tl.where((words >> 16) >= THRESHOLD, hi * SCALE, 0.0)
-        mine = ((n >= 1) & (s < T))[:, None]
-        where = ((b.to(tl.int64) * T + s[:, None]) * K + h) * N + c[None, :]
-        tl.store(dk + where, lo.to(dk.dtype.element_ty), mask=mine)
-        tl.store(dv + where, hi.to(dv.dtype.element_ty), mask=mine)
-        d1 = d0
+    document = documents(segments, s, T, SEGMENTS)
+    e += (place + h * T) * O
+    weight += own * h * TAPS * 2 * HALF * O
+    lo = tl.zeros((ROWS, INPUTS), tl.float32)
+    hi = tl.zeros((ROWS, INPUTS), tl.float32)
+    for tap in tl.static_range(TAPS):
+        t = s - (tap * DILATION - (TAPS - 1) * DILATION // 2)
+        real = (documents(segments, t, T, SEGMENTS) == document) & (document != 0)
+        for first in range(0, O, OUTPUTS):
+            o = first + tl.arange(0, OUTPUTS)
+            tile = load_tile(e, t, O, o, real)
+            rows = weight + (tap * 2 * HALF + c)[:, None] * O + o[None, :]
+            lo = tl.dot(tile, tl.trans(tl.load(rows)), lo)
+            hi = tl.dot(tile, tl.trans(tl.load(rows + HALF * O)), hi)
+    if THRESHOLD:
+        words = dropout_words(seeds, LAYER, b, s, h, c, tokens, heads, HALF)
+        lo = tl.where((words & 0xFFFF) >= THRESHOLD, lo * SCALE, 0.0)
+        hi = tl.where((words >> 16) >= THRESHOLD, hi * SCALE, 0.0)
+    kept = (s < T)[:, None]
+    if LAYER == 0:
+        where = (place + h) * HALF + s[:, None] * (K * HALF) + c[None, :]
+        tl.store(out_lo + where, lo.to(out_lo.dtype.element_ty), mask=kept)
+        tl.store(out_hi + where, hi.to(out_hi.dtype.element_ty), mask=kept)
+    else:
+        where = (place + h * T) * 2 * HALF + s[:, None] * (2 * HALF) + c[None, :]
+        # At padding and beyond the row both sums are 0 already.
+        slopes += tl.num_programs(2).to(tl.int64) * T * K * 2 * HALF
+        lo *= tl.load(slopes + where, mask=kept, other=0.0)
+        hi *= tl.load(slopes + where + HALF, mask=kept, other=0.0)
+        tl.store(out_lo + where, lo.to(out_lo.dtype.element_ty), mask=kept)
+        tl.store(out_lo + where + HALF, hi.to(out_lo.dtype.element_ty), mask=kept)
+        sums = out_hi + ((b * tl.num_programs(1) + tl.program_id(1)) * K + h) * 2 * HALF + c
+        tl.store(sums, tl.sum(lo, 0))
+        tl.store(sums + HALF, tl.sum(hi, 0))
 
 
 @jit
 def _weight_kernel(
     lo, hi, e, segments, seeds, B, T, tokens, heads, out,
-    K: tl.constexpr, DILATION: tl.constexpr, SHARED: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
-    SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
-    I: tl.constexpr, O: tl.constexpr, FIRST: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr,
+    K: tl.constexpr, HALF: tl.constexpr, O: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr,
+    LAYER: tl.constexpr, SHARED: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
+    SEGMENTS: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr,
+    FIRST_TAP: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """dW over a part of the tokens, [parts,K,3,I,O]: of k and v for the FIRST convolution, else of x_n, as lo."""
+    """dW of up to three taps over a part of the tokens: out is [parts,K,COUNT,2 HALF,O]."""
     across: tl.constexpr = O // OUTPUTS
     h = tl.program_id(0)
-    o = tl.program_id(1) % across * OUTPUTS + tl.arange(0, OUTPUTS)
-    c = tl.program_id(1) // across * INPUTS + tl.arange(0, INPUTS)
-    lo0, lo1, lo2 = (
-        tl.zeros((INPUTS, OUTPUTS), tl.float32), tl.zeros((INPUTS, OUTPUTS), tl.float32),
-        tl.zeros((INPUTS, OUTPUTS), tl.float32),
-    )  # fmt: skip
-    if FIRST:
-        hi0, hi1, hi2 = lo0, lo1, lo2
+    block = tl.program_id(1)
+    o = block % across * OUTPUTS + tl.arange(0, OUTPUTS)
+    channel = block // across * INPUTS
+    c = channel + tl.arange(0, INPUTS)
+    upper = c >= HALF
+    acc0 = tl.zeros((INPUTS, OUTPUTS), tl.float32)
+    acc1 = tl.zeros((INPUTS, OUTPUTS), tl.float32)
+    acc2 = tl.zeros((INPUTS, OUTPUTS), tl.float32)
     tiles = tl.cdiv(T, ROWS)
     for tile in range(tl.program_id(2), B * tiles, tl.num_programs(2)):
         b = tile // tiles
         s = tile % tiles * ROWS + tl.arange(0, ROWS)
         place = b.to(tl.int64) * T * K
-        documents_of = segments + b * T
-        document = documents(documents_of, s, T, SEGMENTS)
-        rows = e + (place + h * T) * O
-        here = document != 0
-        after, before = s + DILATION, s - DILATION
-        # A tap that reads token s - d for its token s reads token s for its token s + d.
-        d0 = load_tile(rows, after, O, o, here & (documents(documents_of, after, T, SEGMENTS) == document))
-        d1 = load_tile(rows, s, O, o, here)
-        d2 = load_tile(rows, before, O, o, here & (documents(documents_of, before, T, SEGMENTS) == document))
-        if FIRST:
-            x_lo = load_tile(lo + (place + h) * (I // 2), s, K * (I // 2), c, here)
-            x_hi = load_tile(hi + (place + h) * (I // 2), s, K * (I // 2), c, here)
-            if THRESHOLD:
-                words = dropout_words(seeds, 0, b, s, h, c, tokens, heads, I // 2)
-                x_lo = tl.where((words & 0xFFFF) >= THRESHOLD, x_lo, 0.0)
-                x_hi = tl.where((words >> 16) >= THRESHOLD, x_hi, 0.0)
-            x_hi = tl.trans(x_hi)
-            hi0 = tl.dot(x_hi, d0, hi0, input_precision=PRECISION)
-            hi1 = tl.dot(x_hi, d1, hi1, input_precision=PRECISION)
-            hi2 = tl.dot(x_hi, d2, hi2, input_precision=PRECISION)
+        document = documents(segments + b * T, s, T, SEGMENTS)
+        if LAYER == 0:
+            # A block lies in one half: in k or in v.
+            base = lo + (place + h) * HALF
+            if channel >= HALF:
+                base = hi + (place + h) * HALF - HALF
+            x = load_tile(base, s, K * HALF, c, document != 0)
         else:
-            x_lo = load_tile(lo + (place + h * T) * I, s, I, c, here)
-        x_lo = tl.trans(x_lo)
-        lo0 = tl.dot(x_lo, d0, lo0, input_precision=PRECISION)
-        lo1 = tl.dot(x_lo, d1, lo1, input_precision=PRECISION)
-        lo2 = tl.dot(x_lo, d2, lo2, input_precision=PRECISION)
-    where = out + (tl.program_id(2) * K + h).to(tl.int64) * 3 * I * O + c[:, None] * O + o[None, :]
-    tl.store(where, lo0 * SCALE)
-    tl.store(where + I * O, lo1 * SCALE)
-    tl.store(where + 2 * I * O, lo2 * SCALE)
-    if FIRST:
-        where += I // 2 * O
-        tl.store(where, hi0 * SCALE)
-        tl.store(where + I * O, hi1 * SCALE)
-        tl.store(where + 2 * I * O, hi2 * SCALE)
+            x = load_tile(lo + (place + h * T) * 2 * HALF, s, 2 * HALF, c, document != 0)
+        if THRESHOLD:
+            words = dropout_words(seeds, LAYER, b, s, h, tl.where(upper, c - HALF, c), tokens, heads, HALF)
+            bits = tl.where(upper[None, :], words >> 16, words & 0xFFFF)
+            x = tl.where(bits >= THRESHOLD, x, 0.0)
+        x = tl.trans(x)
+        from_token = e + (place + h * T) * O
+        for tap in tl.static_range(COUNT):
+            t = s - ((FIRST_TAP + tap) * DILATION - (TAPS - 1) * DILATION // 2)
+            real = (documents(segments + b * T, t, T, SEGMENTS) == document) & (document != 0)
+            d = load_tile(from_token, t, O, o, real)
+            if tap == 0:
+                acc0 = tl.dot(x, d, acc0)
+            if tap == 1:
+                acc1 = tl.dot(x, d, acc1)
+            if tap == 2:
+                acc2 = tl.dot(x, d, acc2)
+    where = out + (tl.program_id(2) * K + h).to(tl.int64) * COUNT * 2 * HALF * O + c[:, None] * O + o[None, :]
+    tl.store(where, acc0 * SCALE)
+    if COUNT > 1:
+        tl.store(where + 2 * HALF * O, acc1 * SCALE)
+    if COUNT > 2:
+        tl.store(where + 4 * HALF * O, acc2 * SCALE)
 
 
 def backward(case: Case, operands: Operands, dr: jax.Array) -> Gradients:
     """The gradients of every differentiable operand."""
-    x1, slope1 = call_first(case, operands, backward=True)
-    e3, x2, slope2, last = call_last(case, operands, x1, dr)
-    dweight2 = _call_weight(case, operands, (x2, x2), e3, first=False)
-    e2, bias1 = _call_data(case, operands, rounded(case, operands, 2), slope2, e3)
-    dweight1 = _call_weight(case, operands, (x1, x1), e2, first=False)
-    e1, bias0 = _call_data(case, operands, rounded(case, operands, 1), slope1, e2)
-    dweight0 = _call_weight(case, operands, (operands.k, operands.v), e1, first=True)
-    dk, dv = _call_input(case, operands, rounded(case, operands, 0), e1)
-    found = [(dweight0, bias0), (dweight1, bias1), (dweight2, last[:, :, 0])]
-    convolutions = tuple(Convolution(_by_head(case, dw), _by_head(case, db)) for dw, db in found)
-    return Gradients(dk, dv, convolutions, _by_head(case, last[:, :, 1]), _by_head(case, last[:, :, 2, 0]))
+    inputs = inner_layers(case, operands, slopes=True)
+    layers = len(case.taps)
+    e, sums = _call_last(case, operands, inputs[-1], dr)
+    weight, bias = _by_head(case, sums[:, :, 1]), _by_head(case, sums[:, :, 2, 0])
+    gradients: list[Convolution] = []
+    bias_sums = sums[:, :, 0]
+    for layer in range(layers - 1, -1, -1):
+        dweight = _call_weight(case, operands, layer, inputs[layer], e)
+        gradients.append(Convolution(_by_head(case, dweight), _by_head(case, bias_sums)))
+        e, bias_sums = _call_data(case, operands, layer, inputs[layer][-1], e)
+    return Gradients(e, bias_sums, tuple(gradients[::-1]), weight, bias)
 
 
 def _by_head(case: Case, parts: jax.Array) -> jax.Array:
@@ -201,87 +197,92 @@ def _by_head(case: Case, parts: jax.Array) -> jax.Array:
     return jnp.sum(parts, axis=(0, 1), keepdims=True)[0] if case.heads == 1 else jnp.sum(parts, axis=0)
 
 
-def _call_data(
-    case: Case, operands: Operands, weight: jax.Array, slopes: jax.Array, e: jax.Array
+def _call_last(
+    case: Case, operands: Operands, inputs: tuple[jax.Array, ...], dr: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(e [B,K,T,I] of the convolution before, its sums [programs,K,I])."""
-    inputs, outputs = weight.shape[2:]
-    block = min(inputs, 64)
-    steps = walk(case, inputs // block)
+    """(da [B,K,T,O], sums [tiles,K,3,O])."""
+    layer = len(case.taps) - 1
+    tiles, outputs = convolve_tiles(case, layer), case.channels[-1]
+    count = ceil_div(case.T, tiles.rows)
+    return triton_call(
+        _last_kernel,
+        *last_arguments(case, operands, inputs),
+        dr,
+        case.T,
+        *case.extent,
+        out_shape=(
+            jax.ShapeDtypeStruct((case.B, case.K, case.T, outputs), case.dtype),
+            jax.ShapeDtypeStruct((case.B * count, case.K, 3, outputs), jnp.float32),
+        ),
+        grid=(case.K, count, case.B),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        ROWS=tiles.rows,
+        INPUTS=tiles.inputs,
+        OUTPUTS=tiles.outputs,
+        RELU=case.method == "relu",
+        **layer_options(case, layer),
+    )
+
+
+def _call_data(
+    case: Case, operands: Operands, layer: int, slopes: jax.Array, e: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(dk, dv) for the first convolution; otherwise (da [B,K,T,C], sums [tiles,K,C]) of the one before."""
+    tiles = data_tiles(case, layer)
+    count, channels = ceil_div(case.T, tiles.rows), case.channels[layer]
+    whole = jax.ShapeDtypeStruct((case.B, case.T, case.K, case.N), case.dtype)
+    before = jax.ShapeDtypeStruct((case.B, case.K, case.T, channels), case.dtype)
+    sums = jax.ShapeDtypeStruct((case.B * count, case.K, channels), jnp.float32)
     return triton_call(
         _data_kernel,
         e,
-        weight,
+        rounded(case, operands, layer),
         slopes,
         operands.segment_ids,
-        case.T,
-        out_shape=(
-            scratch(case, inputs),
-            jax.ShapeDtypeStruct((case.B * steps.chunks, case.K, inputs), jnp.float32),
-        ),
-        grid=(case.K * (inputs // block), steps.chunks, case.B),
-        num_warps=4,
-        num_stages=3,
-        I=inputs,
-        O=outputs,
-        INPUTS=block,
-        STEPS=steps.steps,
-        **options(case),
-    )
-
-
-def _call_input(case: Case, operands: Operands, weight: jax.Array, e: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(dk, dv)."""
-    block = 64 if case.dtype != "float32" else 32
-    steps = walk(case, case.N // block)
-    whole = jax.ShapeDtypeStruct((case.B, case.T, case.K, case.N), case.dtype)
-    return triton_call(
-        _input_kernel,
-        e,
-        weight,
-        operands.segment_ids,
         operands.seeds,
         case.T,
         *case.extent,
-        out_shape=(whole, whole),
-        grid=(case.K * (case.N // block), steps.chunks, case.B),
-        num_warps=8,
-        num_stages=2,
-        N=case.N,
-        INPUTS=block,
-        STEPS=steps.steps,
-        **options(case),
+        out_shape=(whole, whole) if layer == 0 else (before, sums),
+        grid=(case.K * (channels // 2 // tiles.inputs), count, case.B),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        ROWS=tiles.rows,
+        INPUTS=tiles.inputs,
+        OUTPUTS=tiles.outputs,
+        **layer_options(case, layer),
     )
 
 
-def _call_weight(
-    case: Case, operands: Operands, inputs: tuple[jax.Array, jax.Array], e: jax.Array, *, first: bool
-) -> jax.Array:
-    """[parts,K,3,I,O] float32."""
-    rows = 64 if case.dtype != "float32" else 32
-    width, outputs = inputs[0].shape[3], e.shape[3]
-    block, across = min(width, 64), min(outputs, 64)
-    channels = 2 * width if first else width
-    blocks = (width // block) * (outputs // across)
-    parts: Any = max(1, min(PROGRAMS // (case.K * blocks), case.B * ceil_div(case.T, rows)))
-    return triton_call(
-        _weight_kernel,
-        *inputs,
-        e,
-        operands.segment_ids,
-        operands.seeds,
-        case.B,
-        case.T,
-        *case.extent,
-        out_shape=jax.ShapeDtypeStruct((parts, case.K, 3, channels, outputs), jnp.float32),
-        grid=(case.K, blocks, parts),
-        num_warps=8 if first else 4,
-        num_stages=3,
-        I=channels,
-        O=outputs,
-        FIRST=first,
-        INPUTS=block,
-        OUTPUTS=across,
-        ROWS=rows,
-        **options(case),
-    )
+def _call_weight(case: Case, operands: Operands, layer: int, inputs: tuple[jax.Array, ...], e: jax.Array) -> jax.Array:
+    """[parts,K,taps,I,O] float32."""
+    tiles = weight_tiles(case, layer)
+    channels, outputs, taps = case.channels[layer], case.channels[layer + 1], case.taps[layer]
+    blocks = (channels // tiles.inputs) * (outputs // tiles.outputs)
+    parts = max(1, min(PROGRAMS // (case.K * blocks), case.B * ceil_div(case.T, tiles.rows)))
+    found: list[Any] = []
+    for first in range(0, taps, 3):
+        count = min(3, taps - first)
+        found.append(
+            triton_call(
+                _weight_kernel,
+                *halves(inputs),
+                e,
+                operands.segment_ids,
+                operands.seeds,
+                case.B,
+                case.T,
+                *case.extent,
+                out_shape=jax.ShapeDtypeStruct((parts, case.K, count, channels, outputs), jnp.float32),
+                grid=(case.K, blocks, parts),
+                num_warps=tiles.warps,
+                num_stages=tiles.stages,
+                ROWS=tiles.rows,
+                INPUTS=tiles.inputs,
+                OUTPUTS=tiles.outputs,
+                FIRST_TAP=first,
+                COUNT=count,
+                **layer_options(case, layer),
+            )
+        )
+    return found[0] if len(found) == 1 else jnp.concatenate(found, axis=2)

@@ -1,63 +1,33 @@
-"""Parts that the router's Triton kernels share: how a program walks along the tokens, dropout's words, sizes of tiles.
+"""Parts that the router's Triton kernels share: which tokens a tap may read, dropout's words, products, tile sizes.
 
-A tap of a convolution reads a token some places before or after. In registers no row of a tile can reach another one,
-so a program does not hold a stretch of tokens. It walks along many stretches at once: lane r, of stretch r // d and
-remainder r % d, stands at step n on token
-
-    first + (r // d) STEPS d + n d + r % d            d the dilation
-
-so that what lies one tap away is what the same lane had, or will have, one step before or after. Each input is read
-once, and each word of dropout drawn once. A lane begins some steps before its stretch and ends some after it.
+Inputs of a convolution are two halves of channels, ``lo`` and ``hi``: k and v, or the halves of x_n, which lie as
+[B,K,T,C_n] between kernels. A word of dropout serves one channel of each half.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from pallas_kernels.router.api import Case
 from pallas_kernels.router.dropout import FIRST as _FIRST
 from pallas_kernels.router.dropout import SECOND as _SECOND
 from pallas_kernels.router.dropout import STEP as _STEP
-from pallas_kernels.tiles import ceil_div
 from pallas_kernels.triton_call import jit, tl
 
 if tl is not None:
     FIRST, SECOND, STEP = tl.constexpr(_FIRST), tl.constexpr(_SECOND), tl.constexpr(_STEP)
 
-LANES = 64  # rows of the tensor cores' smallest product
-PROGRAMS = 256  # that fill the GPU: two on each multiprocessor
-LONGEST = 64  # steps
-
 
 @dataclasses.dataclass(frozen=True)
-class Walk:
-    """How tokens are shared out: ``steps`` of each lane, ``chunks`` of a row, each a program's."""
+class Tiles:
+    """Tokens of a program, how many channels it multiplies at a time, and how many it writes."""
 
-    steps: int
-    chunks: int
-
-
-def walk(case: Case, blocks: int = 1) -> Walk:
-    """The longest walks that still fill the GPU: the steps beyond a stretch's ends are fewer for each token then.
-
-    ``blocks``: programs that share a chunk's tokens.
-    """
-    dilation = case.dilations[0]
-    lanes = LANES // dilation * dilation
-    steps = LONGEST
-    while steps > 1 and case.B * case.K * blocks * ceil_div(case.T, lanes * steps) < PROGRAMS:
-        steps //= 2
-    return Walk(steps, ceil_div(case.T, lanes * steps))
-
-
-@jit
-def lane_tokens(chunk, STEPS: tl.constexpr, DILATION: tl.constexpr, LANES: tl.constexpr):
-    """The token of each lane at step 0; far beyond any row for lanes that the dilation leaves over."""
-    stretches: tl.constexpr = LANES // DILATION
-    lane = tl.arange(0, LANES)
-    stretch = lane // DILATION
-    t = (chunk * stretches + stretch) * STEPS * DILATION + lane % DILATION
-    return tl.where(stretch < stretches, t, 2**30)
+    rows: int
+    inputs: int
+    outputs: int
+    warps: int
+    stages: int = 2
 
 
 @jit
@@ -73,7 +43,7 @@ def documents(segments, t, T, SEGMENTS: tl.constexpr):
 def dropout_words(
     seeds, LAYER: tl.constexpr, b, t, h, c, tokens, heads, HALF: tl.constexpr,
 ):  # fmt: skip
-    """[tokens, c] words of ``dropout.py``."""
+    """[tokens, channels of a half] words of ``dropout.py``."""
     row = ((b * tokens + t) * heads + h).to(tl.uint32)
     start = row * ((HALF * STEP) & 0xFFFFFFFF) + tl.load(seeds + 2 * LAYER)
     x = start[:, None] + (c.to(tl.uint32) * STEP)[None, :]
@@ -83,44 +53,66 @@ def dropout_words(
 
 
 @jit
-def kept(
-    seeds, LAYER: tl.constexpr, b, t, h, c, tokens, heads, THRESHOLD: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """[tokens, c]: which of a convolution's CHANNELS of input stay."""
-    half: tl.constexpr = CHANNELS // 2
-    words = dropout_words(seeds, LAYER, b, t, h, c % half, tokens, heads, half)
-    return ((words >> (c // half * 16).to(tl.uint32)[None, :]) & 0xFFFF) >= THRESHOLD
-
-
-@jit
 def load_tile(base, rows, stride, c, real):
     return tl.load(base + rows[:, None] * stride + c[None, :], mask=real[:, None], other=0.0)
 
 
 @jit
-def load_taps(weight, rows, columns, stride, TAP: tl.constexpr):
-    """The [rows, columns] block of each of three taps, ``TAP`` elements apart."""
-    block = weight + rows[:, None] * stride + columns[None, :]
-    return tl.load(block), tl.load(block + TAP), tl.load(block + 2 * TAP)
+def convolve(
+    lo, hi, stride, weight, segments, document, seeds, b, h, t, o, T, tokens, heads,
+    HALF: tl.constexpr, O: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, LAYER: tl.constexpr,
+    THRESHOLD: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, OUTPUTS] float32: the sum over taps, without scale and bias; ``lo``, ``hi``, ``weight`` are one head's."""
+    acc = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    for tap in tl.static_range(TAPS):
+        s = t + (tap * DILATION - (TAPS - 1) * DILATION // 2)
+        real = (documents(segments, s, T, SEGMENTS) == document) & (document != 0)
+        for first in range(0, HALF, INPUTS):
+            c = first + tl.arange(0, INPUTS)
+            x_lo = load_tile(lo, s, stride, c, real)
+            x_hi = load_tile(hi, s, stride, c, real)
+            if THRESHOLD:
+                words = dropout_words(seeds, LAYER, b, s, h, c, tokens, heads, HALF)
+                x_lo = tl.where((words & 0xFFFF) >= THRESHOLD, x_lo, 0.0)
+                x_hi = tl.where((words >> 16) >= THRESHOLD, x_hi, 0.0)
+            rows = weight + (tap * 2 * HALF + c)[:, None] * O + o[None, :]
+            acc = tl.dot(x_lo, tl.load(rows), acc)
+            acc = tl.dot(x_hi, tl.load(rows + HALF * O), acc)
+    return acc
 
 
-@jit
-def fresh(x, new, SEGMENTS: tl.constexpr):
-    """Zeros in the lanes where a document ended between two steps."""
-    if SEGMENTS:
-        return tl.where(new[:, None], 0.0, x)
-    return x
-
-
-def options(case: Case) -> dict[str, object]:
-    """Constexprs that all kernels take."""
+def layer_options(case: Case, layer: int) -> dict[str, Any]:
+    """The constexprs that say which convolution a kernel computes."""
     return {
         "K": case.K,
-        "LANES": LANES,
-        "DILATION": case.dilations[0],
+        "HALF": case.channels[layer] // 2,
+        "O": case.channels[layer + 1],
+        "TAPS": case.taps[layer],
+        "DILATION": case.dilations[layer],
+        "LAYER": layer,
         "SHARED": case.heads == 1,
         "THRESHOLD": case.threshold,
         "SCALE": case.scale,
         "SEGMENTS": case.segment_ids,
-        "PRECISION": "tf32x3" if case.dtype == "float32" else "tf32",
     }
+
+
+def convolve_tiles(case: Case, layer: int) -> Tiles:
+    """For the forward pass of a convolution."""
+    half, outputs = case.channels[layer] // 2, case.channels[layer + 1]
+    if layer == len(case.taps) - 1:
+        return Tiles(128 if outputs <= 32 else 64, min(half, 64), outputs, 4)
+    return Tiles(64, min(half, 64), min(outputs, 64), 4)
+
+
+def data_tiles(case: Case, layer: int) -> Tiles:
+    """For the gradient of a convolution's input: ``inputs`` channels of each half are written."""
+    half, outputs = case.channels[layer] // 2, case.channels[layer + 1]
+    return Tiles(128 if half <= 32 else 64, min(half, 64), min(outputs, 64), 4)
+
+
+def weight_tiles(case: Case, layer: int) -> Tiles:
+    """For the gradient of a convolution's weight: ``inputs`` x ``outputs`` of up to three taps."""
+    inputs = min(case.channels[layer] // (2 if layer == 0 else 1), 64)
+    return Tiles(64, inputs, min(case.channels[layer + 1], 64), 4, 3)

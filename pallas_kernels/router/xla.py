@@ -21,7 +21,8 @@ def forward(case: Case, operands: Operands) -> Float32[Array, "B T K"]:
     for layer, conv in enumerate(operands.convolutions):
         if case.threshold:
             assert operands.seeds is not None
-            kept = dropout.keep(operands.seeds[layer], x.shape[:3], x.shape[3], case.threshold, case.extent)
+            shape = (case.B, case.T, case.K)
+            kept = dropout.keep(operands.seeds[layer], shape, x.shape[3], case.threshold, case.extent)
             x = _zero(x, kept)
         y = _convolve(case, layer, x, conv, operands.segment_ids) * case.scale + conv.bias
         x = jax.nn.silu(_zero(y, wide)).astype(x.dtype)

@@ -112,13 +112,10 @@ def array_ids(ids):
 )
 def test_values_and_gradients(implementation, kind, ids):
     """Gradients by differences of the loops along a random direction of each array."""
-    arrays, cotangent = make_inputs(kind)
-    if implementation == "triton" and kind in ("taps", "one"):
-        with pytest.raises(UnsupportedCase, match="three of three taps"):
-            outputs_and_gradients(arrays, cotangent, None, kind, implementation)
-        return
+    dtype = "float32" if implementation == "xla" else "bfloat16"
+    arrays, cotangent = make_inputs(kind, dtype=dtype)
     r, gradients = outputs_and_gradients(arrays, cotangent, array_ids(IDS[ids]), kind, implementation)
-    assert_close(r, truth(arrays, kind, IDS[ids]), "router")
+    assert_close(r, truth(arrays, kind, IDS[ids]), "router", dtype)
     if IDS[ids] is not None:
         padded = np.asarray(IDS[ids]) == 0
         assert not np.asarray(r)[padded].any() and not np.asarray(gradients[0])[padded].any()
@@ -133,7 +130,7 @@ def test_values_and_gradients(implementation, kind, ids):
         slope = np.sum((moved[0] - moved[1]) * np.asarray(cotangent, np.float64)) / (2 * step)
         found = np.sum(np.asarray(gradient, np.float64) * direction)
         scale = np.linalg.norm(np.asarray(gradient)) * np.linalg.norm(direction) / np.sqrt(leaf.size)
-        assert abs(found - slope) <= 2e-5 * scale + 1e-9, (number, found, slope)
+        assert abs(found - slope) <= (2e-5 if dtype == "float32" else 4e-2) * scale + 1e-9, (number, found, slope)
 
 
 def reference(arrays, cotangent, ids, kind):
@@ -143,18 +140,10 @@ def reference(arrays, cotangent, ids, kind):
         return outputs_and_gradients(wide, cotangent, ids, kind, "xla")
 
 
-@pytest.mark.parametrize(
-    ("kind", "packed", "dtype"),
-    [
-        ("dropout", True, "float32"),
-        ("dropout", True, "bfloat16"),
-        ("dropout", True, "float16"),
-        ("dropout", False, "bfloat16"),
-        ("shared", False, "bfloat16"),
-    ],
-)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("kind", "packed"), [("dropout", True), ("dropout", False), ("shared", False), ("taps", True)])
 def test_edges_of_tiles(implementation, kind, packed, dtype):
-    """More tokens than any tile, documents that end at its edges, and every dtype; gradients array by array."""
+    """More tokens than any tile, documents that end at its edges, 16 bits; gradients array by array."""
     tokens = 277
     ids = [[1] * 64 + [2] * 63 + [3] + [7] * 128 + [8] * 21, [0] * 65 + [1] * 127 + [2] * 64 + [0] * 21]
     arrays, cotangent = make_inputs(kind, tokens, dtype)
@@ -182,9 +171,11 @@ def test_wide_heads(implementation, size):
 
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_rows_shorter_than_the_reach(implementation, tokens):
-    arrays, cotangent = make_inputs("dropout", tokens)
-    r, _ = outputs_and_gradients(arrays, cotangent, None, "dropout", implementation)
-    assert_close(r, truth(arrays, "dropout", None), "router")
+    arrays, cotangent = make_inputs("dropout", tokens, "bfloat16")
+    found = outputs_and_gradients(arrays, cotangent, None, "dropout", implementation)
+    assert_close(found[0], truth(arrays, "dropout", None), "router", "bfloat16")
+    for pair in zip(*map(jax.tree.leaves, (found, reference(arrays, cotangent, None, "dropout"))), strict=True):
+        assert_close(*pair, "router gradient", "bfloat16")
 
 
 def test_padding_content_changes_no_bit_and_a_second_run_gives_the_same(implementation):
@@ -200,7 +191,7 @@ def test_padding_content_changes_no_bit_and_a_second_run_gives_the_same(implemen
 
 
 def test_documents_are_scored_as_if_alone(implementation):
-    arrays, _ = make_inputs()
+    arrays, _ = make_inputs(dtype="bfloat16")
     run = functools.partial(router_scores, dilations=(2, 2, 2), implementation=implementation)
     packed = run(*arrays, segment_ids=array_ids(IDS["padding"]))
     alone = run(arrays[0][:, 4:20], arrays[1][:, 4:20], *arrays[2:])
@@ -209,7 +200,7 @@ def test_documents_are_scored_as_if_alone(implementation):
 
 def test_vmap_equals_one_call_after_the_other(implementation):
     """Over everything, weights too, under the same dropout."""
-    several = [make_inputs("dropout", seed=seed) for seed in range(2)]
+    several = [make_inputs("dropout", dtype="bfloat16", seed=seed) for seed in range(2)]
     arrays, cotangents = jax.tree.map(lambda *x: jnp.stack(x), *several)
     ids = array_ids(IDS["padding"])
     run = functools.partial(outputs_and_gradients, kind="dropout", implementation=implementation)
@@ -217,7 +208,7 @@ def test_vmap_equals_one_call_after_the_other(implementation):
     for number, (one, cotangent) in enumerate(several):
         expected = run(one, cotangent, ids)
         for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(expected), strict=True):
-            assert_close(a[number], b, "router")
+            assert_close(a[number], b, "router gradient", "bfloat16")
 
 
 def test_the_rate_is_met_and_draws_are_independent():
@@ -255,7 +246,7 @@ def test_a_part_of_an_array_draws_what_the_whole_draws_there():
 
 
 def test_no_dropout_is_a_rate_of_zero(implementation):
-    arrays, _ = make_inputs()
+    arrays, _ = make_inputs(dtype="bfloat16")
     run = functools.partial(router_scores, *arrays, dilations=(2, 2, 2), implementation=implementation)
     np.testing.assert_array_equal(run(), run(dropout=Dropout(0.0, draw_seeds(jax.random.key(0), 3))))
 

@@ -14,14 +14,8 @@ needs_triton = pytest.mark.skipif(
     triton_call.triton is None, reason="triton is not installed; pip install -e '.[gate]'"
 )
 
-# Spilled bytes per thread allowed, by dtype and head size, what the compiler said rounded up; 0 without an entry.
-SPILLS = {
-    ("bfloat16", 128): {"_first_kernel": 136, "_last_kernel": 640, "_data_kernel": 48},
-    ("float32", 64): {
-        "_first_kernel": 1032, "_last_kernel": 520, "_data_kernel": 352, "_weight_kernel": 1024, "_input_kernel": 104,
-    },
-}  # fmt: skip
-FORWARD = {"_first_kernel", "_last_kernel"}
+FORWARD = {"_layer_kernel", "_score_kernel"}
+BACKWARD = {"_layer_kernel", "_last_kernel", "_weight_kernel", "_data_kernel"}
 
 
 def spec(dtype, *shape):
@@ -36,6 +30,7 @@ def calls(size, dtype, documents, backward):
         convolutions.append(Convolution(weight, spec(jnp.float32, K, channels // 2)))
         channels //= 2
     fixed = {"segments": spec(jnp.int32, B, T) if documents else None, "seeds": spec(jnp.uint32, 3, 2)}
+    fixed["dr"] = spec(jnp.float32, B, T, K)
 
     def program(arrays, fixed):
         def run(arrays):
@@ -43,28 +38,22 @@ def calls(size, dtype, documents, backward):
             options = dict(segment_ids=fixed["segments"], dropout=dropout, implementation="triton")
             return router_scores(*arrays, dilations=(2, 2, 2), **options)
 
-        if not backward:
-            return run(arrays)
-        r, pullback = jax.vjp(run, arrays)
-        return pullback(r)
+        return jax.vjp(run, arrays)[1](fixed["dr"]) if backward else run(arrays)
 
     x = spec(dtype, B, T, K, size)
     arrays = (x, x, tuple(convolutions), spec(jnp.float32, K, channels), spec(jnp.float32, K))
     return triton_call.record_calls(program, arrays, fixed)
 
 
-def check(size, dtype, documents, backward, capability=90):
-    wanted = FORWARD | ({"_data_kernel", "_input_kernel", "_weight_kernel"} if backward else set())
-    compiled = [triton_call.compile_call(call, capability) for call in calls(size, dtype, documents, backward)]
-    assert {kernel.name for kernel in compiled} == wanted
-    allowance = SPILLS.get((jnp.dtype(dtype).name, size), {})
+def check(size, dtype, documents, backward):
+    compiled = [triton_call.compile_call(call) for call in calls(size, dtype, documents, backward)]
+    assert {kernel.name for kernel in compiled} == (FORWARD | BACKWARD if backward else FORWARD)
     for kernel in compiled:
         assert "wgmma" in kernel.ptx or "mma.sync" in kernel.ptx, f"{kernel.name} does not use the tensor cores"
         assert kernel.shared_bytes <= 227 * 1024
-        allowed = allowance.get(kernel.name, 0)
-        assert kernel.spill_bytes <= allowed, (
-            f"{kernel.name} at head size {size}, {jnp.dtype(dtype).name}, spills {kernel.spill_bytes} bytes per thread "
-            f"({kernel.registers} registers); {allowed} are allowed"
+        assert kernel.spill_bytes == 0, (
+            f"{kernel.name} at head size {size} spills {kernel.spill_bytes} bytes per thread "
+            f"({kernel.registers} registers)"
         )
 
 
@@ -76,29 +65,28 @@ def test_the_forward_pass_compiles_without_spills():
 @needs_triton
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(("size", "dtype"), [(64, jnp.bfloat16), (128, jnp.bfloat16), (64, jnp.float32)])
-def test_every_kernel_compiles_without_further_spills(size, dtype, documents):
+@pytest.mark.parametrize(("size", "dtype"), [(64, jnp.bfloat16), (128, jnp.bfloat16), (64, jnp.float16)])
+def test_every_kernel_compiles_without_spills(size, dtype, documents):
     check(size, dtype, documents, True)
 
 
 @pytest.mark.parametrize(
-    ("taps", "dilations", "size", "message"),
+    ("count", "size", "dtype", "message"),
     [
-        ((3, 3), (2, 2), 64, "three of three taps"),
-        ((3, 5, 3), (2, 2, 2), 64, "three of three taps"),
-        ((3, 3, 3), (2, 2, 4), 64, "at one dilation"),
-        ((3, 3, 3), (65, 65, 65), 64, "dilation 65 is above 64"),
-        ((3, 3, 3), (2, 2, 2), 32, "head size=32 is not one of 64, 128"),
+        (3, 32, jnp.bfloat16, "head size=32 is not one of 64, 128"),
+        (3, 256, jnp.bfloat16, "head size=256 is not one of 64, 128"),
+        (4, 64, jnp.bfloat16, "4 convolutions leave 8 of 128 channels"),
+        (3, 64, jnp.float32, "dtype=float32 is not one of bfloat16, float16"),
     ],
 )
-def test_what_the_kernels_do_not_do_is_refused_by_name(taps, dilations, size, message):
+def test_what_the_kernels_do_not_do_is_refused_by_name(count, size, dtype, message):
     convolutions, channels = [], 2 * size
-    for count in taps:
-        weight = jnp.zeros((1, count, channels, channels // 2))
+    for _ in range(count):
+        weight = jnp.zeros((1, 3, channels, channels // 2))
         convolutions.append(Convolution(weight, jnp.zeros((1, channels // 2))))
         channels //= 2
-    x = jnp.zeros((1, 4, 2, size))
+    x = jnp.zeros((1, 4, 2, size), dtype)
+    arrays, options = (x, x, convolutions, jnp.zeros((1, channels)), jnp.zeros(1)), dict(dilations=(2,) * count)
     with lowering_for_gpu(), pytest.raises(UnsupportedCase, match=message):
-        router_scores(
-            x, x, convolutions, jnp.zeros((1, channels)), jnp.zeros(1), dilations=dilations, implementation="triton"
-        )
+        router_scores(*arrays, **options, implementation="triton")
+    assert router_scores(*arrays, **options).shape == (1, 4, 2)
