@@ -291,7 +291,8 @@ class LTE(Mixer):
         inputs = self._join_inputs(cache, k, v)
         known = jnp.concatenate([position[:, :1] - 2 * reach + jnp.arange(2 * reach) >= 0, real], axis=1)
         if past is None and new is None:
-            own = self._router(router)(*(part[:, 2 * reach :] for part in inputs), None, None, self.implementation)
+            new_k, new_v = inputs[0][:, 2 * reach :], inputs[1][:, 2 * reach :]
+            own = self._router(router)(new_k, new_v, None, None, self.implementation)
         else:
             scores = self._router(router)(*inputs, known.astype(jnp.int32), None, self.implementation)[:, reach:]
             own = scores[:, reach:]
@@ -392,9 +393,6 @@ class LTE(Mixer):
         """The router's remembered inputs and the new ones, rounded as the cache will hold them."""
         if cache.recent is None:
             return k, v
-        old_k, old_v = jnp.split(cache.recent, 2, axis=-1)
-
-        def join(old: Array, new: Array) -> Array:
-            return jnp.concatenate([old, new.astype(old.dtype)], axis=1).astype(self.dtype)
-
-        return join(old_k, k), join(old_v, v)
+        pairs = zip(jnp.split(cache.recent, 2, axis=-1), (k, v), strict=True)
+        k, v = (jnp.concatenate([old, new.astype(old.dtype)], axis=1).astype(self.dtype) for old, new in pairs)
+        return k, v
