@@ -99,6 +99,7 @@ class _Run:
         self.batches = Batches(
             rows, config.batch_size, shard_index=self.shard[0], shard_count=self.shard[1], reading=config.reading
         )
+        self.heldout_rows = config.data.rows("heldout", batch_size=micro)  # what is damaged shows before the first step
         self.builder = Builder(step_config(config, first["input_ids"][1]), self.mesh)
         self.abstract = self.builder.abstract_state()
         self.folder = runs.claim(workdir, configs.to_dict(config))
@@ -272,8 +273,7 @@ class _Run:
 
     def _evaluate(self, params: Params) -> None:
         config = self.config
-        size = config.batch_size // config.accumulation
-        rows = config.data.rows("heldout", batch_size=size)
+        rows, size = self.heldout_rows, config.batch_size // config.accumulation
         if not len(rows):
             return
         batches = Batches(rows, size, shard_index=self.shard[0], shard_count=self.shard[1], pad_last=True)

@@ -124,6 +124,19 @@ def test_damaged_shards_are_left_out_row_by_row_the_same_in_every_process(tmp_pa
     assert 1 <= lost < count
 
 
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_a_shard_cut_short_is_refused_before_anything_is_written(split, tmp_path):
+    plan = corpus.make_plan(small_text(tmp_path), tmp_path / "shards", part_bytes=2**20)
+    list(corpus.write_parts(plan, 0))
+    shard = tmp_path / "shards" / corpus.finish(plan)[split][0]["name"]
+    shard.write_bytes(shard.read_bytes()[:-7])
+    config = small(data=data.PackedRows(str(tmp_path / "shards")))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=300))
+    with pytest.raises(DataError, match=f"{shard.name}: .* bytes, but the manifest says .*; copy it again"):
+        train(config, tmp_path / "run", devices=ONE)
+    assert not (tmp_path / "run").exists()
+
+
 def test_spikes_stand_out_from_what_the_run_has_shown():
     rng = np.random.default_rng(0)
     losses = 3.0 + 0.05 * rng.normal(size=300)
