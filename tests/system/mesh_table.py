@@ -116,8 +116,8 @@ def page(done: dict[str, dict], command: str) -> str:
         lines.append(f"| {name_of(mesh)} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Where `tensor=4` leaves a device one query head and one KV head, q and k have the same shape and the check cannot",
-        "tell a piece of q from one of k; a q gathered whole would be seen.",
+        "Where `tensor=4` leaves a device one query head and one KV head, q and k have the same shape and the check",
+        "cannot tell a piece of q from one of k; a q gathered whole would be seen.",
     ]
     return "\n".join(lines) + "\n"
 
