@@ -52,7 +52,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.dispatch import Operation, UnsupportedCase
 
-OPERATION = Operation("gated_delta_rule", ("triton", "xla"), fastest=("triton", "xla"))
+OPERATION = Operation("gated_delta_rule", ("pallas", "triton", "xla"), fastest=("pallas", "triton", "xla"))
+# Of one token: Triton's kernel updates the state in place.
+STEP = Operation("gated_delta_rule", OPERATION.implementations, fastest=("triton", "pallas", "xla"))
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -280,7 +282,7 @@ def gated_delta_rule_step(
     """
     _require(state is not None, "state is None; pass an array [B,H,N,V] float32, zeros at the start")
     case = _make_case(q, k, v, g, beta, state, active, step=True, normalize=normalize, updates=return_update)
-    backend = OPERATION.select(implementation, case)
+    backend = STEP.select(implementation, case)
     beta = beta.astype(jnp.float32)
     if active is not None:
         g, beta = jnp.where(active[:, None], g, 0.0), jnp.where(active[:, None], beta, 0.0)

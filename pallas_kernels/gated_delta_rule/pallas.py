@@ -4,9 +4,6 @@ The kernels are in ``pallas_within``, ``pallas_scan``, ``pallas_split``, ``palla
 ``pallas_step``. Here sequences are padded to whole chunks with tokens that change nothing (log decay and beta 0), and
 few long ones are cut into segments, which are then rows of their own for all kernels. The state before each chunk is
 kept for the backward pass. States are transposed, [V,N], but for the arguments and results of the operation.
-
-Not among the operation's implementations: of these kernels only the forward pass, in an earlier form, was seen to be
-right on an H200. The rest is right in Pallas's interpreter and compiles for Hopper (experiments/results has both).
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def _of_queries(m: Any, turn: Any, place: Any, *, plan: _Plan) -> None:
 
     def multiply(slot, sums):
         do, r, dv, state = m.do_s.at[slot], m.r_s.at[slot], m.dv_s.at[slot], m.states_s.at[slot]
-        return t.accumulate(sums, [(do, state), (do, r.T), (dv, r.T)][: len(sums)])
+        return t.accumulate(sums, [[(do, state)], [(do, r.T)], [(dv, r.T)]][: len(sums)])
 
     along = t.row_zeros()
     for half in range(plan.halves):
@@ -177,33 +177,22 @@ def _of_queries(m: Any, turn: Any, place: Any, *, plan: _Plan) -> None:
     plgpu.copy_smem_to_gmem(m.dbeta_s, m.dbeta.at[b, h, n])
 
 
-def _inner_products(plan: _Plan, state: Any, dstate: Any) -> jax.Array:
-    """Sums of state times dstate, 64 of them; in parts for the registers' sake."""
-    total = t.row_zeros()
-    for part in range(plan.tile.columns // CHUNK):
-        columns = pl.ds(part * CHUNK, CHUNK)
-        parts = [x.at[:, columns] for x in (state, dstate)]
-        if plan.tile.values < CHUNK:  # a tile in registers has 64 rows at least
-            parts = [x.T for x in parts]
-        both = [plgpu.load(x, layout=WGMMA).astype(jnp.float32) for x in parts]
-        total += (both[0] * both[1]).sum(axis=1)
-    return total
-
-
 def _of_keys(m: Any, turn: Any, place: Any, *, plan: _Plan) -> None:
     """dk, and the gradients of what multiplies the states."""
     shape = (CHUNK, plan.tile.columns)
 
     def multiply(slot, sums):
         r, dv, state, dstate = m.r_s.at[slot], m.dv_s.at[slot], m.states_s.at[slot], m.dstates_s.at[slot]
-        *products, carried = sums
-        products = t.accumulate(tuple(products), [(dv, state), (r, dstate)])
-        return *products, carried + _inner_products(plan, state, dstate)
+        parts = [pl.ds(part * CHUNK, CHUNK) for part in range(plan.tile.columns // CHUNK)]
+        # The sum of state times dstate is what stands on the diagonal of the last product.
+        inner = [(state.at[:, part].T, dstate.at[:, part]) for part in parts]
+        return t.accumulate(sums, [[(dv, state)], [(r, dstate)], inner])
 
-    dread = written = carried = along = t.row_zeros()
+    dread = written = along = t.row_zeros()
+    inner = t.zeros(SQUARE)
     for half in range(plan.halves):
         first = (turn * plan.halves + half) * plan.blocks
-        read, write, carried = _blocks(m, plan, first, (t.zeros(shape), t.zeros(shape), carried), multiply)
+        read, write, inner = _blocks(m, plan, first, (t.zeros(shape), t.zeros(shape), inner), multiply)
         if half == 0:
             plgpu.barrier_wait(m.inputs_full)
             factors = [plgpu.load(m.factors_row.at[x], layout=ROWS) for x in range(t.FACTORS - 1)]
@@ -215,7 +204,8 @@ def _of_keys(m: Any, turn: Any, place: Any, *, plan: _Plan) -> None:
             m.hand.at[DREAD][...] = dread * -factors[t.READ_K]
             m.hand.at[WRITTEN][...] = written * factors[t.WRITE_UNWEIGHTED]
             m.hand.at[BETA_WRITTEN][...] = written * factors[t.WRITE]
-            m.hand.at[DCARRY][...] = carried * factors[t.CARRY]
+            i, j = t.indices(turn)
+            m.hand.at[DCARRY][...] = jnp.where(i == j, inner, 0.0).sum(axis=1) * factors[t.CARRY]
             plgpu.commit_smem()
             plgpu.barrier_arrive(m.handed)
         dk = write * t.along_rows(factors[t.WRITE], shape) - read * t.along_rows(factors[t.READ_K], shape)

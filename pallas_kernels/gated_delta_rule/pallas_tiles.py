@@ -165,20 +165,15 @@ def together(pairs: list[tuple[Any, Any]], shape: tuple[int, int], meanwhile: Ca
     return jax.lax.optimization_barrier(pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for _ in pairs)))
 
 
-def accumulate(
-    sums: tuple[jax.Array, ...], pairs: list[tuple[Any, Any]], meanwhile: Callable[[], Any] | None = None
-) -> tuple[jax.Array, ...]:
-    """Each sum plus the product of its pair (both in shared memory), all started before the first is waited for."""
+def accumulate(sums: tuple[jax.Array, ...], terms: list[list[tuple[Any, Any]]]) -> tuple[jax.Array, ...]:
+    """Each sum plus the products of its pairs (all in shared memory), all started before the first is waited for."""
     if interpreting():
-        if meanwhile is not None:
-            meanwhile()
-        return tuple(product(a, b, (x.shape[0], x.shape[1]), x) for x, (a, b) in zip(sums, pairs, strict=True))
+        return tuple(products(pairs, (x.shape[0], x.shape[1]), x) for x, pairs in zip(sums, terms, strict=True))
 
     def multiply(accumulators):
-        for accumulator, (a, b) in zip(accumulators, pairs, strict=True):
-            plgpu.wgmma(accumulator, a, b)
-        if meanwhile is not None:
-            meanwhile()
+        for accumulator, pairs in zip(accumulators, terms, strict=True):
+            for a, b in pairs:
+                plgpu.wgmma(accumulator, a, b)
 
     return jax.lax.optimization_barrier(pl.run_state(multiply)(tuple(plgpu.ACC.init(x) for x in sums)))
 

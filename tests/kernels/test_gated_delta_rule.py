@@ -322,11 +322,12 @@ def test_split_over_segments(implementation):
 @pytest.mark.gpu
 @pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize(("size", "value_size"), [(64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512)])
-def test_every_tile(monkeypatch, size, value_size, segments):
+@pytest.mark.parametrize("kernels", ["triton", "pallas"])
+def test_every_tile(monkeypatch, kernels, size, value_size, segments):
     """Every choice of tile that ships, in one scan and in a split one."""
     monkeypatch.setattr(split, "plan", lambda _, chunks, wanted: split.Plan(segments, -(-chunks // segments)))
     shape = dict(batch=1, kv_heads=1, heads=2, size=size, value_size=value_size, dtype="bfloat16")
-    check(*make_inputs(150 + segments, decays=(0.01, 0.1, 20.0), **shape), "triton")
+    check(*make_inputs(150 + segments, decays=(0.01, 0.1, 20.0), **shape), kernels)
 
 
 @pytest.mark.xfail(
