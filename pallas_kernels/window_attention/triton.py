@@ -14,13 +14,15 @@ from pallas_kernels.dispatch import UnsupportedCase
 from pallas_kernels.triton_call import check_installed, jit, tl, triton_call
 from pallas_kernels.window_attention import triton_bwd, triton_step, triton_update
 from pallas_kernels.window_attention.api import Case, Operands
+from pallas_kernels.window_attention.triton_plan import make_plan, plan_arguments
 from pallas_kernels.window_attention.triton_tiles import (
     LANES,
     capability,
+    grid_of,
+    heads_together,
     load_rows,
-    make_plan,
     options,
-    plan_arguments,
+    own_tile,
     query_begins,
     spacious,
     stream,
@@ -38,14 +40,14 @@ update_step = triton_update.update_step
 def _forward_kernel(
     q, k, v,
     begin, counts, index, expiry, never, cache_k, cache_v, cache_position, cache_expiry, cache_survey,
-    T, U, window, o, lse,
+    T, U, window, together, o, lse,
     H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr,
     SEGMENTS: tl.constexpr, RETAINED: tl.constexpr, EVEN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Programs with the most keys first: without a window the last queries see the most.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    row = tl.program_id(1)
+    # Programs with the most keys first: the first queries see the fewest.
+    tile, row = own_tile(together)
+    tile = tl.cdiv(T, QUERIES) - 1 - tile
     b = (row // H).to(tl.int64)
     head = row % H
     h = head // (H // K)
@@ -94,8 +96,9 @@ def forward(case: Case, operands: Operands) -> Any:
         case.T,
         case.U,
         window_of(case),
+        heads_together(case.B * case.H),
         out_shape=outputs,
-        grid=(-(-case.T // tiles.queries), case.B * case.H),
+        grid=grid_of(case.B * case.H, -(-case.T // tiles.queries)),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         **options(case, tiles),

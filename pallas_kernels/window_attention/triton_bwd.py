@@ -22,10 +22,13 @@ import jax.numpy as jnp
 from pallas_kernels.triton_call import jit, tl, triton_call
 from pallas_kernels.window_attention.api import Case, Gradients, Operands
 from pallas_kernels.window_attention.triton_dkv import call_dkv
+from pallas_kernels.window_attention.triton_plan import plan_arguments
 from pallas_kernels.window_attention.triton_tiles import (
+    grid_of,
+    heads_together,
     load_rows,
     options,
-    plan_arguments,
+    own_tile,
     query_begins,
     stream,
     tiles_for,
@@ -37,13 +40,13 @@ from pallas_kernels.window_attention.triton_tiles import (
 def _dq_kernel(
     q, k, v,
     begin, counts, index, expiry, never, cache_k, cache_v, cache_position, cache_expiry, cache_survey,
-    o, lse, do, dlse, T, U, window, dq, delta_rows, lse2_rows,
+    o, lse, do, dlse, T, U, window, together, dq, delta_rows, lse2_rows,
     H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr,
     SEGMENTS: tl.constexpr, RETAINED: tl.constexpr, EVEN: tl.constexpr, LSE_GRADIENT: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    row = tl.program_id(1)
+    tile, row = own_tile(together)
+    tile = tl.cdiv(T, QUERIES) - 1 - tile
     b = (row // H).to(tl.int64)
     head = row % H
     h = head // (H // K)
@@ -118,8 +121,9 @@ def _call_dq(
         case.T,
         case.U,
         window_of(case),
+        heads_together(case.B * case.H),
         out_shape=(jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype), rows, rows),
-        grid=(-(-case.T // tiles.queries), case.B * case.H),
+        grid=grid_of(case.B * case.H, -(-case.T // tiles.queries)),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         LSE_GRADIENT=dlse is not None,

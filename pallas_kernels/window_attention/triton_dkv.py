@@ -9,10 +9,13 @@ import jax.numpy as jnp
 
 from pallas_kernels.triton_call import jit, tl, triton_call
 from pallas_kernels.window_attention.api import Case, Operands
+from pallas_kernels.window_attention.triton_plan import plan_arguments
 from pallas_kernels.window_attention.triton_tiles import (
+    grid_of,
+    heads_together,
     load_rows,
     options,
-    plan_arguments,
+    own_tile,
     span_of,
     tiles_for,
     window_of,
@@ -157,16 +160,17 @@ def _gradients(
 def _dkv_kernel(
     q, k, v,
     begin, counts, index, expiry, never, cache_k, cache_v, cache_position, cache_expiry, cache_survey,
-    ends, do, delta_rows, lse2_rows, listed_dk, listed_dv, T, U, window, dk, dv, dscores,
+    ends, do, delta_rows, lse2_rows, listed_dk, listed_dv, T, U, window, together, dk, dv, dscores,
     H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr,
     SEGMENTS: tl.constexpr, RETAINED: tl.constexpr, EVEN: tl.constexpr, SCORES: tl.constexpr, KIND: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # KIND "window": all keys; "retained": the list, into its order; "cache": the columns of a cache.
-    group = tl.program_id(1).to(tl.int64)
+    tile, group = own_tile(together)
+    group = group.to(tl.int64)
     b = group // K
     h = group % K
-    c_first = tl.program_id(0) * KEYS
+    c_first = tile * KEYS
     c = c_first + tl.arange(0, KEYS)
     count, row, position, low, high, i_first, i_end, whole, whole_end = _intervals(
         c, c_first, group, b, h, counts, index, expiry, never, cache_position, cache_expiry, cache_survey, ends, U,
@@ -248,12 +252,13 @@ def call_dkv(
         case.T,
         case.U,
         window_of(case),
+        heads_together(case.B * case.K),
         out_shape=(
             jax.ShapeDtypeStruct(shapes[0], dtype),
             jax.ShapeDtypeStruct(shapes[1], dtype),
             jax.ShapeDtypeStruct((case.B, case.U, case.K) if scores else (1,), jnp.float32),
         ),
-        grid=(-(-shapes[0][2 if kind == "retained" else 1] // tiles.keys), case.B * case.K),
+        grid=grid_of(case.B * case.K, -(-shapes[0][2 if kind == "retained" else 1] // tiles.keys)),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         SCORES=scores,

@@ -1,7 +1,7 @@
 """What the passes of window attention in triton.language share: bounds and masks of tiles, and the streams of keys.
 
 A tile of queries meets its keys in three streams: the tiles of its window, the keys retained beyond it, gathered
-through the list that ``columns.retained`` makes, and the columns of a cache. Every key has the interval of the query
+through the list of ``triton_plan``, and the columns of a cache. Every key has the interval of the query
 indices that see it,
 
     key of the window: [j, j + window)        retained key or column: [position + window, expiry)
@@ -16,11 +16,9 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels.triton_call import jit, tl, triton_call
-from pallas_kernels.window_attention.api import Case, Operands
-from pallas_kernels.window_attention.columns import Retained, document_bounds, survey
+from pallas_kernels.triton_call import jit, tl
+from pallas_kernels.window_attention.api import Case
 
 LOG2_E = 1.4426950408889634
 LANES = tl.constexpr(8) if tl is not None else 8
@@ -37,6 +35,13 @@ def load_rows(base, row, stride, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr
         return tl.load(pointer, mask=(n < SIZE)[None, :], other=0.0)
     else:
         return tl.load(pointer)
+
+
+@jit
+def own_tile(together):
+    """(tile, head of the batch) of a program, on the grid of ``grid_of``."""
+    n = tl.program_id(0)
+    return n // together, tl.program_id(1) * together + n % together
 
 
 @jit
@@ -111,6 +116,12 @@ def span_of(low, high):
 
 
 @jit
+def _row_max(x):
+    """The maximum of each row, in four chains at a time within a thread where one would be four times as long."""
+    return tl.max(tl.max(tl.reshape(x, (x.shape[0], x.shape[1] // 16, 16)), 1), 1)
+
+
+@jit
 def _attend(
     q, keys, values, i, begins, position, low, span, masked, acc, m, l,
     SCALE: tl.constexpr, SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
@@ -119,7 +130,7 @@ def _attend(
     if masked:
         logits = tl.where(visible(i, begins, position, low, span, SEGMENTS), logits, float("-inf"))
     # m starts at a finite number, so a row that has seen nothing gives exp2(-inf) = 0 and not NaN.
-    m_new = tl.maximum(m, tl.max(logits, 1) * SCALE)
+    m_new = tl.maximum(m, _row_max(logits) * SCALE)
     p = tl.exp2(logits * SCALE - m_new[:, None])
     fade = tl.exp2(m - m_new)
     # The denominator in LANES parts, which lie in one thread each: they are joined once, after the last tile.
@@ -242,74 +253,24 @@ def stream(
     return acc, m, l
 
 
-@jit
-def _list_kernel(
-    expiry, begin, U, window, counts, listed, listed_expiry, never,
-    K: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    # One KV head of one row; the number of keys listed so far is carried along.
-    group = tl.program_id(0).to(tl.int64)
-    b = group // K
-    h = group % K
-    count = 0
-    forever = 1
-    for first in range(0, U, BLOCK):
-        j = first + tl.arange(0, BLOCK)
-        until = tl.load(expiry + (b * U + j) * K + h, mask=j < U, other=0)
-        kept = (j < U - window) & (until > j + window)
-        if SEGMENTS:
-            # The first query beyond the window must still belong to the key's document.
-            kept = kept & (tl.load(begin + b * U + j + window, mask=j < U - window, other=2**30) <= j)
-        place = count + tl.cumsum(kept.to(tl.int32), 0)
-        tl.store(counts + group * U + j, place, mask=j < U)
-        tl.store(listed + group * U + place - 1, j, mask=kept)
-        tl.store(listed_expiry + group * U + place - 1, until, mask=kept)
-        count += tl.sum(kept.to(tl.int32), 0)
-        forever = tl.minimum(forever, tl.min((~kept | (until >= U)).to(tl.int32), 0))
-    tl.store(never + group, forever)
-
-
-def list_retained(case: Case, expiry: Any, begin: Any) -> Retained:
-    """What ``columns.retained`` gives, in one launch."""
-    rows = jax.ShapeDtypeStruct((case.B, case.K, case.U), jnp.int32)
-    result = triton_call(
-        _list_kernel,
-        expiry,
-        begin,
-        case.U,
-        window_of(case),
-        out_shape=(rows, rows, rows, jax.ShapeDtypeStruct((case.B, case.K), jnp.int32)),
-        grid=(case.B * case.K,),
-        num_warps=8,
-        K=case.K,
-        SEGMENTS=begin is not None,
-        BLOCK=min(4096, max(128, 1 << (case.U - 1).bit_length())),
-    )
-    return Retained(*result)
-
-
-def make_plan(case: Case, operands: Operands) -> dict[str, Any]:
-    """What the passes must know of the data: {"bounds", "retained", "survey"}, each None where it has no use."""
-    bounds = document_bounds(operands.segment_ids) if operands.segment_ids is not None else None
-    begin = bounds.begin if bounds is not None else None
-    kept = None
-    if operands.expiry is not None and window_of(case) < case.U:
-        kept = list_retained(case, operands.expiry, begin)
-    cache = survey(operands.columns, window_of(case), case.U, begin) if operands.columns is not None else None
-    return {"bounds": bounds, "retained": kept, "survey": cache}
-
-
-def plan_arguments(operands: Operands, plan: dict[str, Any]) -> tuple[Any, ...]:
-    """The kernels' arguments from begin to cache_survey, in their order."""
-    kept = plan["retained"] or Retained(None, None, None, None)  # type: ignore[arg-type]
-    columns = operands.columns if operands.columns is not None else (None,) * 4
-    begin = plan["bounds"].begin if plan["bounds"] is not None else None
-    return begin, *kept, *columns, plan["survey"]
-
-
 def window_of(case: Case) -> int:
     """The window, or a number beyond every distance."""
     return 2**30 if case.window is None else min(case.window, 2**30)
+
+
+def heads_together(heads: int) -> int:
+    """How many of the batch's heads go on from tile to tile together.
+
+    The tiles of one end, which have the least work, then come last and fill the multiprocessors that have run out of
+    others; and of every head enough tiles are under way to share its keys in the L2 cache.
+    """
+    return next(n for n in range(min(heads, 64), 0, -1) if heads % n == 0)
+
+
+def grid_of(heads: int, tiles: int) -> tuple[int, int]:
+    """For every tile of every head of the batch, in the order of ``own_tile``."""
+    together = heads_together(heads)
+    return together * tiles, heads // together
 
 
 @dataclasses.dataclass(frozen=True)
