@@ -33,6 +33,7 @@ from pallas_kernels.window_attention.pallas_stream import (
     add_product,
     copy_keys,
     flatten,
+    fold,
     program_count,
     skip_steps,
     take_registers,
@@ -79,7 +80,7 @@ class _Attention:
         carry = (
             plgpu.layout_cast(jnp.zeros((ROWS, self.case.V), jnp.float32), plgpu.Layout.WGMMA),
             plgpu.layout_cast(jnp.full((ROWS,), -1e30, jnp.float32), BY_ROW),
-            plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW),
+            plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), plgpu.Layout.WGMMA),
         )
         if self.key_list is not None:
             step = functools.partial(self.step, done, masks.listed)
@@ -111,11 +112,12 @@ class _Attention:
         plgpu.barrier_arrive(k_used.at[slot])
         logits = mask(step, logits)
         # m starts at a finite number, so a row that has seen nothing gives exp2(-inf) = 0 and not NaN.
-        m_new = jnp.maximum(m, logits.max(axis=1) * self.scale)
+        m_new = jnp.maximum(m, fold(jnp.maximum, logits).max(axis=1) * self.scale)
         fade = jnp.exp2(m - m_new)
         p = jnp.exp2(logits * self.scale - jax.lax.broadcast_in_dim(m_new, logits.shape, [0]))
         acc *= jax.lax.broadcast_in_dim(fade, acc.shape, [0])
-        l = l * fade + p.sum(axis=1)
+        # The denominator in 8 parts, which lie in one thread each: they are joined once, after the last tile.
+        l = l * jax.lax.broadcast_in_dim(fade, l.shape, [0]) + fold(jnp.add, p)
         p = p.astype(self.k_smem.dtype)
         # All that the product reads is there before it starts, or the compiler would serialise it.
         acc, m_new, l, p = jax.lax.optimization_barrier((acc, m_new, l, p))
@@ -126,6 +128,7 @@ class _Attention:
 
     def store(self, masks: Masks, place, carry) -> None:
         acc, m, l = carry
+        l = l.sum(axis=1)
         if masks.begins is not None:
             l = jnp.where(masks.begins < PADDING, l, 0.0)
         seen = l > 0

@@ -210,6 +210,14 @@ class Masks:
         return jax.lax.cond(slot + self.steps.keys <= end, lambda x: x, mask, logits)
 
 
+def fold(operation: Any, x):
+    """[64, 8] of x [64, 8 n]: columns joined within threads, in short chains beside one another."""
+    parts = [x[:, n : n + 8] for n in range(0, x.shape[1], 8)]
+    while len(parts) > 1:
+        parts = [operation(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
 def add_product(acc, a, b_smem, interpreter_smem=None):
     """acc + a b, with a in registers. The interpreter multiplies from shared memory alone, and adds apart."""
     if interpreter_smem is None:
