@@ -67,7 +67,7 @@ __all__ = [
     "window_attention_update_step",
 ]
 
-OPERATION = Operation("window_attention", ("triton", "xla"), fastest=("triton", "xla"))
+OPERATION = Operation("window_attention", ("pallas", "triton", "xla"), fastest=("triton", "pallas", "xla"))
 
 
 def window_attention(
