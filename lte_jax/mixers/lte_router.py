@@ -19,7 +19,6 @@ from lte_jax.dims import Keys, Scores, SegmentIds, Values
 from lte_jax.layers import parameter
 from lte_jax.partition_router import router_scores
 from pallas_kernels.router import Convolution, Dropout, draw_seeds
-from pallas_kernels.router.api import OPERATION
 
 
 def reach(sizes: Sequence[int], dilations: Sequence[int]) -> int:
@@ -125,7 +124,8 @@ class Router(nnx.Module):
           k, v: keys (without rotary positions) and values.
           segment_ids: document of each token, 0 for padding; None for one document.
           key: draws dropout; None means none.
-          implementation: of the model's operations. The router has no "pallas": None then.
+          implementation: of the model's operations. "xla" is that; any other name is the fastest that does the router's
+            sizes, since a model's kernels do more sizes than the router's (the log says which one runs).
         """
         dropout = None
         if key is not None and self.dropout:
@@ -140,5 +140,5 @@ class Router(nnx.Module):
             method=self.method,
             segment_ids=segment_ids,
             dropout=dropout,
-            implementation=implementation if implementation in OPERATION.implementations else None,
+            implementation="xla" if implementation == "xla" else None,
         )

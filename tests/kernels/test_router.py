@@ -26,7 +26,7 @@ KINDS = {
     "paper": dict(taps=(3, 3, 3), dilations=(2, 2, 2)),
     "dropout": dict(taps=(3, 3, 3), dilations=(2, 2, 2), rate=0.3),
     "shared": dict(taps=(3, 3, 3), dilations=(2, 2, 2), shared=True),
-    "relu": dict(taps=(3, 3, 3), dilations=(1, 2, 4), method="relu"),
+    "relu": dict(taps=(3, 3, 3), dilations=(1, 2, 4), method="relu", shared=True),
     "taps": dict(taps=(5, 4, 1), dilations=(1, 2, 3), rate=0.1),
     "one": dict(taps=(7,), dilations=(3,), rate=0.2),
 }
@@ -140,8 +140,16 @@ def reference(arrays, cotangent, ids, kind):
         return outputs_and_gradients(wide, cotangent, ids, kind, "xla")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(("kind", "packed"), [("dropout", True), ("dropout", False), ("shared", False), ("taps", True)])
+@pytest.mark.parametrize(
+    ("kind", "packed", "dtype"),
+    [
+        ("dropout", True, "bfloat16"),
+        ("dropout", True, "float16"),
+        ("dropout", False, "bfloat16"),
+        ("shared", False, "bfloat16"),
+        ("taps", True, "bfloat16"),
+    ],
+)
 def test_edges_of_tiles(implementation, kind, packed, dtype):
     """More tokens than any tile, documents that end at its edges, 16 bits; gradients array by array."""
     tokens = 277

@@ -8,6 +8,7 @@ from flax import nnx
 
 from lte_jax import sharding
 from lte_jax.mixers.lte_router import Router, reach
+from pallas_kernels.dispatch import lowering_for_gpu
 
 BATCH, TOKENS, HEADS, CHANNELS = 2, 29, 3, 8
 
@@ -128,6 +129,13 @@ def test_no_mesh_changes_a_score_a_gradient_or_what_is_dropped(mesh):
         found = jax.jit(on_mesh)(*placed)
         for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
             np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_that_the_kernels_do_not_do_are_left_to_xla():
+    router, x = build(), inputs()
+    with lowering_for_gpu():
+        found = scores(router, x, None, None, "triton")
+    np.testing.assert_array_equal(found, scores(router, x, None, None, "xla"))
 
 
 def test_weights_start_kaiming_normal_and_the_last_bias_at_one_half():
