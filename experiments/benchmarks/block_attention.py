@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ from pallas_kernels.block_attention.api import block_attention, block_attention_
 from pallas_kernels.block_attention.blocks import BlockCache, append, init_block_cache
 
 NAMES = ("o", "dq", "dk", "dv", "dgates")
-LONGEST_CHECKED = 4096
+LONGEST_CHECKED = 2048
+LONGEST_FLA = 65536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +35,11 @@ class Size:
     C: int = 16
     W: int = 512
     dtype: str = "bfloat16"
+    branches: bool = False
+    """Without the window branch (its gate is 0), as flash-linear-attention's runs here: errors can be compared."""
 
     def __str__(self) -> str:
-        rest = f"blocks of {self.S}, {self.C} selected, window {self.W}"
+        rest = f"blocks of {self.S}, {self.C} selected, " + ("no window" if self.branches else f"window {self.W}")
         return f"B {self.B}, T {self.T}, H {self.H}, K {self.K}, N {self.N}, {rest}"
 
 
@@ -44,17 +48,18 @@ def cases(tiny: bool) -> list[Case]:
     if tiny:
         base = Size(2, 100, 4, 2, 16, 16, 2, 20, "bfloat16")
         named = {"tiny": base}
-        context, batches, groups = 128, (2,), (1,)
+        context, batches, groups, forward = 128, (2,), (1,), ("tiny",)
     else:
         base = Size(4, 4096, 32, 2, 64)
-        lengths = ((4, 1024), (4, 2048), (4, 4096), (2, 8192), (1, 16384), (1, 32768), (1, 65536), (1, 131072))
+        lengths = ((4, 4096), (1, 8192), (1, 16384), (1, 32768), (1, 65536), (4, 1024), (4, 2048), (1, 131072))
         named = {f"{tokens}": dataclasses.replace(base, B=batch, T=tokens) for batch, tokens in lengths}
-        context, batches, groups = 65536, (1, 16), (1, 2, 4, 8)
+        context, batches, groups, forward = 65536, (1, 16), (8, 4, 2, 1), ("4096", "32768")
+    named["branches"] = dataclasses.replace(base, B=1, T=min(base.T, LONGEST_CHECKED), branches=True)
     for group in groups:
         named[f"group-{group}"] = dataclasses.replace(base, K=base.H // group)
     found = []
     for name, size in named.items():
-        for backward in (False, True):
+        for backward in (False, True) if name in forward else (True,):
             what = f"{size}, {'forward + backward' if backward else 'forward'}"
             make = functools.partial(_whole, size, backward)
             found.append(Case(f"{name}-{'backward' if backward else 'forward'}", what, size.dtype, make))
@@ -88,6 +93,8 @@ def _attend(size: Size, name: str, *arrays: Any) -> Any:
 
 def _whole(size: Size, backward: bool, options: Options) -> Setup:
     *inputs, do = _draw(size, options.seed)
+    if size.branches:
+        inputs[3] = inputs[3].at[..., 2].set(0)
     cotangent = do if backward else None
 
     def ours(name: str) -> Contender:
@@ -107,25 +114,25 @@ def _whole(size: Size, backward: bool, options: Options) -> Setup:
     if backward:
         moved += do.nbytes + 2 * sum(x.nbytes for x in inputs)
     checked = reference if size.T <= LONGEST_CHECKED else None
-    return Setup(ours, _peers(size, inputs, cotangent), checked, moved)
+    return Setup(ours, _peers(size, inputs, cotangent, options), checked, moved)
 
 
-def _peers(size: Size, inputs: list[Any], cotangent: Any | None) -> dict[str, Any]:
+def _peers(size: Size, inputs: list[Any], cotangent: Any | None, options: Options) -> dict[str, Any]:
     q, k, v, gates = inputs
 
     def detached() -> Any:
         return None if cotangent is None else peers.to_torch(cotangent)[0].detach()
 
-    def fla() -> Contender:
-        module = peers.fla_module("ops.nsa")
+    def sparse(name: str, load: Callable[[], Any]) -> Contender:
+        module = load()
 
         def forward(q: Any, k: Any, v: Any, compressed: Any, selected: Any) -> Any:
             return module.parallel_nsa(q, k, v, compressed, selected, block_counts=size.C, block_size=size.S)
 
         tensors = peers.to_torch(q, k, v, gates[..., 0], gates[..., 1])
         note = "without its window branch, which needs flash-attn"
-        contender = peers.torch_contender("fla", forward, tensors, detached(), NAMES[:4], note)
-        return dataclasses.replace(contender, values=None, other=True)
+        contender = peers.torch_contender(name, forward, tensors, detached(), NAMES[:4], note)
+        return contender if size.branches else dataclasses.replace(contender, values=None, other=True)
 
     def cudnn(window: int | None) -> Contender:
         peers.cudnn_on_gpu()
@@ -147,12 +154,18 @@ def _peers(size: Size, inputs: list[Any], cotangent: Any | None) -> dict[str, An
         )
         return dataclasses.replace(contender, values=None, other=True)
 
-    return {
-        "fla": fla,
-        "cudnn: window": functools.partial(cudnn, size.W),
-        "cudnn: causal": functools.partial(cudnn, None),
-        "torch: causal": torch_causal,
-    }
+    fla = functools.partial(sparse, "fla", functools.partial(peers.fla_module, "ops.nsa"))
+    authors = functools.partial(
+        sparse, "authors", functools.partial(peers.authors_file, options.authors_path, "fla/ops/nsa/parallel.py")
+    )
+    found = {"fla": fla, "authors": authors} if size.T <= LONGEST_FLA else {}
+    if not size.branches:
+        found |= {
+            "cudnn: window": functools.partial(cudnn, size.W),
+            "cudnn: causal": functools.partial(cudnn, None),
+            "torch: causal": torch_causal,
+        }
+    return found
 
 
 def _decode(size: Size, options: Options) -> Setup:

@@ -1,7 +1,7 @@
 """From which length on is native sparse attention faster than full attention? A curve from the benchmark's rows.
 
 python -m experiments.benchmarks.crossover reads experiments/results/block_attention.json and writes the picture beside
-it.
+it. Its table sets ours beside flash-linear-attention's with cuDNN's window added, as that runs here without its own.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-OURS, FULL = "triton", "cudnn: causal"
+OURS, FULL, SPARSE, WINDOW = "triton", "cudnn: causal", "fla", "cudnn: window"
 RESULTS = Path(__file__).parents[1] / "results"
 
 
-def curve(rows: list[dict[str, Any]]) -> dict[int, tuple[float, float]]:
-    """{T: (ours, full attention)} of forward + backward, microseconds per 1024 tokens of the batch; by length."""
+def curve(rows: list[dict[str, Any]]) -> dict[int, tuple[float, float, float | None]]:
+    """{T: (ours, full attention, sparse peer and window)}, microseconds per 1024 tokens, forward + backward; by length.
+
+    Tokens are those of the whole batch.
+    """
     found = {}
     for row in rows:
         length = row["case"].removesuffix("-backward")
@@ -25,27 +28,34 @@ def curve(rows: list[dict[str, Any]]) -> dict[int, tuple[float, float]]:
             if OURS in times and FULL in times:
                 batch = int(row["shape"].split(",")[0].removeprefix("B "))
                 per = batch * int(length) / 1024 / 1e3
-                found[int(length)] = times[OURS] / per, times[FULL] / per
+                sparse = times[SPARSE] + times[WINDOW] if SPARSE in times and WINDOW in times else None
+                found[int(length)] = times[OURS] / per, times[FULL] / per, sparse and sparse / per
     return dict(sorted(found.items()))
 
 
-def crossover(points: dict[int, tuple[float, float]]) -> int | None:
+def crossover(points: dict[int, tuple[float, float, float | None]]) -> int | None:
     """The first measured length from which ours is faster at every measured one; None if it is not at the longest."""
     first = None
-    for length, (ours, full) in points.items():
+    for length, (ours, full, _) in points.items():
         first = (first or length) if ours < full else None
     return first
 
 
-def draw(points: dict[int, tuple[float, float]], path: Path) -> None:
+def draw(points: dict[int, tuple[float, float, float | None]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for side, (name, mark) in enumerate((("native sparse attention, Triton", "o-"), ("cuDNN, causal", "s--"))):
-        axes.loglog(list(points), [times[side] for times in points.values()], mark, label=name)
+    lines = (
+        ("native sparse attention, ours", "o-"),
+        ("full attention, cuDNN", "s--"),
+        ("flash-linear-attention, with cuDNN's window", "^:"),
+    )
+    for side, (name, mark) in enumerate(lines):
+        times = {length: point[side] for length, point in points.items() if point[side]}
+        axes.loglog(list(times), list(times.values()), mark, label=name)
     axes.set_xticks(list(points), [f"{length // 1024}K" for length in points])
     axes.minorticks_off()
     axes.set_xlabel("tokens in a sequence")
@@ -60,8 +70,11 @@ def main() -> None:
     points = curve(json.loads((RESULTS / "block_attention.json").read_text())["rows"])
     if not points:
         sys.exit("error: block_attention.json has no length that was timed beside cuDNN")
-    for length, (ours, full) in points.items():
-        print(f"{length:7d} tokens: {ours:7.1f} and {full:7.1f} us per 1024 tokens, ratio {ours / full:.2f}")
+    for length, (ours, full, sparse) in points.items():
+        beside = (
+            "" if sparse is None else f"; {sparse:7.1f} flash-linear-attention and window, ratio {ours / sparse:.2f}"
+        )
+        print(f"{length:7d} tokens: {ours:7.1f} us per 1024; {full:7.1f} full, ratio {ours / full:.2f}{beside}")
     print(f"ours is faster from {crossover(points)} tokens on")
     draw(points, RESULTS / "block_attention_crossover.png")
 

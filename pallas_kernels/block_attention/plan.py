@@ -28,11 +28,12 @@ class Union(NamedTuple):
 class Readers(NamedTuple):
     """For each block the tokens that selected it, ascending, cut into pieces of a limited number of tokens.
 
-    Piece j of a row and head is the tokens ``token[begin[j] : end[j]]`` and belongs to the block that begins at
-    ``first[j]``. The pieces of block i are ``pieces[i]`` up to ``pieces[i + 1]``.
+    Piece j of a row and head is the entries ``entry[begin[j] : end[j]]`` and belongs to the block that begins at
+    ``first[j]``. The pieces of block i are ``pieces[i]`` up to ``pieces[i + 1]``. An entry is token M + slot, where the
+    token has the block in slot ``slot`` of its M selected blocks.
     """
 
-    token: Int32[Array, "B K E"]
+    entry: Int32[Array, "B K E"]
     first: Int32[Array, "B K P"]
     begin: Int32[Array, "B K P"]
     end: Int32[Array, "B K P"]
@@ -83,13 +84,15 @@ def readers(
     token = jnp.arange(T, dtype=jnp.uint32)[:, None, None]
     key = (own[:, :, None, None] + indices).astype(jnp.uint32) * jnp.uint32(T) + token
     key = jnp.where(indices >= 0, key, jnp.uint32((blocks + 1) * T - 1)).transpose(0, 2, 1, 3).reshape(B * K, T * M)
+    entry = jnp.broadcast_to(jnp.arange(T * M, dtype=jnp.int32), (B * K, T * M))
     if B * K * (blocks + 1) * T < 2**32:
         # One long sort of unlike ranges of keys is a radix sort on a GPU, sorts of rows are many passes.
         range_start = jnp.arange(B * K, dtype=jnp.uint32)[:, None] * jnp.uint32((blocks + 1) * T)
-        key = jnp.sort((key + range_start).reshape(-1)).reshape(B * K, T * M) - range_start
+        key, entry = _sort((key + range_start).reshape(-1), entry.reshape(-1))
+        key = key.reshape(B * K, T * M) - range_start
     else:
-        key = jnp.sort(key, axis=-1)
-    key = key.reshape(B, K, T * M)
+        key, entry = _sort(key, entry)
+    key, entry = key.reshape(B, K, T * M), entry.reshape(B, K, T * M)
     size = jnp.sum(indices >= 0, axis=(1, 3), dtype=jnp.int32)
     offset = _offsets((key // jnp.uint32(T)).astype(jnp.int32), size, blocks)
     count = offset[..., 1:] - offset[..., :-1]
@@ -117,7 +120,13 @@ def readers(
         first = jnp.take_along_axis(jnp.broadcast_to(firsts[:, None], (B, K, blocks)), block, axis=-1)
     else:
         first = block * block_size
-    return Readers((key % jnp.uint32(T)).astype(jnp.int32), first, begin, end, pieces)
+    return Readers(entry, first, begin, end, pieces)
+
+
+def _sort(key: Array, entry: Array) -> tuple[Array, Array]:
+    """In the order of the keys, of which only those of no entry are equal."""
+    key, entry = jax.lax.sort((key, entry), num_keys=1, is_stable=False)
+    return key, entry
 
 
 def _offsets(block: Int32[Array, "B K E"], size: Int32[Array, "B K"], blocks: int) -> Int32[Array, "B K I"]:

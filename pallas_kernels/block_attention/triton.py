@@ -19,10 +19,10 @@ from pallas_kernels.block_attention.plan import Readers, Union, block_bound, rea
 from pallas_kernels.block_attention.triton_gather import gathered
 from pallas_kernels.block_attention.triton_select import finish, online, select
 from pallas_kernels.block_attention.triton_tiles import (
-    PIECE,
-    gathers,
+    gathers_forward,
     load_heads,
     load_keys,
+    piece_size,
     shared_constants,
     slots,
     tile_rows,
@@ -39,8 +39,9 @@ class Residuals(NamedTuple):
     lse_compressed: Float32[Array, "B T H"]
     lse_selected: Float32[Array, "B T H"]
     together: Union | None
-    """For ``selected``; None where ``gathered`` has lists instead."""
+    """None where the forward pass had no need of it."""
     lists: Readers | None
+    """None where the forward pass had no need of them."""
 
 
 @jit
@@ -178,13 +179,17 @@ def _both(
     case: Any, q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, layout: Layout
 ) -> tuple[tuple[Array, Array], Residuals]:
     o_c, lse_c, indices = select(case, q, pooled_k, pooled_v, layout)
-    if gathers(case):
-        lists = readers(indices, layout, case.block_size, case.segment_ids, PIECE)
-        o_s, lse_s = gathered(case, q, k, v, layout, indices, lists)
+    if gathers_forward(case):
+        lists = readers(indices, layout, case.block_size, case.segment_ids, piece_size(case))
+        o_s, lse_s = gathered(case, q, k, v, indices, lists)
         return (o_c, o_s), Residuals(indices, lse_c, lse_s, None, lists)
-    together = union(indices, layout, case.block_size, shared_constants(case)["TOKENS"])
+    together = plan_union(case, indices, layout)
     o_s, lse_s = selected(case, q, k, v, layout, together)
     return (o_c, o_s), Residuals(indices, lse_c, lse_s, together, None)
+
+
+def plan_union(case: Any, indices: Array, layout: Layout) -> Union:
+    return union(indices, layout, case.block_size, shared_constants(case, together=True)["TOKENS"])
 
 
 def selected(
@@ -202,5 +207,5 @@ def selected(
         grid=(together.size.shape[-1], case.K, case.B),
         num_warps=TILES.warps,
         num_stages=TILES.stages,
-        **shared_constants(case),
+        **shared_constants(case, together=True),
     )

@@ -20,14 +20,16 @@ from jaxtyping import Array, Float32
 
 from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool, unpool
 from pallas_kernels.block_attention.plan import Readers, block_bound, ordinals, readers
-from pallas_kernels.block_attention.triton import Residuals
+from pallas_kernels.block_attention.triton import Residuals, plan_union
 from pallas_kernels.block_attention.triton_dq import queries_backward
 from pallas_kernels.block_attention.triton_gather import gathered_backward
 from pallas_kernels.block_attention.triton_tiles import (
-    PIECE,
+    gathers_backward,
     load_heads,
     load_keys,
+    piece_size,
     shared_constants,
+    slots,
     tile_rows,
 )
 from pallas_kernels.tiles import ceil_div
@@ -70,6 +72,7 @@ def _pieces_kernel(
     dk,
     dv,
     GRADIENT_SCALE: tl.constexpr,
+    M: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
     G: tl.constexpr,
@@ -102,7 +105,7 @@ def _pieces_kernel(
         for i in range(at, stop, TOKENS):
             place = i + row // HEADS
             exists = (place < stop) & (row % HEADS < G)
-            token = tl.load(reader + place, mask=exists, other=0)
+            token = tl.load(reader + place, mask=exists, other=0) // M
             queries = load_heads(q, token, query_head, exists, H, N, N_BLOCK)
             cotangent = load_heads(do, token, query_head, exists, H, V, V_BLOCK)
             log_sum = tl.load(lse + token * H + query_head, mask=exists, other=0.0)
@@ -197,9 +200,9 @@ def _means_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Ranges of tokens for the means, means at a time, warps, stages."""
+    """Programs that share the gradients of means, means at a time, warps, stages."""
 
-    ranges: int = 32
+    programs: int = 1056
     blocks: int = 64
     warps: int = 4
     stages: int = 2
@@ -237,17 +240,15 @@ def _backward(
     S = case.block_size
     pooled = pool(k, layout, S), pool(v, layout, S)
     place = layout or plain_layout(case.B, case.T, S)
+    lists = residuals.lists or readers(residuals.indices, place, S, case.segment_ids, piece_size(case))
     partial: Sequence[Array]
-    if residuals.lists is not None:
-        lists = residuals.lists
+    if gathers_backward(case):
         rows = _deltas(outputs[1], cotangents[1])
-        *partial, parts = gathered_backward(
-            case, q, k, v, place, residuals.indices, lists, residuals.lse_selected, rows, cotangents[1]
-        )
-        dq, *delta = queries_backward(case, q, k, v, pooled, place, outputs, residuals, cotangents, parts)
+        *partial, parts = gathered_backward(case, q, k, v, lists, residuals.lse_selected, rows, cotangents[1])
+        dq, *delta = queries_backward(case, q, k, v, pooled, place, outputs, residuals, cotangents, None, parts)
     else:
-        dq, *delta = queries_backward(case, q, k, v, pooled, place, outputs, residuals, cotangents, None)
-        lists = readers(residuals.indices, place, S, case.segment_ids, PIECE)
+        together = residuals.together or plan_union(case, residuals.indices, place)
+        dq, *delta = queries_backward(case, q, k, v, pooled, place, outputs, residuals, cotangents, together, None)
         partial = _pieces(case, q, k, v, lists, residuals.lse_selected, delta[1], cotangents[1])
     dk, dv = _selected_keys(case, place, lists, partial)
     dmeans = _means(case, q, pooled, place, residuals.lse_compressed, delta[0], cotangents[0])
@@ -279,7 +280,7 @@ def _pieces(
     P = lists.begin.shape[-1]
     return triton_call(
         _pieces_kernel,
-        *(q, k, v, do, lse, delta, lists.token, lists.first, lists.begin, lists.end, case.T, lists.token.shape[-1]),
+        *(q, k, v, do, lse, delta, lists.entry, lists.first, lists.begin, lists.end, case.T, lists.entry.shape[-1]),
         out_shape=[
             jax.ShapeDtypeStruct((case.B, case.K, P, case.block_size, size), jnp.float32) for size in (case.N, case.V)
         ],
@@ -287,6 +288,7 @@ def _pieces(
         num_warps=TILES.warps,
         num_stages=TILES.stages,
         GRADIENT_SCALE=case.scale,
+        M=slots(case),
         **shared_constants(case),
     )
 
@@ -317,8 +319,10 @@ def _means(
     C = pooled[0].shape[1]
     constants = shared_constants(case)
     TOKENS = constants["TOKENS"]
-    tokens_each = ceil_div(ceil_div(case.T, TILES.ranges), TOKENS) * TOKENS
-    parts, chunks = ceil_div(case.T, tokens_each), ceil_div(C, TILES.blocks)
+    chunks = ceil_div(C, TILES.blocks)
+    ranges = ceil_div(TILES.programs, chunks * case.B * case.K)
+    tokens_each = ceil_div(ceil_div(case.T, ranges), TOKENS) * TOKENS
+    parts = ceil_div(case.T, tokens_each)
     shape = (case.B, case.K, parts, chunks * TILES.blocks)
     partial = triton_call(
         _means_kernel,

@@ -118,7 +118,7 @@ def _dq_kernel(
     if GATHERED:
         at = (batch * T + token) * K + head
         part = at * (M * G) + tl.arange(0, TOKENS * HEADS) % HEADS
-        for m in range(M):
+        for m in tl.range(0, M, loop_unroll_factor=4):
             held = exists & (tl.load(indices + at * M + m, mask=exists, other=-1) >= 0)
             gradient += load_part(parts, part + m * G, held, N, N_BLOCK)
     else:
@@ -162,20 +162,22 @@ def queries_backward(
     outputs: tuple[Array, Array],
     residuals: Residuals,
     cotangents: tuple[Array, Array],
+    together: Union | None,
     parts: Array | None,
 ) -> tuple[Array, Float32[Array, "B T H"], Float32[Array, "B T H"]]:
     """dq of both branches, and the delta of the compressed and of the selected branch.
 
-    With ``parts``, of ``gathered_backward``, they are dq of the selected branch, and its delta is not written.
+    The selected branch by its blocks, ``together``, or by the ``parts`` of ``gathered_backward``: then its delta is not
+    written.
     """
-    constants = shared_constants(case)
-    together = residuals.together or Union(residuals.indices, residuals.indices, residuals.indices)
+    constants = shared_constants(case, together=together is not None)
+    blocks = together or (None, None, None)
     rows = jax.ShapeDtypeStruct((case.B, case.T, case.H), jnp.float32)
     return triton_call(
         _dq_kernel,
         *(q, k, v, *pooled, *outputs, *cotangents, residuals.lse_compressed, residuals.lse_selected),
-        *(place.start, place.position, place.base, *together, residuals.indices, parts),
-        *(case.T, pooled[0].shape[1], together.first.shape[-1]),
+        *(place.start, place.position, place.base, *blocks, residuals.indices, parts),
+        *(case.T, pooled[0].shape[1], 0 if together is None else together.first.shape[-1]),
         out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), rows, rows),
         grid=(ceil_div(case.T, constants["TOKENS"]), case.K, case.B),
         num_warps=TILES.warps,

@@ -1,20 +1,20 @@
-"""Block attention in triton.language where few query heads read a KV head: blocks gather the tokens that selected them.
+"""The selected branch of block attention in triton.language, block by block: a block gathers the tokens that want it.
 
-Tokens side by side select different blocks, so a tile of tokens reads many blocks for a few of its tokens each; with
-few heads to a token its matrix products are then mostly masked. Here a program owns a block and takes the tokens of its
-list (``plan.readers``) together, whichever they are: full products, and keys are read once. The price is one partial
-result for each token, head and selected block, in the dtype of q, which a second pass adds up.
+Tokens side by side select different blocks, so a tile of tokens reads many blocks for a few of its tokens each, and its
+matrix products are mostly masked. Here a program owns a block and takes the tokens of its list (``plan.readers``)
+together, whichever they are: full products, and keys are read once. The price is one partial result for each token,
+head and selected block, in the dtype of q, which a second pass adds up.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.block_attention.blocks import Layout
 from pallas_kernels.block_attention.plan import Readers
 from pallas_kernels.block_attention.triton_tiles import (
     load_heads,
@@ -30,19 +30,13 @@ from pallas_kernels.triton_call import jit, tl, triton_call
 
 
 @jit
-def part_rows(reader, indices, start, place, stop, first, head, K: tl.constexpr, G: tl.constexpr, S: tl.constexpr,
-              M: tl.constexpr, SLOTS: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
+def part_rows(reader, place, stop, head, K: tl.constexpr, G: tl.constexpr, M: tl.constexpr, HEADS: tl.constexpr):
     """(token, query head, row of the partial results, exists) for entries ``place`` of a list."""
     row = tl.arange(0, place.shape[0])
     exists = (place < stop) & (row % HEADS < G)
-    token = tl.load(reader + place, mask=exists, other=0)
-    slot = tl.arange(0, SLOTS)
-    listed = tl.load(
-        indices + (token * K + head)[:, None] * M + slot[None, :], mask=exists[:, None] & (slot < M)[None, :], other=-1
-    )
-    number = (first - tl.load(start + token, mask=exists, other=0)) // S
-    own = tl.sum(tl.where(listed == number[:, None], slot[None, :], 0), 1)
-    part = ((token * K + head).to(tl.int64) * M + own) * G + row % HEADS
+    entry = tl.load(reader + place, mask=exists, other=0)
+    token = entry // M
+    part = ((token * K + head) * M + entry % M).to(tl.int64) * G + row % HEADS
     return token, head * G + row % HEADS, part, exists
 
 
@@ -62,7 +56,7 @@ def load_part(base, part, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @jit
 def _parts_kernel(
-    q, k, v, indices, start, reader, first, begin, end, T, E, o, lse, M: tl.constexpr, SLOTS: tl.constexpr,
+    q, k, v, reader, first, begin, end, T, E, o, lse, M: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, N: tl.constexpr, V: tl.constexpr, S: tl.constexpr,
     SCALE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -73,27 +67,22 @@ def _parts_kernel(
     if at < stop:
         reader += (batch * K + head) * E
         q += batch * T * (H * N)
-        indices += batch * T * (K * M)
-        start += batch * T
         o += batch * T * (H * M) * V
         lse += batch * T * (H * M)
-        block = tl.load(first + piece)
-        key = block + tl.arange(0, S)
+        key = tl.load(first + piece) + tl.arange(0, S)
         keys = load_keys(k + (batch * T * K + head) * N, key, T, K, N, N_BLOCK)
         values = load_keys(v + (batch * T * K + head) * V, key, T, K, V, V_BLOCK)
         row = tl.arange(0, TOKENS * HEADS)
         for i in range(at, stop, TOKENS):
-            token, query_head, part, exists = part_rows(
-                reader, indices, start, i + row // HEADS, stop, block, head, K, G, S, M, SLOTS, HEADS
-            )
+            token, query_head, part, exists = part_rows(reader, i + row // HEADS, stop, head, K, G, M, HEADS)
             queries = load_heads(q, token, query_head, exists, H, N, N_BLOCK)
             logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * SCALE
-            logits = tl.where(exists[:, None] & (key[None, :] <= token[:, None]), logits, float("-inf"))
+            logits = tl.where(key[None, :] <= token[:, None], logits, float("-inf"))
             m = tl.maximum(tl.max(logits, 1), -1e30)
             p = tl.exp2(logits - m[:, None])
             total = tl.sum(p, 1)
             whole = tl.where(total > 0, total, 1.0)
-            result = tl.dot(p.to(values.dtype), values, input_precision=PRECISION) / whole[:, None]
+            result = tl.dot(p.to(values.dtype), values, input_precision=PRECISION) * (1.0 / whole)[:, None]
             store_part(o, result, part, exists, V, V_BLOCK)
             tl.store(lse + part, m + tl.log2(whole), mask=exists)
 
@@ -121,7 +110,7 @@ def _merge_kernel(
     result = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), 0.0)
     tl.store(lse + token * H + query_head, result, mask=exists)
     acc = tl.zeros([TOKENS * HEADS, V_BLOCK], tl.float32)
-    for m in range(M):
+    for m in tl.range(0, M, loop_unroll_factor=4):
         held = exists & (tl.load(indices + at * M + m, mask=exists, other=-1) >= 0)
         weight = tl.exp2(tl.load(part_lse + first + m * G, mask=held, other=float("-inf")) - result)
         acc += weight[:, None] * load_part(parts, first + m * G, held, V, V_BLOCK)
@@ -130,8 +119,8 @@ def _merge_kernel(
 
 @jit
 def _pieces_dq_kernel(
-    q, k, v, do, lse, delta, indices, start, reader, first, begin, end, T, E, dk, dv, dq, M: tl.constexpr,
-    SLOTS: tl.constexpr, GRADIENT_SCALE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
+    q, k, v, do, lse, delta, reader, first, begin, end, T, E, dk, dv, dq, M: tl.constexpr,
+    GRADIENT_SCALE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
     N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
     N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -149,20 +138,15 @@ def _pieces_dq_kernel(
         do += batch * T * (H * V)
         lse += batch * T * H
         delta += batch * T * H
-        indices += batch * T * (K * M)
-        start += batch * T
         dq += batch * T * (H * M) * N
-        block = tl.load(first + piece)
-        key = block + tl.arange(0, S)
+        key = tl.load(first + piece) + tl.arange(0, S)
         keys = load_keys(k + (batch * T * K + head) * N, key, T, K, N, N_BLOCK)
         values = load_keys(v + (batch * T * K + head) * V, key, T, K, V, V_BLOCK)
         gk = tl.zeros([N_BLOCK, S], tl.float32)
         gv = tl.zeros([V_BLOCK, S], tl.float32)
         row = tl.arange(0, TOKENS * HEADS)
         for i in range(at, stop, TOKENS):
-            token, query_head, part, exists = part_rows(
-                reader, indices, start, i + row // HEADS, stop, block, head, K, G, S, M, SLOTS, HEADS
-            )
+            token, query_head, part, exists = part_rows(reader, i + row // HEADS, stop, head, K, G, M, HEADS)
             queries = load_heads(q, token, query_head, exists, H, N, N_BLOCK)
             cotangent = load_heads(do, token, query_head, exists, H, V, V_BLOCK)
             log_sum = tl.load(lse + token * H + query_head, mask=exists, other=0.0)
@@ -180,30 +164,44 @@ def _pieces_dq_kernel(
         tl.store(dv + line[None, :] * V + w[:, None], gv, mask=(w < V)[:, None])
 
 
-def _arguments(case: Any, lists: Readers) -> dict[str, Any]:
-    return dict(
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Rows of a tile (tokens times the padded group), warps and stages."""
+
+    rows: int = 64
+    warps: int = 4
+    stages: int = 3
+
+
+FORWARD = Tiles()
+MERGE = Tiles(rows=16)
+BACKWARD = Tiles(rows=128, stages=2)
+BACKWARD_WIDE = Tiles(stages=2)  # for head sizes above 64, where more rows are more than the registers hold
+
+
+def _launch(kernel: Any, case: Any, tiles: Tiles, lists: Readers, arrays: Any, outputs: Any, **options: Any) -> Any:
+    """One program for each piece of a list."""
+    return triton_call(
+        kernel,
+        *(*arrays, lists.entry, lists.first, lists.begin, lists.end, case.T, lists.entry.shape[-1]),
+        out_shape=outputs,
         grid=(lists.begin.shape[-1], case.K, case.B),
-        num_warps=4,
-        num_stages=2,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
         M=slots(case),
-        SLOTS=power_of_2(slots(case), 2),
+        **options,
+        **shared_constants(case, tiles.rows),
     )
 
 
 def gathered(
-    case: Any, q: Array, k: Array, v: Array, layout: Layout, indices: Int32[Array, "B T K M"], lists: Readers
+    case: Any, q: Array, k: Array, v: Array, indices: Int32[Array, "B T K M"], lists: Readers
 ) -> tuple[Array, Float32[Array, "B T H"]]:
     """The selected branch and its logsumexp."""
-    M, constants = slots(case), shared_constants(case)
+    M, constants = slots(case), shared_constants(case, MERGE.rows)
     shape = (case.B, case.T, case.K, M, case.H // case.K)
-    parts, part_lse = triton_call(
-        _parts_kernel,
-        *(q, k, v, indices, layout.start, lists.token, lists.first, lists.begin, lists.end),
-        *(case.T, lists.token.shape[-1]),
-        out_shape=(jax.ShapeDtypeStruct((*shape, case.V), q.dtype), jax.ShapeDtypeStruct(shape, jnp.float32)),
-        **_arguments(case, lists),
-        **constants,
-    )
+    outputs = (jax.ShapeDtypeStruct((*shape, case.V), q.dtype), jax.ShapeDtypeStruct(shape, jnp.float32))
+    parts, part_lse = _launch(_parts_kernel, case, FORWARD, lists, (q, k, v), outputs)
     return triton_call(
         _merge_kernel,
         *(parts, part_lse, indices, case.T),
@@ -212,7 +210,7 @@ def gathered(
             jax.ShapeDtypeStruct((case.B, case.T, case.H), jnp.float32),
         ),
         grid=(ceil_div(case.T, constants["TOKENS"]), case.K, case.B),
-        num_warps=4,
+        num_warps=MERGE.warps,
         M=M,
         SLOTS=power_of_2(M, 2),
         **{name: constants[name] for name in ("H", "K", "G", "V", "TOKENS", "HEADS", "V_BLOCK")},
@@ -220,21 +218,14 @@ def gathered(
 
 
 def gathered_backward(
-    case: Any, q: Array, k: Array, v: Array, layout: Layout, indices: Array, lists: Readers, lse: Array, delta: Array,
-    do: Array,
-) -> tuple[Float32[Array, "B K P S N"], Float32[Array, "B K P S V"], Float[Array, "B T K M G N"]]:  # fmt: skip
+    case: Any, q: Array, k: Array, v: Array, lists: Readers, lse: Array, delta: Array, do: Array
+) -> tuple[Float32[Array, "B K P S N"], Float32[Array, "B K P S V"], Float[Array, "B T K M G N"]]:
     """Partial sums of dk and dv for each piece of a list, and of dq for each selected block."""
-    B, K, P, S = case.B, case.K, lists.begin.shape[-1], case.block_size
-    parts = (B, case.T, K, slots(case), case.H // K, case.N)
-    return triton_call(
-        _pieces_dq_kernel,
-        *(q, k, v, do, lse, delta, indices, layout.start, lists.token, lists.first, lists.begin, lists.end),
-        *(case.T, lists.token.shape[-1]),
-        out_shape=(
-            *(jax.ShapeDtypeStruct((B, K, P, S, size), jnp.float32) for size in (case.N, case.V)),
-            jax.ShapeDtypeStruct(parts, q.dtype),
-        ),
-        GRADIENT_SCALE=case.scale,
-        **_arguments(case, lists),
-        **shared_constants(case),
+    pieces = (case.B, case.K, lists.begin.shape[-1], case.block_size)
+    outputs = (
+        *(jax.ShapeDtypeStruct((*pieces, size), jnp.float32) for size in (case.N, case.V)),
+        jax.ShapeDtypeStruct((case.B, case.T, case.K, slots(case), case.H // case.K, case.N), q.dtype),
     )
+    arrays = (q, k, v, do, lse, delta)
+    tiles = BACKWARD if max(case.N, case.V) <= 64 else BACKWARD_WIDE
+    return _launch(_pieces_dq_kernel, case, tiles, lists, arrays, outputs, GRADIENT_SCALE=case.scale)

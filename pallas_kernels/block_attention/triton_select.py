@@ -53,14 +53,15 @@ def finish(o, lse, acc, m, l, token, head, exists, H: tl.constexpr, V: tl.conste
 
 
 @jit
-def columns(COUNT: tl.constexpr, TOKENS: tl.constexpr):
-    """The numbers 0 up to COUNT for each of TOKENS tokens, [32, TOKENS, COUNT / 32]; TOKENS is the number of warps.
+def columns(COUNT: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr):
+    """The numbers below COUNT for each of TOKENS tokens, [LANES, TOKENS, COUNT / LANES]: LANES threads hold a token's.
 
-    A token's numbers lie in one warp, so that no sum over them waits for another warp. That takes this order of axes,
-    and lanes that count down: neighbours in memory would be given to one thread, and several tokens to a warp.
+    With 32 threads to LANES x TOKENS / warps, a token's numbers lie in one warp, and no sum over them waits for another
+    warp. That takes this order of axes, and numbers that count down: the compiler would give neighbours in memory to
+    one thread, and spread a token over more threads.
     """
-    lane = tl.arange(0, 32) ^ 31
-    number = tl.arange(0, COUNT // 32)[None, None, :] * 32 + lane[:, None, None]
+    lane, row = tl.arange(0, LANES), tl.arange(0, COUNT // LANES)
+    number = (COUNT - 1) - (lane[:, None, None] * (COUNT // LANES) + row[None, None, :])
     return number + tl.zeros([1, TOKENS, 1], tl.int32)
 
 
@@ -71,21 +72,39 @@ def total(flags):
 
 
 @jit
-def chosen(bits, number, wanted):
-    """Which blocks of each token have the ``wanted`` [TOKENS] largest; of equal ones, the smaller number.
+def largest_bound(bits, wanted: tl.constexpr):
+    """The largest number that at least ``wanted`` of each token's bits reach, found from its highest bits down."""
+    first = tl.full([bits.shape[1]], 1 << 30, tl.int32)
+    bound = tl.where(total(bits >= first[None, :, None]) >= wanted, first, 0)
+    if bits.shape[2] <= 4 and bits.shape[0] * bits.shape[2] < 1024:
+        # Sums over threads take the time: two bits with one, of three counts with ten bits each.
+        for i in range(15):
+            unit = 1 << (28 - 2 * i)
+            one, two, three = bound | unit, bound | (unit * 2), bound | (unit * 3)
+            count = (bits >= one[None, :, None]).to(tl.int32) + ((bits >= two[None, :, None]).to(tl.int32) << 10)
+            count = tl.sum(tl.sum(count + ((bits >= three[None, :, None]).to(tl.int32) << 20), 2), 0)
+            bound = tl.where((count & 1023) >= wanted, one, bound)
+            bound = tl.where(((count >> 10) & 1023) >= wanted, two, bound)
+            bound = tl.where((count >> 20) >= wanted, three, bound)
+    else:
+        for i in range(30):
+            trial = bound | (1 << (29 - i))
+            bound = tl.where(total(bits >= trial[None, :, None]) >= wanted, trial, bound)
+    return bound
+
+
+@jit
+def chosen(bits, number, wanted: tl.constexpr):
+    """Which blocks of each token have the ``wanted`` largest; of equal ones, the smaller number.
 
     bits and number, in the form of ``columns``: the bits of importances, which order as integers do, as they are not
-    negative; -1 is no candidate. The largest bound that enough of them reach is found bit by bit: counts alone, where a
-    sort would move every number.
+    negative; -1 is no candidate. Counts alone, where a sort would move every number.
     """
-    bound = tl.zeros_like(wanted)
-    for i in range(31):
-        trial = bound | (1 << (30 - i))
-        bound = tl.where(total(bits >= trial[None, :, None]) >= wanted, trial, bound)
+    bound = largest_bound(bits, wanted)
     take = bits >= bound[None, :, None]
-    if tl.max(total(take) - wanted, 0) > 0:  # more are equal than are wanted, which is rare
+    if tl.max(total(take), 0) > wanted:  # more are equal than are wanted, which is rare
         above, at = bits > bound[None, :, None], bits == bound[None, :, None]
-        left, end = wanted - total(above), tl.zeros_like(wanted)
+        left, end = wanted - total(above), tl.zeros_like(bound)
         for i in range(24):
             trial = end | (1 << (23 - i))
             end = tl.where(total(at & (number < trial[None, :, None])) <= left, trial, end)
@@ -94,25 +113,25 @@ def chosen(bits, number, wanted):
 
 
 @jit
-def store_chosen(pointer, value, number, current, count, earlier, G: tl.constexpr, M: tl.constexpr):
+def store_chosen(pointer, value, number, current, count, candidate, G: tl.constexpr, M: tl.constexpr):
     """Writes each token's selected blocks, ascending, behind ``pointer`` [TOKENS]; -1 fills up.
 
-    value: importances of the blocks ``number``, in the form of ``columns``, where ``earlier``: before the token's own
-    block ``current``, which may be incomplete and so in no table; -1 is padding. ``count``: M, or 0 to write nothing.
+    value: importances of the blocks ``number``, in the form of ``columns``, where ``candidate``: up to the token's own
+    block ``current`` [TOKENS]. ``count``: M, or 0 to write nothing.
     """
-    forced = (number == 0) | (number == current[None, :, None] - 1)
-    bits = tl.where(earlier, tl.where(forced, G * 1.0, value).to(tl.int32, bitcast=True), -1)
-    # The token's own block has the most there is and the last number.
-    most = tl.full(value.shape, G, tl.float32).to(tl.int32, bitcast=True)
-    own = (current >= 0) & (total(bits == most) < M)
-    take = chosen(bits, number, M - own.to(tl.int32))
-    last = tl.full(current.shape, -1, tl.int32)
-    for i in range(M):
-        behind = tl.where(take & (number > last[None, :, None]), number, 0x7FFFFFFF)
-        following = tl.min(tl.min(behind, 2), 0)
-        found = tl.where(following < 0x7FFFFFFF, following, tl.where(own & (last < current), current, -1))
-        tl.store(pointer + i, found, mask=i < count)
-        last = tl.where(found < 0, 0x7FFFFFFE, found)
+    forced = (number == 0) | (number >= current[None, :, None] - 1)
+    bits = tl.where(candidate, tl.where(forced, G * 1.0, value).to(tl.int32, bitcast=True), -1)
+    take = chosen(bits, number, M)
+    # As many blocks are taken before a block as behind it in its thread and in the threads behind: numbers count down.
+    taken = take.to(tl.int32)
+    held = tl.sum(taken, 2)[:, :, None]
+    slot = tl.cumsum(held, 0, reverse=True) - held + tl.cumsum(taken, 2, reverse=True) - taken
+    # The others fill up what is left of the M places, in their order.
+    LAST: tl.constexpr = taken.shape[0] * taken.shape[2] - 1
+    lane, row = tl.arange(0, taken.shape[0]), tl.arange(0, taken.shape[2])
+    before = LAST - (lane[:, None, None] * taken.shape[2] + row[None, None, :])
+    place = tl.where(take, slot, tl.sum(held, 0)[None, :, :] + before - slot)
+    tl.store(pointer[None, :, None] + place, tl.where(take, number, -1), mask=place < count[None, :, None])
 
 
 @jit
@@ -159,8 +178,8 @@ def _look(
 @jit
 def _select_kernel(
     q, pooled_k, pooled_v, position, base, T, C, tiles, o, lse, indices, scratch, C_BLOCK: tl.constexpr,
-    PICK: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, N: tl.constexpr, V: tl.constexpr,
-    S: tl.constexpr, M: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    PICK: tl.constexpr, LANES: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
+    V: tl.constexpr, S: tl.constexpr, M: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
     BLOCKS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # A program takes one tile after another, so that the scratch for importances does not grow with the tokens.
@@ -175,7 +194,7 @@ def _select_kernel(
     pooled_v += (batch * C * K + head) * V
     scratch += ((batch * K + head) * tl.num_programs(0) + tl.program_id(0)) * TOKENS * C
     line = tl.arange(0, PICK)
-    entry = columns(C_BLOCK, PICK)
+    entry = columns(C_BLOCK, PICK, LANES)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         _look(
             q, pooled_k, pooled_v, position, base, tile * TOKENS, T, C, head, o, lse, scratch, H, K, G, N, V, S, SCALE,
@@ -188,24 +207,26 @@ def _select_kernel(
             number = entry - tl.load(base + t, mask=exists, other=0)[None, :, None]
             at = tl.load(position + t, mask=exists, other=-1)
             current = tl.where(at >= 0, at // S, -1)
-            earlier = (number >= 0) & (number < current[None, :, None])
-            value = tl.load(scratch + (row + line)[None, :, None] * C + entry, mask=earlier & (entry < C), other=0.0)
+            candidate = (number >= 0) & (number <= current[None, :, None])
+            value = tl.load(scratch + (row + line)[None, :, None] * C + entry, mask=candidate & (entry < C), other=0.0)
             pointer = indices + (t * K + head) * M
-            store_chosen(pointer, value, number, current, tl.where(exists, M, 0), earlier, G, M)
+            store_chosen(pointer, value, number, current, tl.where(exists, M, 0), candidate, G, M)
         tl.debug_barrier()  # and only then written again
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Block means read at a time, programs, warps and stages."""
+    """Block means read at a time, programs, most numbers that a thread holds, warps and stages."""
 
     blocks: int = 64
     programs: int = 1056
+    held: int = 32
     warps: int = 4
     stages: int = 2
 
 
 TILES = Tiles()
+MANY = Tiles(warps=8)  # for tiles of 8 tokens and more, where selection takes the time
 
 
 def select(
@@ -214,9 +235,13 @@ def select(
     """The compressed branch, its logsumexp, and the selected block numbers (ascending, -1 fills up)."""
     M, C = slots(case), pooled_k.shape[1]
     constants = shared_constants(case)
-    tiles = ceil_div(case.T, constants["TOKENS"])
-    programs = min(tiles, ceil_div(TILES.programs, case.B * case.K))
-    C_BLOCK = power_of_2(C, 32)
+    TOKENS = constants["TOKENS"]
+    chosen_tiles = MANY if TOKENS >= 8 else TILES
+    tiles = ceil_div(case.T, TOKENS)
+    programs = min(tiles, ceil_div(chosen_tiles.programs, case.B * case.K))
+    # A token's own block may be incomplete, and so in no table; where documents are packed it counts behind its base.
+    C_BLOCK = power_of_2(C + 1 if case.segment_ids or case.U % case.block_size else C, 32)
+    lanes = min(32, max(C_BLOCK // chosen_tiles.held, power_of_2(32 * chosen_tiles.warps // TOKENS)))
     *results, _ = triton_call(
         _select_kernel,
         *(q, pooled_k, pooled_v, layout.position, layout.base, case.T, C, tiles),
@@ -224,15 +249,16 @@ def select(
             jax.ShapeDtypeStruct((case.B, case.T, case.H, case.V), q.dtype),
             jax.ShapeDtypeStruct((case.B, case.T, case.H), jnp.float32),
             jax.ShapeDtypeStruct((case.B, case.T, case.K, M), jnp.int32),
-            jax.ShapeDtypeStruct((case.B, case.K, programs, constants["TOKENS"], C), jnp.float32),
+            jax.ShapeDtypeStruct((case.B, case.K, programs, TOKENS, C), jnp.float32),
         ),
         grid=(programs, case.K, case.B),
-        num_warps=TILES.warps,
-        num_stages=TILES.stages,
+        num_warps=chosen_tiles.warps,
+        num_stages=chosen_tiles.stages,
         C_BLOCK=C_BLOCK,
-        PICK=TILES.warps,
+        PICK=32 * chosen_tiles.warps // lanes,
+        LANES=lanes,
         M=M,
-        BLOCKS=TILES.blocks,
+        BLOCKS=chosen_tiles.blocks,
         **constants,
     )
     return tuple(results)

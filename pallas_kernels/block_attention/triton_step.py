@@ -124,7 +124,7 @@ def _means_kernel(
 @jit
 def _select(
     logits, tops, weights, selected, scratch, current, C: tl.constexpr, C_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    MEANS: tl.constexpr, MEANS_BLOCK: tl.constexpr, WARPS: tl.constexpr, M: tl.constexpr,
+    MEANS: tl.constexpr, MEANS_BLOCK: tl.constexpr, SAME: tl.constexpr, LANES: tl.constexpr, M: tl.constexpr,
     G: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Writes the numbers of the selected blocks, ascending; -1 fills up."""
@@ -142,19 +142,19 @@ def _select(
         importance = tl.minimum(tl.sum(tl.exp2(value - log_sum[:, None]), 0), G * 1.0)
         tl.store(scratch + number, importance, mask=number < C)
     tl.debug_barrier()  # what other threads left in scratch is read
-    number = columns(C_BLOCK, WARPS)  # every warp finds the same
-    current = current + tl.zeros([WARPS], tl.int32)
-    earlier = number < current[None, :, None]
-    value = tl.load(scratch + number, mask=earlier & (number < C), other=0.0)
-    pointer = selected + tl.zeros([WARPS], tl.int32)
-    store_chosen(pointer, value, number, current, tl.zeros_like(current) + M, earlier, G, M)
+    number = columns(C_BLOCK, SAME, LANES)
+    current = current + tl.zeros([SAME], tl.int32)
+    candidate = number <= current[None, :, None]
+    value = tl.load(scratch + number, mask=candidate & (number < C), other=0.0)
+    pointer = selected + tl.zeros([SAME], tl.int32)
+    store_chosen(pointer, value, number, current, tl.zeros_like(current) + M, candidate, G, M)
 
 
 @jit
 def _window_kernel(
     q, new_k, new_v, length, active, logits, mean_tops, mean_weights, k_in, v_in, U, k, v, selected, position, scratch,
     sums, tops, weights, C: tl.constexpr, C_BLOCK: tl.constexpr, CHUNK: tl.constexpr, MEANS: tl.constexpr,
-    MEANS_BLOCK: tl.constexpr, WARPS: tl.constexpr, M: tl.constexpr, WINDOW: tl.constexpr,
+    MEANS_BLOCK: tl.constexpr, SAME: tl.constexpr, LANES: tl.constexpr, M: tl.constexpr, WINDOW: tl.constexpr,
     WINDOW_EACH: tl.constexpr, TILE: tl.constexpr, ACTIVE: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
     N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
     N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -167,7 +167,7 @@ def _window_kernel(
         parts = row * (MEANS * G)
         _select(
             logits + row * (G * C), mean_tops + parts, mean_weights + parts, selected + row * M, scratch + row * C,
-            tl.where(t >= 0, t // S, -1), C, C_BLOCK, CHUNK, MEANS, MEANS_BLOCK, WARPS, M, G, ROWS,
+            tl.where(t >= 0, t // S, -1), C, C_BLOCK, CHUNK, MEANS, MEANS_BLOCK, SAME, LANES, M, G, ROWS,
         )  # fmt: skip
     else:
         k += batch * U * (K * N) + head * N
@@ -258,11 +258,13 @@ def _join_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Tokens or means that a program reads at a time, the most parts of a branch, logits read at a time, warps."""
+    """Tokens or means that a program reads at a time, the most parts of a branch, logits read at a time, threads that
+    select together (others do the same again), warps."""
 
     tile: int = 128
     parts: int = 16
     chunk: int = 512
+    lanes: int = 128
     warps: int = 4
     join_warps: int = 1
 
@@ -310,11 +312,11 @@ def _step(
     counts, eaches = zip(_shares(C, tile), _shares(window, tile), _shares(M, tile // case.block_size), strict=True)
     sizes = dict(zip(("MEANS", "WINDOWS", "SELECTORS"), counts, strict=True))
     blocks = {f"{name}_BLOCK": power_of_2(count) for name, count in sizes.items()}
-    C_BLOCK = power_of_2(C, 32)
+    C_BLOCK = power_of_2(ceil_div(case.U, case.block_size), TILES.lanes)
     joins: dict[str, Any] = {**sizes, **blocks, **{name: constants[name] for name in ("G", "V", "V_BLOCK")}}
     flags: dict[str, Any] = dict(TILE=tile, ACTIVE=active is not None, C=C)
     chunk = min(C_BLOCK, max(32, TILES.chunk * 16 // constants["ROWS"]))
-    selection = dict(C_BLOCK=C_BLOCK, CHUNK=chunk, WARPS=TILES.warps, M=M)
+    selection = dict(C_BLOCK=C_BLOCK, CHUNK=chunk, SAME=32 * TILES.warps // TILES.lanes, LANES=TILES.lanes, M=M)
     selection |= {name: joins[name] for name in ("MEANS", "MEANS_BLOCK")}
 
     def launch(kernel: Any, programs: int, arrays: Any, outputs: Any, aliases: dict[int, int], **options: Any) -> Any:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
+
 from pallas_kernels.block_attention.blocks import table_size
 from pallas_kernels.triton_call import jit, tl
 
@@ -63,25 +65,41 @@ def slots(case: Any) -> int:
 
 ROWS = 64  # of a tile: tokens times the padded group
 
-# Up to how many query heads to a KV head blocks gather their tokens. 0: never, until a GPU has shown the gain, which is
-# expected up to 4; the tests set it.
-GATHERED_GROUP = 0
-PIECE = 512  # tokens of a block's list that one program takes
+PIECE_ROWS = 8192  # of a block's list that one program takes: tokens times the padded group
+LEAST_PIECE = 512  # tokens
+
+# Up to how many query heads to a KV head blocks gather their tokens in each pass; the most bytes of partial results.
+GATHERED_FORWARD = 4
+GATHERED_BACKWARD = 64
+GATHERED_BYTES = 2**33
 
 
-def gathers(case: Any) -> bool:
-    """Whether blocks gather the tokens that selected them: for few query heads to a KV head (see ``triton_gather``)."""
-    return case.H // case.K <= GATHERED_GROUP and not case.cached
+def gathers_forward(case: Any) -> bool:
+    """Whether blocks gather the tokens that selected them in the forward pass (see ``triton_gather``)."""
+    return case.H // case.K <= GATHERED_FORWARD and _parts_bytes(case) <= GATHERED_BYTES and not case.cached
 
 
-def shared_constants(case: Any) -> dict[str, Any]:
-    """What every kernel is compiled for."""
+def gathers_backward(case: Any) -> bool:
+    """Whether they do in the backward pass."""
+    return case.H // case.K <= GATHERED_BACKWARD and _parts_bytes(case) <= GATHERED_BYTES
+
+
+def _parts_bytes(case: Any) -> int:
+    return case.B * case.T * case.H * slots(case) * max(case.N, case.V) * jnp.dtype(case.dtype).itemsize
+
+
+def piece_size(case: Any) -> int:
+    """Tokens of a block's list that one program takes."""
+    return max(LEAST_PIECE, PIECE_ROWS // power_of_2(case.H // case.K))
+
+
+def shared_constants(case: Any, rows: int = ROWS, together: bool = False) -> dict[str, Any]:
+    """What every kernel is compiled for; ``together``: for a tile of which each token is a bit (``plan.union``)."""
     group = case.H // case.K
     heads = power_of_2(group)
     # Exact products have no tensor cores: larger tiles spill registers and compile slowly.
-    rows = 16 if case.dtype == "float32" else ROWS
-    # Where a tile's tokens read their blocks together, each of them is a bit.
-    most = rows if gathers(case) else 16
+    rows = 16 if case.dtype == "float32" else rows
+    most = 16 if together else rows
     return dict(
         H=case.H,
         K=case.K,

@@ -8,12 +8,16 @@ random directions, with the selected blocks held fixed.
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from safetensors.numpy import load_file
 
+import lte_jax
 from pallas_kernels.block_attention import block_attention, block_attention_extend, init_block_cache, triton_tiles
 from pallas_kernels.block_attention import xla as xla_backend
 from pallas_kernels.block_attention.api import Case
@@ -21,6 +25,7 @@ from pallas_kernels.dispatch import UnsupportedCase
 from tests.tolerances import assert_close
 
 NAMES = ("q", "k", "v", "gates")
+REFERENCE = Path(__file__).parents[1] / "data" / "reference"
 
 
 def draw(seed, B, T, H, K, N, V):
@@ -287,16 +292,29 @@ def test_under_vmap_scan_and_remat(implementation):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["odd", "packed, group of 2", "group of 1, prime block"])
+@pytest.mark.parametrize("name", ["odd", "packed", "packed, group of 2", "group of 1, prime block"])
 def test_gathering_tokens_by_block_changes_nothing(name, monkeypatch):
-    """The kernels for few query heads to a KV head, which are not offered yet, against those that are."""
+    """In each pass blocks gather their tokens, or tiles of tokens read their blocks: the three ways agree."""
     arrays, segments, options = build(name, "triton")
     cotangent = jnp.cos(7.0 * arrays[0][..., :1] + arrays[0][..., : arrays[2].shape[3]])
-    by_tile = compiled(tuple(options.items()), "triton")(arrays, segments, cotangent)
-    monkeypatch.setattr(triton_tiles, "GATHERED_GROUP", 4)
-    by_block = compiled.__wrapped__(tuple(options.items()), "triton")(arrays, segments, cotangent)
-    for one, other in zip(jax.tree.leaves(by_tile), jax.tree.leaves(by_block), strict=True):
-        assert_close(other, one, "block attention")
+    results = []
+    for forward, backward in ((0, 0), (0, 64), (64, 64)):
+        monkeypatch.setattr(triton_tiles, "GATHERED_FORWARD", forward)
+        monkeypatch.setattr(triton_tiles, "GATHERED_BACKWARD", backward)
+        results.append(compiled.__wrapped__(tuple(options.items()), "triton")(arrays, segments, cotangent))
+    for other in results[1:]:
+        for one, two in zip(jax.tree.leaves(results[0]), jax.tree.leaves(other), strict=True):
+            assert_close(two, one, "block attention")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("folder", ["nsa", "gdn_nsa"])
+def test_gives_the_logits_of_the_authors_models(folder, implementation):
+    """On a GPU; ``tests/system/test_reference.py`` does it without one."""
+    model = lte_jax.from_pretrained(REFERENCE / folder, implementation=implementation)
+    golden = load_file(REFERENCE / folder / "golden.safetensors")
+    logits = nnx.jit(lambda model, ids: model(ids).logits)(model, golden["input_ids"])
+    np.testing.assert_allclose(logits, golden["logits"], atol=2e-4, rtol=0)
 
 
 def test_bits_repeat(implementation):
