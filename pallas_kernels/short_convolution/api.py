@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.dispatch import Operation, UnsupportedCase
 
-OPERATION = Operation("short_convolution", implementations=("triton", "xla"))
+OPERATION = Operation("short_convolution", implementations=("triton", "xla"), fastest=("triton", "xla"))
 
 ACTIVATIONS = ("silu", None)
 _DTYPES = ("float32", "bfloat16", "float16")
