@@ -308,6 +308,21 @@ def test_gathering_tokens_by_block_changes_nothing(name, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("group", [1, 4, 16])
+def test_sixteen_bits_on_tensor_cores(group):
+    """The tiles that 16 bits have, for each way that blocks and tokens meet, against float32."""
+    arrays = draw(23, 1, 1021, 16, 16 // group, 64, 64)
+    run = compiled((("block_size", 64), ("block_counts", 8), ("window", 100)), "triton")
+    truth = compiled((("block_size", 64), ("block_counts", 8), ("window", 100)), "xla")
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays)
+    cotangent = jnp.cos(7.0 * arrays[0]).astype(jnp.bfloat16)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (low, cotangent))
+    expected_values = jax.tree.leaves(truth(wide[0], None, wide[1]))
+    for one, other in zip(expected_values, jax.tree.leaves(run(low, None, cotangent)), strict=True):
+        assert_close(other, one, "block attention", "bfloat16")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("folder", ["nsa", "gdn_nsa"])
 def test_gives_the_logits_of_the_authors_models(folder, implementation):
     """On a GPU; ``tests/system/test_reference.py`` does it without one."""
