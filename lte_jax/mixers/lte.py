@@ -180,15 +180,11 @@ class LTE(Mixer):
     ) -> tuple[Queries, Keys, Float32[Array, "B K"], Array]:
         """q and k [B,1,..] rotated, the score that is final with this token, and the router's inputs to remember."""
         scorer, empty = self._router(router), (k.shape[0], 0, k.shape[2], 2 * k.shape[3])
-        operands = lte_inputs.Operands(
-            *(part[:, 0] for part in (q, k, v)),
-            cache.length,
-            *rotation(cache.length, self.head_size // 2, self.config.rope_theta),
-            jnp.zeros(empty, k.dtype) if cache.recent is None else cache.recent,
-            tuple(lte_inputs.Convolution(conv.weight[...], conv.bias[...], conv.dilation) for conv in scorer.convs),
-            scorer.proj.weight[...],
-            scorer.proj.bias[...],
-        )
+        cos, sin = rotation(cache.length, self.head_size // 2, self.config.rope_theta)
+        recent = jnp.zeros(empty, k.dtype) if cache.recent is None else cache.recent
+        convolutions = tuple(lte_inputs.Convolution(c.weight[...], c.bias[...], c.dilation) for c in scorer.convs)
+        scores = (scorer.proj.weight[...], scorer.proj.bias[...])
+        operands = lte_inputs.Operands(q[:, 0], k[:, 0], v[:, 0], cache.length, cos, sin, recent, convolutions, *scores)
         named = self.implementation if self.implementation in lte_inputs.OPERATION.implementations else None
         q, k, score, recent = lte_inputs_step(operands, method=scorer.method, active=active, implementation=named)
         return q[:, None], k[:, None], score, recent
