@@ -44,4 +44,12 @@ _CHOICES = {
     ("gradients", 256): Tile(64, 4, 1),
 }
 
-CHECKED: frozenset[tuple[str, int, Tile]] = frozenset()
+CHECKED: frozenset[tuple[str, int, Tile]] = frozenset(
+    {
+        ("within", 64, Tile(64, 4, 1)),
+        ("scan", 64, Tile(32, 4, 2)),
+        ("reverse_scan", 64, Tile(64, 4, 2)),
+        ("pairs", 64, Tile(64, 4, 3)),
+        ("gradients", 64, Tile(64, 4, 1)),
+    }
+)

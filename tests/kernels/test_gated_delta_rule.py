@@ -330,14 +330,14 @@ def test_every_tile(monkeypatch, kernels, size, value_size, segments):
     check(*make_inputs(150 + segments, decays=(0.01, 0.1, 20.0), **shape), kernels)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the present kernels await a green run of this file on a GPU, which fills CHECKED"
-)
-def test_only_checked_tiles_are_chosen():
+UNSEEN = pytest.mark.xfail(strict=True, reason="this file awaits a whole run on a GPU, which fills CHECKED")
+
+
+@pytest.mark.parametrize("size", [64, pytest.param(128, marks=UNSEEN), pytest.param(256, marks=UNSEEN)])
+def test_only_checked_tiles_are_chosen(size):
     """``CHECKED`` gains an entry when this file has passed with it on a GPU."""
     kernels = ("within", "scan", "reverse_scan", "pairs", "gradients")
-    chosen = {(name, size, triton_tiles.choose(name, size)) for name in kernels for size in triton_tiles.HEAD_SIZES}
-    assert chosen <= triton_tiles.CHECKED
+    assert {(name, size, triton_tiles.choose(name, size)) for name in kernels} <= triton_tiles.CHECKED
 
 
 @pytest.mark.parametrize("programs", [1, 16, 33, 34, 128])
