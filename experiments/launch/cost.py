@@ -45,7 +45,7 @@ class Measured:
 
 
 MEASURED = {
-    ("lalte", "0.4B"): Measured(113_701, 8, 15.2),
+    ("lalte", "0.4B"): Measured(154_438, 8, 37.2),
     ("lalte", "1.4B"): Measured(42_605, 4, 28.3),
     ("gdn", "1.4B"): Measured(40_806, 4, 31.9),
 }
@@ -132,7 +132,7 @@ def state_gib(weights: int, shards: int = 1) -> float:
 
 def page() -> str:
     """The page of results."""
-    lines = [*HEAD, *_speed_table(), *TRAFFIC_HEAD, *_traffic_table(), *TAIL]
+    lines = [*HEAD, *_speed_table(), *TRAFFIC_HEAD, *_traffic_table(), *TAIL, *_memory()]
     return "\n".join(lines) + "\n"
 
 
@@ -168,6 +168,14 @@ def _traffic_table() -> list[str]:
         lines.append(f"| {axis}=8 | {sent / 1e9:.1f} | {sent / NVLINK:.2f} s | {sent / NETWORK:.2f} s |")
     compute = tokens / MEASURED["lalte", "1.4B"].tokens_per_second
     return [*lines, "", f"The same step computes for {compute:.1f} s."]
+
+
+def _memory() -> list[str]:
+    peaks = [f"{x.peak_gib} GiB ({name} {size}, {x.rows} rows)" for (name, size), x in MEASURED.items()]
+    return [
+        "Peak memory of one H200 as measured: " + ", ".join(peaks) + ".",
+        "Every start prints what its own step will take, before it is launched.",
+    ]
 
 
 HEAD = [
@@ -208,8 +216,6 @@ TAIL = [
     "  above 1 it runs once in `parts`, so that the days are an upper bound. On 64 GPUs at 0.4B a GPU has 4 rows.",
     "- Evaluation, saving and reading of data are left out: their share is in a run's `metrics.jsonl` (`seconds`).",
     "",
-    "Peak memory as measured on one H200: 15.2 GiB (laLTE 0.4B, 8 rows), 28.3 GiB (laLTE 1.4B, 4 rows), 31.9 GiB (GDN",
-    "1.4B, 4 rows). Every start prints what its own step will take, before it is launched.",
 ]
 
 if __name__ == "__main__":
