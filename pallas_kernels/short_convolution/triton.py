@@ -323,14 +323,16 @@ def check(case: Any) -> None:
         )
 
 
-def _plan(kernel: str, x: jax.Array, weight: jax.Array, activation: str | None, **flags: bool) -> dict[str, Any]:
+def _plan(
+    kernel: str, x: jax.Array, weight: jax.Array, activation: str | None, PACKED: bool, **flags: bool
+) -> dict[str, Any]:
     """The grid and the compile-time values of a launch."""
     (B, T, D), taps = x.shape, weight.shape[1]
-    tile = choose(kernel, D)
+    tile = choose(kernel, D, PACKED)
     return dict(
         grid=(ceil_div(T, tile.chunk), ceil_div(D, tile.width), B), num_warps=tile.warps, num_stages=1,
         D=D, TAPS=taps, WIDTH=tile.width, CHUNK=tile.chunk, ROWS=tile.rows, SILU=activation == "silu",
-        EVEN=T % tile.chunk == 0, FAST=not interpreting(), **flags,
+        EVEN=T % tile.chunk == 0, FAST=not interpreting(), PACKED=PACKED, **flags,
     )  # fmt: skip
 
 

@@ -15,12 +15,19 @@ class Tile:
     warps: int
 
 
-# The fastest of those timed on an H200 at (8, 4096, 1024) bfloat16: 8 channels for each thread forward, 4 backward.
-_CHOICES = {"forward": Tile(512, 64, 8, 2), "backward": Tile(512, 128, 8, 4)}
+# By kernel and whether there are documents: the fastest of those timed on an H200 at (8, 4096, 1024) bfloat16, all of 4
+# channels for each thread. With 8, the
+# forward pass needs so many registers that few warps fit.
+_CHOICES = {
+    ("forward", False): Tile(512, 64, 8, 4),
+    ("forward", True): Tile(512, 64, 8, 4),
+    ("backward", False): Tile(512, 128, 8, 4),
+    ("backward", True): Tile(512, 64, 8, 4),
+}
 
 
-def choose(kernel: str, channels: int) -> Tile:
+def choose(kernel: str, channels: int, packed: bool) -> Tile:
     """The tile of a kernel ("forward" or "backward"), narrower where there are fewer channels."""
-    tile = _CHOICES[kernel]
+    tile = _CHOICES[kernel, packed]
     width = min(tile.width, max(32, 1 << (channels - 1).bit_length()))
     return dataclasses.replace(tile, width=width, warps=max(tile.warps * width // tile.width, 1))

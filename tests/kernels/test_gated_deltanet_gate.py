@@ -76,10 +76,9 @@ def check(calls, names, case="", capability=90):
 
 def test_convolution_compiles_without_spills():
     forward, backward = check(convolution(False, False), ["_forward", "_backward"])
-    # What the speed rests on: 16 bytes of x for each load, 8 where x and dy share the registers, and no more loads
-    # than rows and their neighbours.
-    assert forward.ptx.count("ld.global.v4.b32") >= 8 and backward.ptx.count("ld.global.v2.b32") >= 16
-    assert backward.registers <= 128
+    # What the speed rests on: 8 bytes for each load, eight rows of them (of x and dy) at a time, and many warps.
+    assert forward.ptx.count("ld.global.v2.b32") >= 8 and backward.ptx.count("ld.global.v2.b32") >= 16
+    assert forward.registers <= 64 and backward.registers <= 128
 
 
 def test_packed_convolution_compiles_without_spills():
