@@ -207,7 +207,7 @@ TAIL = [
     "",
     "## What was not measured",
     "",
-    "- No run on more than one GPU. The traffic is the formula in `experiments/launch/cost.py` at the data sheets'",
+    "- No speed on more than one GPU. The traffic is the formula in `experiments/launch/cost.py` at the data sheets'",
     "  450 GB/s (NVLink) and 50 GB/s (400 Gb/s network); nothing is counted as hidden behind computation, and no",
     "  waiting of one GPU for another is added.",
     "- The speeds marked as estimated: they assume the share of the peak that laLTE of the same size reaches. NSA's",
