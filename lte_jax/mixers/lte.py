@@ -141,13 +141,19 @@ class LTE(Mixer):
     ) -> tuple[Hidden, LTECache] | tuple[Hidden, LTECache, Aux]:
         check_reading(reading, READINGS[1:])
         if x.shape[1] == 1:
-            y, cache, aux = self._extend_one(x, cache, segment_ids, context, router)
+            y, cache, aux = self._extend_one(x, cache, segment_ids, context, router, return_aux)
         else:
             y, cache, aux = self._extend_chunk(x, cache, segment_ids, reading, context, router)
         return (y, cache, aux) if return_aux else (y, cache)
 
     def _extend_one(
-        self, x: Hidden, cache: LTECache, segment_ids: SegmentIds | None, context: Aux | None, router: Router | None
+        self,
+        x: Hidden,
+        cache: LTECache,
+        segment_ids: SegmentIds | None,
+        context: Aux | None,
+        router: Router | None,
+        scored: bool,
     ) -> tuple[Hidden, LTECache, Aux]:
         """One token per row: one new score, one token into the ring, at most one slot of the store changed."""
         config, reach = self.config, self.config.reach
@@ -155,7 +161,7 @@ class LTE(Mixer):
         position = cache.length[:, None]
         q, k, v = self._project(x)
         if config.retention == "learned":
-            own = self._own_score(cache, k, v, position, router)  # nothing is computed where no one reads it
+            own = self._own_score(cache, k, v, position, router) if scored else None
             q, k, score, recent = self._step_inputs(cache, q, k, v, active, router)
             cache = cache if cache.recent is None else cache._replace(recent=recent)
         else:
