@@ -1,5 +1,6 @@
 """Strict settings for every test: float32 dots are float32, promotion is explicit, the CPU shows eight devices."""
 
+import gc
 import importlib
 import os
 from pathlib import Path
@@ -15,6 +16,16 @@ from tests import exhaustive_page
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_threefry_partitionable", True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Drops compiled programs between files before Linux's bound on a process's memory mappings (65,530) aborts it."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_text().count("\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_generate_tests(metafunc):
