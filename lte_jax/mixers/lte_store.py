@@ -133,7 +133,9 @@ def _best_of_row(scores: Float32[Array, "B K T"], budget: int) -> Bool[Array, "B
         lowest += jnp.sum(reached, axis=-1, dtype=jnp.int32) << bit
     above, equal = key > lowest[..., None], (key == lowest[..., None]) & (key > 0)
     room = budget - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
-    return above | (equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= room))
+    # Without the barrier XLA's simplifier aborts the process where a row is constant, as in a prompt within the window.
+    among = jnp.cumsum(jax.lax.optimization_barrier(equal), axis=-1, dtype=jnp.int32)
+    return above | (equal & (among <= room))
 
 
 def successors(
