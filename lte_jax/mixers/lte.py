@@ -199,7 +199,9 @@ class LTE(Mixer):
         """The new token's provisional score [B,1,K], of what is known so far."""
         reach = self.config.reach
         known = (position - 2 * reach + jnp.arange(2 * reach + 1, dtype=jnp.int32) >= 0).astype(jnp.int32)
-        return self._router(router)(*self._join_inputs(cache, k, v), known, None, self.implementation)[:, -1:]
+        return self._router(router)(
+            *lte_cache.join_inputs(cache.recent, k, v, self.dtype), known, None, self.implementation
+        )[:, -1:]
 
     def _step_aux(self, own: Scores | None, position: Positions, active: Bool[Array, "B"] | None) -> Aux:
         shape = (*position.shape, self.config.kv_heads)
@@ -290,7 +292,7 @@ class LTE(Mixer):
             joined = scores if past is None else jnp.concatenate([past.score, scores], axis=1)
             return joined, jnp.zeros_like(scores), cache.recent
         reach = self.config.reach
-        inputs = self._join_inputs(cache, k, v)
+        inputs = lte_cache.join_inputs(cache.recent, k, v, self.dtype)
         known = jnp.concatenate([position[:, :1] - 2 * reach + jnp.arange(2 * reach) >= 0, real], axis=1)
         if past is None and new is None:
             new_k, new_v = inputs[0][:, 2 * reach :], inputs[1][:, 2 * reach :]
@@ -390,11 +392,3 @@ class LTE(Mixer):
         if not self.config.routing_grad:
             return cut
         return (k, v) if select is None else (jnp.where(select, k, cut[0]), jnp.where(select, v, cut[1]))
-
-    def _join_inputs(self, cache: LTECache, k: Keys, v: Values) -> tuple[Keys, Values]:
-        """The router's remembered inputs and the new ones, rounded as the cache will hold them."""
-        if cache.recent is None:
-            return k, v
-        pairs = zip(jnp.split(cache.recent, 2, axis=-1), (k, v), strict=True)
-        k, v = (jnp.concatenate([old, new.astype(old.dtype)], axis=1).astype(self.dtype) for old, new in pairs)
-        return k, v

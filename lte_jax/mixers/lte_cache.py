@@ -108,6 +108,17 @@ def roll_up(
     )
 
 
+def join_inputs(
+    recent: Float[Array, "B J K C"] | None, k: Keys, v: Values, dtype: DTypeLike
+) -> tuple[Float[Array, "B joined K N"], Float[Array, "B joined K V"]]:
+    """The router's remembered inputs and the new ones, rounded as the cache will hold them."""
+    if recent is None:
+        return k, v
+    pairs = zip(jnp.split(recent, 2, axis=-1), (k, v), strict=True)
+    k, v = (jnp.concatenate([old, new.astype(old.dtype)], axis=1).astype(dtype) for old, new in pairs)
+    return k, v
+
+
 def last_inputs(joined: tuple[Keys, Values], count: int, new: Int32[Array, "B"] | int) -> Float[Array, "B J K C"]:
     """The last ``count`` of the router's inputs, side by side; ``new`` of them follow the ``count`` of the cache."""
     if isinstance(new, int):
