@@ -44,7 +44,8 @@ except ImportError:
 
 INSTALL = "install the extra with GPU support: pip install '.[cuda]' (jax-triton 0.3.1 with triton 3.6)"
 
-_TYPES = {
+# Triton's names of jax's types.
+TYPES = {
     "bfloat16": "bf16",
     "float16": "fp16",
     "float32": "fp32",
@@ -109,7 +110,8 @@ def check_installed(operation: str) -> None:
         ) from error
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
+    """Whether a kernel gets a pointer for this argument, and not its value."""
     return hasattr(value, "shape") and not isinstance(value, np.generic)
 
 
@@ -142,7 +144,7 @@ def triton_call(
     """
     single = hasattr(out_shape, "shape")
     outputs = tuple(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in ([out_shape] if single else out_shape))
-    some_array = next((a for a in arguments if _is_array(a)), None)
+    some_array = next((a for a in arguments if is_array(a)), None)
     # A Python float would arrive as float64 and make every result that it touches float64.
     arguments = tuple(np.float32(a) if isinstance(a, float) else some_array if a is None else a for a in arguments)
     recorded = _recorded.get()
@@ -150,7 +152,11 @@ def triton_call(
         recorded.append(Call(kernel, arguments, outputs, num_warps, num_stages, tuple(constexprs.items())))
         results = tuple(jnp.zeros(o.shape, o.dtype) for o in outputs)
     elif interpreting():
-        results = _interpret(kernel, arguments, outputs, tuple(grid), input_output_aliases or {}, constexprs)
+        from pallas_kernels import triton_interpreter  # it needs Triton
+
+        results = triton_interpreter.run(
+            kernel, arguments, outputs, tuple(grid), input_output_aliases or {}, zeroed_outputs, constexprs
+        )
     else:
         import jax_triton
 
@@ -236,8 +242,8 @@ def compile_call(call: Call, capability: int = 90) -> CompiledKernel:
     signature: dict[str, str] = {}
     attributes = {}
     for index, argument in enumerate((*call.arguments, *call.outputs)):
-        if _is_array(argument):
-            signature[names[index]] = "*" + _TYPES[str(np.dtype(argument.dtype))]
+        if is_array(argument):
+            signature[names[index]] = "*" + TYPES[str(np.dtype(argument.dtype))]
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif argument is True or argument is False:
             signature[names[index]] = "i1"
@@ -277,62 +283,3 @@ def _assemble(ptx: str, capability: int) -> tuple[int, int]:
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", report))
     return registers, spilled
-
-
-def _interpret(
-    kernel: Any,
-    arguments: tuple[Any, ...],
-    outputs: tuple[jax.ShapeDtypeStruct, ...],
-    grid: tuple[int, ...],
-    aliases: dict[int, int],
-    constexprs: dict[str, Any],
-) -> tuple[jax.Array, ...]:
-    """Runs the kernel in Triton's interpreter (slow, exact in its masks and indices). Unwritten memory is NaN."""
-    where = [i for i, a in enumerate(arguments) if _is_array(a)]
-
-    plain = [float(a) if isinstance(a, np.float32) else a for a in arguments]
-
-    def run(*arrays: Any) -> tuple[np.ndarray, ...]:
-        copies = dict(zip(where, (np.array(a) for a in arrays), strict=True))
-        results = [np.full(o.shape, np.nan if jnp.issubdtype(o.dtype, jnp.floating) else 0, o.dtype) for o in outputs]
-        for source, target in aliases.items():
-            results[target] = copies[source]
-        values = [_HostArray(copies[i]) if i in copies else a for i, a in enumerate(plain)]
-        kernel[grid](*values, *map(_HostArray, results), **constexprs)
-        return tuple(results)
-
-    return jax.pure_callback(run, outputs, *(arguments[i] for i in where))
-
-
-class _HostArray:
-    """The part of a torch tensor that the interpreter asks for, around a numpy array that already lies on the host."""
-
-    def __init__(self, array: np.ndarray):
-        self.array, self.dtype = array, _TYPES[str(array.dtype)]
-
-    def data_ptr(self) -> int:
-        return self.array.ctypes.data
-
-    def untyped_storage(self) -> _HostArray:
-        return self
-
-    def cpu(self) -> _HostArray:
-        return self
-
-    def new_empty(self, *_: Any, **__: Any) -> _HostArray:
-        return _HostArray(self.array)
-
-    def storage_offset(self) -> int:
-        return 0
-
-    def size(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    def stride(self) -> tuple[int, ...]:
-        return self.array.strides
-
-    def set_(self, *_: Any) -> None:
-        """The copy to the host: already there."""
-
-    def copy_(self, _: Any) -> None:
-        """The copy back: the kernel wrote into the array itself."""

@@ -1,18 +1,32 @@
 """Strict settings for every test: float32 dots are float32, promotion is explicit, the CPU shows eight devices."""
 
+import contextlib
 import gc
 import importlib
 import os
 from pathlib import Path
 
-# Before jax starts: eight simulated devices, so that meshes are tested everywhere.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-
 import jax
 import pytest
 
-from tests import exhaustive_page
+from experiments.launch.local import visible_gpus
+from pallas_kernels import triton_call
+from pallas_kernels.dispatch import lowering_for_gpu
+from tests import exhaustive_page, rotation
 
+
+def choose_devices() -> None:
+    """Before JAX starts a device: eight simulated ones on the CPU, or one GPU for each worker, in turn."""
+    options = "--xla_force_host_platform_device_count=8"
+    if gpus := visible_gpus():
+        options += " --xla_gpu_autotune_level=0"  # compilation is what GPU tests wait for, and nothing here is timed
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        if "PYTEST_XDIST_WORKER" in os.environ:  # gw0, gw1, ...
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ["PYTEST_XDIST_WORKER"][2:]) % len(gpus)]
+    os.environ.setdefault("XLA_FLAGS", options)
+
+
+choose_devices()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_threefry_partitionable", True)
@@ -28,6 +42,13 @@ def few_mappings():
         gc.collect()
 
 
+@pytest.fixture(autouse=True)
+def interpreted_kernels_count_as_a_gpus():
+    """With TRITON_INTERPRET=1 the kernels of ``pytest -m gpu -k triton`` run on the CPU, each address checked."""
+    with lowering_for_gpu() if triton_call.interpreting() else contextlib.nullcontext():
+        yield
+
+
 def pytest_generate_tests(metafunc):
     """``implementation``: each one of the operation that the file tests; a GPU's run under ``pytest -m gpu``."""
     if "implementation" in metafunc.fixturenames:
@@ -35,6 +56,16 @@ def pytest_generate_tests(metafunc):
         names = importlib.import_module(f"pallas_kernels.{operation}.api").OPERATION.implementations
         values = [name if name == "xla" else pytest.param(name, marks=pytest.mark.gpu) for name in names[::-1]]
         metafunc.parametrize("implementation", values)
+
+
+@pytest.hookimpl(wrapper=True)  # before -m takes cases away and before they are counted
+def pytest_collection_modifyitems(config, items):
+    rotation.mark_the_others(config, items)
+    return (yield)
+
+
+def pytest_report_header(config):
+    return f"TESTS_DAY={rotation.day()}"
 
 
 def pytest_addoption(parser):

@@ -140,6 +140,7 @@ def reference(arrays, cotangent, ids, kind):
         return outputs_and_gradients(wide, cotangent, ids, kind, "xla")
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     ("kind", "packed", "dtype"),
     [

@@ -97,6 +97,7 @@ def test_no_output_depends_on_a_later_token(name, reading):
         assert_close(changed[:, :cut], run(x)[:, :cut], "mixer")
 
 
+@pytest.mark.rotating(10)
 @pytest.mark.parametrize("pieces", [(1,) * LENGTH, (LENGTH,), (30, 1, 1, 29), (5, 50, 6), (16, 16, 16, 13)], ids=str)
 @pytest.mark.parametrize("name", MIXERS)
 def test_any_split_gives_the_full_pass(name, pieces):
@@ -131,6 +132,7 @@ def test_packed_documents_equal_the_documents_alone(name, reading):
         assert_close(gradient[:, part], pullback(cotangent[:, part])[0], "mixer")
 
 
+@pytest.mark.rotating(5)
 @pytest.mark.parametrize("left, right", [(11, 0), (0, 11), (9, 2)])
 @pytest.mark.parametrize("name", MIXERS)
 def test_padding_changes_no_value_and_no_cache(name, left, right):

@@ -97,6 +97,7 @@ def test_dropout_is_drawn_by_its_key_alone():
     np.testing.assert_array_equal(scores(router, x), scores(build(), x))
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize(
     "mesh", [dict(tensor=2, sequence=2), dict(fsdp=2, sequence=4), dict(tensor=8), dict(sequence=8)]
 )

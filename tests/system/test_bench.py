@@ -30,6 +30,7 @@ def run(operation, patterns):
     )
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     "operation, patterns, outputs",
     [

@@ -40,6 +40,7 @@ def loss_and_gradients(layers: str, remat: str):
     return jax.jit(compute)(state)
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("remat", ["none", "operands"])
 def test_written_out_equals_the_scan(remat):
     (loss, numbers), gradients = loss_and_gradients("unroll", remat)

@@ -76,6 +76,7 @@ def greedy(name: str = "lalte") -> list[Generation]:
     return run(build(name))
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("name", PATTERNS)
 def test_greedy_is_the_argmax_of_a_full_pass_over_the_grown_sequence(name):
     model = build(name)
@@ -93,6 +94,7 @@ def test_greedy_is_the_argmax_of_a_full_pass_over_the_grown_sequence(name):
     assert len({token for found in greedy(name) for token in found.tokens}) > 5, "the model says one thing only"
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("name", PATTERNS)
 def test_a_batch_of_one_says_the_same(name):
     for row in (0, 5):

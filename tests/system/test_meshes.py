@@ -1,10 +1,8 @@
 """Does every mesh that the rule admits compute what one device computes, for every mixer?
 
-By default one pair, another each day; ``pytest -m exhaustive tests/system/test_meshes.py`` takes all, and so does
-``python -m tests.system.mesh_table``, which writes them down.
+``python -m tests.system.mesh_table`` takes all pairs too, and writes them down; ``test_sharding.py`` takes one a day.
 """
 
-import datetime
 import itertools
 
 import pytest
@@ -14,23 +12,12 @@ from tests.system.mesh_table import BOUND, MESHES, MIXERS, Outcome, compare, nam
 PAIRS = list(itertools.product(MIXERS, MESHES))
 
 
-def check(mixer, mesh):
-    outcome = compare(mixer, mesh)
-    assert outcome.refused or max(outcome.loss, outcome.gradient) <= BOUND, (mixer, name_of(mesh), outcome)
-
-
-def test_todays_mesh_gives_the_loss_and_gradients_of_one_device():
-    today = datetime.date.today().toordinal()
-    mixer, mesh = PAIRS[today * 37 % len(PAIRS)]  # 37 and 100 have no common factor: all are visited
-    print(f"today: {mixer} on {name_of(mesh)}")
-    check(mixer, mesh)
-
-
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("mesh", MESHES, ids=name_of)
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_mesh_gives_the_loss_and_gradients_of_one_device(mixer, mesh):
-    check(mixer, mesh)
+    outcome = compare(mixer, mesh)
+    assert outcome.refused or max(outcome.loss, outcome.gradient) <= BOUND, outcome
 
 
 def test_the_page_says_what_ran_was_refused_and_went_wrong():

@@ -47,6 +47,7 @@ def tokens(batch: int = 2, length: int = 50, seed: int = 1) -> np.ndarray:
     return np.asarray(jax.random.randint(jax.random.key(seed), (batch, length), 0, 40))
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("pattern", ["lalte", "lalte_shared", "all others"])
 def test_prompt_and_steps_equal_the_streaming_pass(pattern):
     model, ids = build(pattern), tokens()
@@ -60,6 +61,7 @@ def test_prompt_and_steps_equal_the_streaming_pass(pattern):
     assert cache.length.tolist() == [50, 50]
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("pattern", ["lalte", "all others"])
 def test_left_padding_is_invisible(pattern):
     model, ids = build(pattern), tokens(length=40)
@@ -114,6 +116,7 @@ def gradients_with(remat: str):
     return gradients(state)
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "none"])
 def test_remat_changes_no_gradient(policy):
     changed, plain = gradients_with(policy), gradients_with("none")
