@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -34,12 +33,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.arguments import FLOATS, Arguments
 from pallas_kernels.block_attention.blocks import BlockCache, Layout, append, row_layout, table_size
-from pallas_kernels.dispatch import Operation, UnsupportedCase
+from pallas_kernels.dispatch import Operation
 from pallas_kernels.window_attention.api import window_attention, window_attention_step
 
 OPERATION = Operation("block_attention", ("triton", "xla"), fastest=("triton", "xla"))
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,23 +215,6 @@ def _call(module: ModuleType, name: str, case: Case) -> Callable[..., Any]:
     return call
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UnsupportedCase(f"block_attention: {message}")
-
-
-def _check_array(name: str, x: Any, letters: str, sizes: dict[str, int], dtypes: tuple[str, ...]) -> None:
-    """Raises unless x has these dimensions (a letter's first use sets its size) and one of these dtypes."""
-    wanted = f"[{','.join(letters)}]"
-    _require(hasattr(x, "shape") and hasattr(x, "dtype"), f"{name} is {type(x).__name__}; it must be an array {wanted}")
-    _require(len(x.shape) == len(letters), f"{name} has shape {x.shape}; it must be {wanted}")
-    for letter, size in zip(letters, x.shape, strict=True):
-        expected = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
-        _require(size == expected, f"{name} has shape {x.shape}; it must be {wanted} with {letter} = {expected}")
-    _require(all(x.shape), f"{name} has shape {x.shape}; every dimension must be at least 1")
-    _require(str(x.dtype) in dtypes, f"{name} has dtype {x.dtype}; it must be {' or '.join(dtypes)}, use .astype")
-
-
 def _check(
     q: Any,
     k: Any,
@@ -245,47 +227,35 @@ def _check(
     scale: float | None,
     cache: Any = None,
 ) -> Case:
-    sizes: dict[str, int] = {}
-    _check_array("q", q, "BTHN", sizes, DTYPES)
-    same = (str(q.dtype),)
-    _check_array("k", k, "BTKN", sizes, same)
-    _check_array("v", v, "BTKV", sizes, same)
-    _check_array("gates", gates, "BTH3", sizes, DTYPES)
-    if segment_ids is not None:
-        _check_array("segment_ids", segment_ids, "BT", sizes, ("int32",))
-    H, K = sizes["H"], sizes["K"]
-    _require(H % K == 0, f"q has {H} heads and k has {K}; the first must be a multiple of the second")
-    for name, value in (("block_size", block_size), ("block_counts", block_counts), ("window", window)):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        _require(whole and value >= 1, f"{name}={value!r}; it must be an integer >= 1")
-    sizes["U"] = sizes["T"]
-    if cache is not None:
-        _require(isinstance(cache, BlockCache), f"cache is {type(cache).__name__}; it must be a BlockCache")
-        sizes.pop("U")
-        _check_array("cache.k", cache.k, "BUKN", sizes, DTYPES)
-        held = (str(cache.k.dtype),)
-        _check_array("cache.v", cache.v, "BUKV", sizes, held)
+    check = Arguments("block_attention")
+    sizes = check.sizes
+    check.array("q", q, "B T H N", *FLOATS)
+    dtype = str(q.dtype)
+    check.array("k", k, "B T K N", dtype)
+    check.array("v", v, "B T K V", dtype)
+    check.array("gates", gates, "B T H 3", *FLOATS)
+    check.optional("segment_ids", segment_ids, "B T", "int32")
+    check.heads()
+    check.count("block_size", block_size)
+    check.count("block_counts", block_counts)
+    check.count("window", window)
+    if cache is None:
+        sizes["U"] = sizes["T"]
+    else:
+        check.require(isinstance(cache, BlockCache), f"cache is {type(cache).__name__}; it must be a BlockCache")
+        check.array("cache.k", cache.k, "B U K N", *FLOATS)
+        held = str(cache.k.dtype)
+        check.array("cache.v", cache.v, "B U K V", held)
         sizes["C"] = table_size(sizes["U"], block_size)
-        _check_array("cache.pooled_k", cache.pooled_k, "BCKN", sizes, held)
-        _check_array("cache.pooled_v", cache.pooled_v, "BCKV", sizes, held)
-        _check_array("cache.length", cache.length, "B", sizes, ("int32",))
+        check.array("cache.pooled_k", cache.pooled_k, "B C K N", held)
+        check.array("cache.pooled_v", cache.pooled_v, "B C K V", held)
+        check.array("cache.length", cache.length, "B", "int32")
     return Case(
         **{letter: sizes[letter] for letter in "BTUHKNV"},
-        dtype=same[0],
+        dtype=dtype,
         block_size=block_size,
         block_counts=block_counts,
-        scale=_check_scale(scale, sizes["N"]),
+        scale=check.scale(scale),
         segment_ids=segment_ids is not None,
         cached=cache is not None,
     )
-
-
-def _check_scale(scale: float | None, N: int) -> float:
-    if scale is None:
-        return N**-0.5
-    try:
-        value = float(scale)
-    except (TypeError, ValueError, jax.errors.JAXTypeError) as error:
-        raise UnsupportedCase(f"block_attention: scale is {scale!r}; it must be a number, not traced") from error
-    _require(math.isfinite(value), f"scale={value}; it must be finite")
-    return value

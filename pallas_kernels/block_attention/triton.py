@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
+from pallas_kernels.arguments import Arguments
 from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool
 from pallas_kernels.block_attention.plan import Readers, Union, block_bound, readers, union
 from pallas_kernels.block_attention.triton_gather import gathered
@@ -27,7 +28,6 @@ from pallas_kernels.block_attention.triton_tiles import (
     slots,
     tile_rows,
 )
-from pallas_kernels.dispatch import UnsupportedCase
 from pallas_kernels.tiles import check_choice
 from pallas_kernels.triton_call import check_installed, fold_batch, jit, tl, triton_call
 
@@ -119,19 +119,15 @@ def check(case: Any) -> None:
     check_installed("block_attention")
     fix = "use implementation='xla'"
     check_choice("block_attention", "block_size", case.block_size, (16, 32, 64), fix)
-
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise UnsupportedCase(f"block_attention: {message}; {fix}")
-
+    require = Arguments("block_attention: triton").require
     group = case.H // case.K
-    require(group <= 64, f"{group} query heads per KV head; implementation='triton' takes at most 64")
-    require(max(case.N, case.V) <= 128, f"head sizes N={case.N}, V={case.V}; implementation='triton' takes at most 128")
-    require(slots(case) <= 32, f"block_counts={case.block_counts}; implementation='triton' takes at most 32")
+    require(group <= 64, f"{group} query heads per KV head; there must be at most 64: {fix}")
+    require(max(case.N, case.V) <= 128, f"head sizes N={case.N}, V={case.V}; both must be at most 128: {fix}")
+    require(slots(case) <= 32, f"block_counts={case.block_counts}; it must be at most 32: {fix}")
     blocks = block_bound(case.U, case.block_size, case.segment_ids)
-    require((blocks + 1) * case.U < 2**32, f"{case.U} tokens are too many for one sorted list of their blocks")
+    require((blocks + 1) * case.U < 2**32, f"{case.U} tokens are too many for one sorted list of their blocks: {fix}")
     numbers = max(case.T * case.H, case.U * case.K) * max(case.N, case.V)
-    require(numbers < 2**31, f"one row of the batch holds {numbers} numbers, which are counted in 32 bits")
+    require(numbers < 2**31, f"one row of the batch holds {numbers} numbers, which are counted in 32 bits: {fix}")
 
 
 def forward(case: Any, q: Array, k: Array, v: Array, layout: Layout | None) -> tuple[tuple[Array, Array], Residuals]:

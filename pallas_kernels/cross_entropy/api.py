@@ -20,11 +20,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.dispatch import Operation, UnsupportedCase
+from pallas_kernels.arguments import FLOATS, Arguments
+from pallas_kernels.dispatch import Operation
 
 OPERATION = Operation("cross_entropy", implementations=("triton", "xla"), fastest=("triton", "xla"))
-
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +33,6 @@ class Case:
     rows: int
     vocabulary: int
     dtype: str
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UnsupportedCase(f"cross_entropy: {message}")
 
 
 def cross_entropy(
@@ -65,13 +59,11 @@ def cross_entropy(
     Raises:
       UnsupportedCase: a shape or dtype breaks the rules above, or the named implementation does not do the case.
     """
-    for name, array, dimensions, wanted in (("logits", logits, 2, "float32"), ("labels", labels, 1, "int32")):
-        _require(hasattr(array, "shape"), f"{name} is a {type(array).__name__}; pass an array")
-        _require(array.ndim == dimensions and array.size > 0, f"{name} has shape {array.shape}; pass {dimensions} axes")
-        _require(str(array.dtype) == wanted, f"{name} has dtype {array.dtype}; it must be {wanted}: cast it")
-    rows, vocabulary = logits.shape
-    _require(labels.shape == (rows,), f"labels have shape {labels.shape}; there are {rows} rows of logits")
+    check = Arguments("cross_entropy")
+    check.array("logits", logits, "rows L", "float32")
+    check.array("labels", labels, "rows", "int32")
     dtype = jnp.dtype(dtype)
-    _require(str(dtype) in _DTYPES, f"dtype={dtype} is not one of {', '.join(_DTYPES)}")
+    check.choice("dtype", str(dtype), FLOATS)
+    rows, vocabulary = logits.shape
     backend: Any = OPERATION.select(implementation, Case(rows, vocabulary, str(dtype)))
     return jax.lax.stop_gradient(backend.forward(logits, labels, dtype=dtype))

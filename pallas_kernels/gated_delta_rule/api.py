@@ -50,13 +50,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from pallas_kernels.dispatch import Operation, UnsupportedCase
+from pallas_kernels.arguments import FLOATS, Arguments
+from pallas_kernels.dispatch import Operation
 
 OPERATION = Operation("gated_delta_rule", ("pallas", "triton", "xla"), fastest=("pallas", "triton", "xla"))
 # Of one token: Triton's kernel updates the state in place.
 STEP = Operation("gated_delta_rule", OPERATION.implementations, fastest=("triton", "pallas", "xla"))
-
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,61 +78,25 @@ class Case:
     """Whether this is the one-token form (then tokens is 1)."""
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UnsupportedCase(f"gated_delta_rule: {message}")
-
-
-def _check_shapes(named: dict[str, tuple[Any, tuple[str, ...]]], sizes: dict[str, int]) -> None:
-    """Every array has the dimensions named; a letter means the same size wherever it stands."""
-    for name, (array, letters) in named.items():
-        wanted = f"[{','.join(letters)}]"
-        _require(hasattr(array, "shape"), f"{name} is a {type(array).__name__}; pass an array {wanted}")
-        _require(array.ndim == len(letters), f"{name} has shape {array.shape}; it must have the dimensions {wanted}")
-        for letter, size in zip(letters, array.shape, strict=True):
-            expected = sizes.setdefault(letter, size)
-            _require(
-                size == expected and size > 0,
-                f"{name} {wanted} has shape {array.shape}, where {letter} = {expected} elsewhere and at least 1; "
-                "make the sizes agree",
-            )
-
-
-def _check_dtypes(named: dict[str, tuple[Any, tuple[str, ...]]]) -> None:
-    for name, (array, allowed) in named.items():
-        _require(
-            str(array.dtype) in allowed, f"{name} has dtype {array.dtype}; it must be {' or '.join(allowed)}: cast it"
-        )
-
-
 def _make_case(
     q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, mask: Any, *, step: bool, normalize: bool, updates: bool
 ) -> Case:
     """Checks every argument; ``mask`` is segment_ids [B,T], or the step's active [B]."""
-    time: tuple[str, ...] = () if step else ("T",)
-    sizes: dict[str, int] = {}
-    arrays = {
-        "q": (q, ("B", *time, "K", "N")),
-        "k": (k, ("B", *time, "K", "N")),
-        "v": (v, ("B", *time, "H", "V")),
-        "g": (g, ("B", *time, "H")),
-        "beta": (beta, ("B", *time, "H")),
-    }
-    if state is not None:
-        arrays["state" if step else "initial_state"] = (state, ("B", "H", "N", "V"))
-    if mask is not None:
-        arrays["active" if step else "segment_ids"] = (mask, ("B", *time))
-    _check_shapes(arrays, sizes)
-    _require(
-        sizes["H"] % sizes["K"] == 0,
-        f"v has H = {sizes['H']} heads and q, k have K = {sizes['K']}; H must be a multiple of K",
-    )
-    _check_dtypes({"q": (q, _DTYPES), "g": (g, ("float32",)), "beta": (beta, _DTYPES)})
-    _check_dtypes({"k": (k, (str(q.dtype),)), "v": (v, (str(q.dtype),))})
-    if state is not None:
-        _check_dtypes({"state" if step else "initial_state": (state, ("float32",))})
-    if mask is not None:
-        _check_dtypes({"active": (mask, ("bool",))} if step else {"segment_ids": (mask, ("int32",))})
+    check = Arguments("gated_delta_rule")
+    time = "" if step else "T"
+    check.array("q", q, f"B {time} K N", *FLOATS)
+    sizes, dtype = check.sizes, str(q.dtype)
+    check.array("k", k, f"B {time} K N", dtype)
+    check.array("v", v, f"B {time} H V", dtype)
+    check.array("g", g, f"B {time} H", "float32")
+    check.array("beta", beta, f"B {time} H", *FLOATS)
+    check.heads()
+    if step:
+        check.array("state", state, "B H N V", "float32")
+        check.optional("active", mask, "B", "bool")
+    else:
+        check.optional("initial_state", state, "B H N V", "float32")
+        check.optional("segment_ids", mask, "B T", "int32")
     return Case(
         batch=sizes["B"],
         tokens=sizes.get("T", 1),
@@ -141,7 +104,7 @@ def _make_case(
         heads=sizes["H"],
         head_size=sizes["N"],
         value_size=sizes["V"],
-        dtype=str(q.dtype),
+        dtype=dtype,
         packed=mask is not None and not step,
         initial_state=state is not None,
         normalize=normalize,
@@ -280,7 +243,6 @@ def gated_delta_rule_step(
     Raises:
       UnsupportedCase: as :func:`gated_delta_rule`.
     """
-    _require(state is not None, "state is None; pass an array [B,H,N,V] float32, zeros at the start")
     case = _make_case(q, k, v, g, beta, state, active, step=True, normalize=normalize, updates=return_update)
     backend = STEP.select(implementation, case)
     beta = beta.astype(jnp.float32)

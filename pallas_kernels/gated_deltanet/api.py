@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pallas_kernels.dispatch import Operation, UnsupportedCase
+from pallas_kernels.arguments import FLOATS, Arguments
+from pallas_kernels.dispatch import Operation
 
 OPERATION = Operation("gated_deltanet", ("triton", "xla"), fastest=("triton", "xla"))
-
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Projections(NamedTuple):
@@ -77,46 +76,35 @@ class Case:
     dtype: str
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UnsupportedCase(f"gated_deltanet: {message}")
-
-
-def _check(name: str, array: Any, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
-    _require(hasattr(array, "shape"), f"{name} is a {type(array).__name__}; pass an array {shape}")
-    _require(array.shape == shape, f"{name} has shape {array.shape}; it must be {shape}")
-    _require(str(array.dtype) in dtypes, f"{name} has dtype {array.dtype}; it must be {' or '.join(dtypes)}: cast it")
-
-
 def _make_case(inputs: Projections, parameters: Parameters, state: State, active: Any) -> Case:
-    S = state.state
-    _require(getattr(S, "ndim", 0) == 4, "the state must be an array [B,H,N,V]")
-    B, H, N, V = S.shape
-    _check("the state", S, (B, H, N, V), ("float32",))
-    keys = inputs.q.shape[-1]
-    _require(keys % N == 0, f"q has {keys} channels, not a multiple of the head size {N} of the state")
-    K = keys // N
-    _require(H % K == 0, f"the state has H = {H} heads and q has K = {K}; H must be a multiple of K")
-    one = (str(inputs.q.dtype),)
-    _require(one[0] in _DTYPES, f"q has dtype {one[0]}; it must be {' or '.join(_DTYPES)}: cast it")
-    shapes = {"q": (B, K * N), "k": (B, K * N), "v": (B, H * V), "a": (B, H), "b": (B, H), "gate": (B, H * V)}
-    for name, array in inputs._asdict().items():
-        if array is not None or name != "gate":
-            _check(name, array, shapes[name], one)
+    check = Arguments("gated_deltanet")
+    check.array("the state", state.state, "B H N V", "float32")
+    check.array("q", inputs.q, "B K*N", *FLOATS)
+    sizes, dtype = check.sizes, str(inputs.q.dtype)
+    H, N, V = sizes["H"], sizes["N"], sizes["V"]
+    keys = sizes["K*N"]
+    check.require(keys % N == 0, f"q has {keys} channels, not a multiple of the head size {N} of the state")
+    sizes |= {"K": keys // N, "H*V": H * V}
+    check.heads()
+    check.array("k", inputs.k, "B K*N", dtype)
+    check.array("v", inputs.v, "B H*V", dtype)
+    check.array("a", inputs.a, "B H", dtype)
+    check.array("b", inputs.b, "B H", dtype)
+    check.optional("gate", inputs.gate, "B H*V", dtype)
     given = [x is not None for x in (*parameters[:3], *state[1:])]
-    _require(all(given) or not any(given), "the taps and the last inputs of q, k and v are all arrays or all None")
-    taps = 1 if parameters.q_taps is None else parameters.q_taps.shape[0]
-    _require(not given[0] or taps > 1, f"q_taps has {taps} tap; it must have at least 2")
+    alike = all(given) or not any(given)
+    check.require(alike, "the taps and the last inputs of q, k and v are all arrays or all None")
     if given[0]:
-        for name in ("q", "k", "v"):
-            width = shapes[name][1]
-            _check(f"{name}_taps", getattr(parameters, f"{name}_taps"), (taps, width), _DTYPES)
-            _check(f"the last inputs of {name}", getattr(state, name), (B, taps - 1, width), _DTYPES)
-    for name, shape in {"decay": (H,), "dt_bias": (H,), "norm": (V,)}.items():
-        _check(name, getattr(parameters, name), shape, _DTYPES)
-    if active is not None:
-        _check("active", active, (B,), ("bool",))
-    return Case(B, K, H, N, V, taps, one[0])
+        for name, width in {"q": "K*N", "k": "K*N", "v": "H*V"}.items():
+            check.array(f"{name}_taps", getattr(parameters, f"{name}_taps"), f"taps {width}", *FLOATS)
+            sizes["taps-1"] = sizes["taps"] - 1
+            check.array(f"the last inputs of {name}", getattr(state, name), f"B taps-1 {width}", *FLOATS)
+        check.require(sizes["taps"] > 1, f"q_taps has {sizes['taps']} tap; it must have at least 2")
+    check.array("decay", parameters.decay, "H", *FLOATS)
+    check.array("dt_bias", parameters.dt_bias, "H", *FLOATS)
+    check.array("norm", parameters.norm, "V", *FLOATS)
+    check.optional("active", active, "B", "bool")
+    return Case(sizes["B"], sizes["K"], H, N, V, sizes.get("taps", 1), dtype)
 
 
 def gated_deltanet_step(

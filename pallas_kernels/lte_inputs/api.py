@@ -22,7 +22,8 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from pallas_kernels.dispatch import Operation, UnsupportedCase
+from pallas_kernels.arguments import Arguments
+from pallas_kernels.dispatch import Operation
 
 OPERATION = Operation("lte_inputs", implementations=("triton", "xla"), fastest=("triton", "xla"))
 
@@ -86,30 +87,26 @@ def lte_inputs_step(
     Raises:
       UnsupportedCase: shapes that do not fit each other, or an implementation that does not do them.
     """
-    q, k, recent = operands.q, operands.k, operands.recent
-    B, K, N = k.shape
-    past = sum((c.weight.shape[1] - 1) * c.dilation for c in operands.convolutions)
-    wanted: dict[str, tuple[int, ...]] = {
-        "q": (B, q.shape[1], N),
-        "v": (B, K, N),
-        "recent": (B, past, K, 2 * N),
-        "position": (B,),
-    }
-    for name, shape in wanted.items():
-        found = getattr(operands, name).shape
-        if found != shape:
-            raise UnsupportedCase(f"lte_inputs: {name} has shape {found}; it must be {shape}")
-    if method not in ("sigmoid", "relu"):
-        raise UnsupportedCase(f"lte_inputs: method={method!r} is not sigmoid or relu")
+    check = Arguments("lte_inputs")
+    check.array("k", operands.k, "B K N")
+    sizes, convolutions = check.sizes, operands.convolutions
+    sizes["past"] = sum((c.weight.shape[1] - 1) * c.dilation for c in convolutions)
+    sizes["2*N"] = 2 * sizes["N"]
+    check.array("q", operands.q, "B H N")
+    check.array("v", operands.v, "B K N")
+    check.array("recent", operands.recent, "B past K 2*N")
+    check.array("position", operands.position, "B")
+    check.choice("method", method, ("sigmoid", "relu"))
+    B, H, K, N = (sizes[letter] for letter in "BHKN")
     case = Case(
         B,
-        q.shape[1],
+        H,
         K,
         N,
-        (2 * N, *(c.weight.shape[3] for c in operands.convolutions)),
-        tuple(c.weight.shape[1] for c in operands.convolutions),
-        tuple(c.dilation for c in operands.convolutions),
-        str(k.dtype),
-        str(recent.dtype),
+        channels=(2 * N, *(c.weight.shape[3] for c in convolutions)),
+        taps=tuple(c.weight.shape[1] for c in convolutions),
+        dilations=tuple(c.dilation for c in convolutions),
+        dtype=str(operands.k.dtype),
+        recent_dtype=str(operands.recent.dtype),
     )
     return OPERATION.select(implementation, case).step(operands, active, method=method)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import UnsupportedCase
+from pallas_kernels.arguments import FLOATS, Arguments
 from pallas_kernels.lte_inputs.api import Case, Operands, Results
 from pallas_kernels.tiles import ceil_div
 from pallas_kernels.triton_call import check_installed, jit, tl, triton_call
@@ -126,20 +126,15 @@ def _inputs_kernel(
 
 
 def check(case: Case) -> None:
-    if case.taps != (3, 3, 3) or case.dilations != (2, 2, 2):
-        raise UnsupportedCase(
-            f"lte_inputs: taps {case.taps} with dilations {case.dilations}; implementation='triton' does 3 taps 2 "
-            "apart, three times"
-        )
+    fix = "use implementation='xla'"
+    require = Arguments("lte_inputs: triton").require
+    threefold = case.taps == (3, 3, 3) and case.dilations == (2, 2, 2)
+    require(threefold, f"taps {case.taps} with dilations {case.dilations}; it does 3 taps 2 apart, three times: {fix}")
     C, N = 2 * case.size, case.size
-    if N not in (64, 128) or case.channels != (C, C // 2, C // 4, C // 8):
-        raise UnsupportedCase(
-            f"lte_inputs: heads of {N}, channels {case.channels}; implementation='triton' halves twice 64 or 128"
-        )
-    if case.dtype not in ("bfloat16", "float16", "float32") or case.recent_dtype != case.dtype:
-        raise UnsupportedCase(
-            f"lte_inputs: k is {case.dtype}, recent {case.recent_dtype}; implementation='triton' takes one float dtype"
-        )
+    halved = case.channels == (C, C // 2, C // 4, C // 8)
+    require(N in (64, 128) and halved, f"heads of {N}, channels {case.channels}; it halves twice 64 or 128: {fix}")
+    alike = case.dtype in FLOATS and case.recent_dtype == case.dtype
+    require(alike, f"k is {case.dtype}, recent {case.recent_dtype}; it takes one float dtype: {fix}")
     check_installed("lte_inputs")
 
 

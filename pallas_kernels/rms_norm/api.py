@@ -28,11 +28,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import Operation, UnsupportedCase
+from pallas_kernels.arguments import FLOATS, Arguments
+from pallas_kernels.dispatch import Operation
 
 OPERATION = Operation("rms_norm", implementations=("triton", "xla"), fastest=("triton", "xla"))
-
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +44,12 @@ class Case:
     gated: bool
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UnsupportedCase(f"rms_norm: {message}")
-
-
 def _make_case(x: Any, weight: Any, gate: Any) -> Case:
-    for name, array in {"x": x, "weight": weight, "gate": gate}.items():
-        if array is None and name == "gate":
-            continue
-        _require(hasattr(array, "shape"), f"{name} is a {type(array).__name__}; pass an array")
-        _require(str(array.dtype) in _DTYPES, f"{name} has dtype {array.dtype}; it must be {' or '.join(_DTYPES)}")
-    _require(x.ndim > 0 and x.size > 0, f"x has shape {x.shape}; every size must be at least 1")
-    _require(weight.shape == x.shape[-1:], f"weight has shape {weight.shape}; it must be {x.shape[-1:]}, the last of x")
-    _require(gate is None or gate.shape == x.shape, f"gate has shape {getattr(gate, 'shape', None)}; x has {x.shape}")
+    check = Arguments("rms_norm")
+    rows = " ".join(f"rows_{axis}" for axis in range(getattr(x, "ndim", 1) - 1))
+    check.array("x", x, f"{rows} V", *FLOATS)
+    check.array("weight", weight, "V", *FLOATS)
+    check.optional("gate", gate, f"{rows} V", *FLOATS)
     return Case(math.prod(x.shape[:-1]), x.shape[-1], str(x.dtype), gate is not None)
 
 

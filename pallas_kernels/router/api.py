@@ -24,21 +24,21 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int32, UInt32
 
-from pallas_kernels.dispatch import Operation, UnsupportedCase
+from pallas_kernels.arguments import FLOATS, Arguments
+from pallas_kernels.dispatch import Operation
 from pallas_kernels.router import dropout as counters
 from pallas_kernels.router.dropout import Dropout
 
 OPERATION = Operation("router", implementations=("triton", "xla"), fastest=("triton", "xla"))
 
 METHODS = ("sigmoid", "relu")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Convolution(NamedTuple):
@@ -146,69 +146,50 @@ def router_scores(
     return _scores(module, case, operands)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UnsupportedCase(f"router: {message}")
-
-
-def _check_array(name: str, array: Any, dimensions: dict[str, int | None], dtypes: tuple[str, ...]) -> None:
-    """``array`` has these dimensions (None: any size of at least 1) and one of these dtypes."""
-    wanted = "[" + ", ".join(dimensions) + "]"
-    _require(hasattr(array, "shape"), f"{name} is a {type(array).__name__}; pass an array {wanted}")
-    _require(array.ndim == len(dimensions), f"{name} has shape {array.shape}; it must have the dimensions {wanted}")
-    for (letter, expected), size in zip(dimensions.items(), array.shape, strict=True):
-        fits = size > 0 if expected is None else size == expected
-        rule = "at least 1" if expected is None else str(expected)
-        _require(fits, f"{name} {wanted} has shape {array.shape}; {letter} must be {rule}")
-    _require(str(array.dtype) in dtypes, f"{name} has dtype {array.dtype}; it must be {' or '.join(dtypes)}: cast it")
-
-
 def _make_case(operands: Operands, dilations: tuple[int, ...], method: str, dropout: Dropout | None) -> Case:
     """Checks every argument."""
     k, convolutions = operands.k, operands.convolutions
-    _check_array("k", k, dict.fromkeys("BTKN"), DTYPES)
-    B, T, K, N = k.shape
-    _check_array("v", operands.v, {"B": B, "T": T, "K": K, "N": N}, (str(k.dtype),))
-    _require(
-        0 < len(convolutions) == len(dilations),
-        f"{len(convolutions)} convolutions and {len(dilations)} dilations; give each convolution one, and at least one",
+    count, check = len(convolutions), Arguments("router")
+    sizes = check.sizes
+    check.array("k", k, "B T K N", *FLOATS)
+    check.array("v", operands.v, "B T K N", str(k.dtype))
+    check.require(
+        0 < count == len(dilations),
+        f"{count} convolutions and {len(dilations)} dilations; give each convolution one, and at least one",
     )
-    _check_array("the last map's bias", operands.bias, {"heads": None}, DTYPES)
-    heads = operands.bias.shape[0]
-    _require(heads in (1, K), f"weights for {heads} heads; there must be {K}, as k has, or 1 that all share")
-    channels = [2 * N]
-    for number, (conv, dilation) in enumerate(zip(convolutions, dilations, strict=True)):
-        halved = channels[-1] // 2
-        _require(halved > 0, f"{len(convolutions)} convolutions halve the {2 * N} channels to nothing: use fewer")
-        shape = {"heads": heads, "taps": None, "I": channels[-1], "O": halved}
-        _check_array(f"the weight of convolution {number}", conv.weight, shape, DTYPES)
-        _check_array(f"the bias of convolution {number}", conv.bias, {"heads": heads, "O": halved}, DTYPES)
-        taps = conv.weight.shape[1]
-        centred = dilation >= 1 and (taps - 1) * dilation % 2 == 0
-        _require(centred, f"{taps} taps at dilation {dilation} have no centre: (taps - 1) * dilation must be even")
-        channels.append(halved)
-    _check_array("the last map's weight", operands.weight, {"heads": heads, "I": channels[-1]}, DTYPES)
-    _require(method in METHODS, f"method={method!r} is not one of {', '.join(METHODS)}")
-    if operands.segment_ids is not None:
-        _check_array("segment_ids", operands.segment_ids, {"B": B, "T": T}, ("int32",))
+    check.array("the last map's bias", operands.bias, "heads", *FLOATS)
+    heads, K = sizes["heads"], sizes["K"]
+    check.require(heads in (1, K), f"weights for {heads} heads; there must be {K}, as k has, or 1 that all share")
+    sizes["C_0"] = 2 * sizes["N"]
+    for n, (conv, dilation) in enumerate(zip(convolutions, dilations, strict=True), start=1):
+        sizes[f"C_{n}"] = halved = sizes[f"C_{n - 1}"] // 2
+        check.require(halved > 0, f"{count} convolutions halve the {sizes['C_0']} channels to nothing: use fewer")
+        check.array(f"the weight of convolution {n}", conv.weight, f"heads taps_{n} C_{n - 1} C_{n}", *FLOATS)
+        check.array(f"the bias of convolution {n}", conv.bias, f"heads C_{n}", *FLOATS)
+        taps = sizes[f"taps_{n}"]
+        check.require(
+            dilation >= 1 and (taps - 1) * dilation % 2 == 0,
+            f"{taps} taps at dilation {dilation} have no centre: (taps - 1) * dilation must be even",
+        )
+    check.array("the last map's weight", operands.weight, f"heads C_{count}", *FLOATS)
+    check.choice("method", method, METHODS)
+    check.optional("segment_ids", operands.segment_ids, "B T", "int32")
     if dropout is not None:
-        _check_array("dropout.seeds", dropout.seeds, {"convolutions": len(convolutions), "2": 2}, ("uint32",))
+        sizes["convolutions"] = count
+        check.array("dropout.seeds", dropout.seeds, "convolutions 2", "uint32")
         fits = 0.0 <= dropout.rate <= 1.0 and counters.threshold(dropout.rate) < 2**16
-        _require(fits, f"dropout.rate={dropout.rate} must lie in [0, 1), also once rounded to a multiple of 2^-16")
+        check.require(fits, f"dropout.rate={dropout.rate} must lie in [0, 1), also once rounded to a multiple of 2^-16")
     return Case(
-        B,
-        T,
-        K,
-        N,
+        **{letter: sizes[letter] for letter in "BTKN"},
         heads=heads,
-        channels=tuple(channels),
-        taps=tuple(conv.weight.shape[1] for conv in convolutions),
+        channels=tuple(sizes[f"C_{n}"] for n in range(count + 1)),
+        taps=tuple(sizes[f"taps_{n + 1}"] for n in range(count)),
         dilations=dilations,
         method=method,
         dtype=str(k.dtype),
         segment_ids=operands.segment_ids is not None,
         threshold=0 if dropout is None else counters.threshold(dropout.rate),
-        extent=(T, K) if dropout is None or dropout.extent is None else dropout.extent,
+        extent=(sizes["T"], K) if dropout is None or dropout.extent is None else dropout.extent,
     )
 
 

@@ -20,18 +20,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import Operation, UnsupportedCase
+from pallas_kernels.arguments import FLOATS, Arguments
+from pallas_kernels.dispatch import Operation
 
 OPERATION = Operation("row_product", implementations=("triton", "xla"), fastest=("triton", "xla"))
-
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +41,6 @@ class Case:
     widths: tuple[int, ...]
     dtype: str
     gated: bool
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UnsupportedCase(f"row_product: {message}")
 
 
 def row_product(
@@ -78,22 +71,18 @@ def row_product(
     Raises:
       UnsupportedCase: a shape, dtype or implementation outside of this; nothing has been launched then.
     """
-    _require(x.ndim == 2 and min(x.shape) > 0, f"x has shape {x.shape}; it must be [B, D], both at least 1")
-    _require(str(x.dtype) in _DTYPES, f"x has dtype {x.dtype}; it must be one of {', '.join(_DTYPES)}")
-    B, D = x.shape
-    _require(weight.ndim == 2 and weight.shape[1] == D, f"weight has shape {weight.shape}; it must be [F, {D}]")
-    _require(weight.dtype == x.dtype, f"weight has dtype {weight.dtype}; it must be that of x, {x.dtype}")
-    F = weight.shape[0]
-    _require(F > 0 and not (gated and F % 2), f"weight has {F} rows; at least 1, and gated an even number")
-    width = F // 2 if gated else F
+    check = Arguments("row_product")
+    check.array("x", x, "B D", *FLOATS)
+    check.array("weight", weight, "F D", str(x.dtype))
+    (B, D), F = x.shape, weight.shape[0]
+    check.require(not (gated and F % 2), f"weight has {F} rows; gated, it must have an even number")
+    check.sizes["Y"] = width = F // 2 if gated else F
     widths = (width,) if widths is None else tuple(widths)
-    _require(min(widths) > 0 and sum(widths) == width, f"widths={widths}: positive numbers that add up to {width}")
-    shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
-        "norm": (norm, (D,)), "bias": (bias, (F,)), "residual": (residual, (B, width))
-    }  # fmt: skip
-    for name, (array, shape) in shapes.items():
-        if array is not None:
-            _require(array.shape == shape, f"{name} has shape {array.shape}; it must be {shape}")
+    fits = min(widths) > 0 and sum(widths) == width
+    check.require(fits, f"widths={widths}; they must be positive numbers that add up to {width}")
+    check.optional("norm", norm, "D")
+    check.optional("bias", bias, "F")
+    check.optional("residual", residual, "B Y")
     backend = OPERATION.select(implementation, Case(B, D, widths, str(x.dtype), gated))
     out = jnp.dtype(x.dtype if dtype is None else dtype)
     return backend.forward(x, weight, norm, bias, residual, eps=eps, gated=gated, widths=widths, dtype=out)

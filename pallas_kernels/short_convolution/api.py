@@ -30,12 +30,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.dispatch import Operation, UnsupportedCase
+from pallas_kernels.arguments import FLOATS, Arguments
+from pallas_kernels.dispatch import Operation
 
 OPERATION = Operation("short_convolution", implementations=("triton", "xla"), fastest=("triton", "xla"))
 
 ACTIVATIONS = ("silu", None)
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,45 +53,28 @@ class Case:
     step: bool
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UnsupportedCase(f"short_convolution: {message}")
-
-
-def _check_array(name: str, array: Any, dimensions: dict[str, int | None], dtypes: tuple[str, ...]) -> None:
-    """``array`` has these dimensions (None: any size of at least 1) and one of these dtypes."""
-    wanted = "[" + ", ".join(dimensions) + "]"
-    _require(hasattr(array, "shape"), f"{name} is a {type(array).__name__}; pass an array {wanted}")
-    _require(array.ndim == len(dimensions), f"{name} has shape {array.shape}; it must have the dimensions {wanted}")
-    for (letter, expected), size in zip(dimensions.items(), array.shape, strict=True):
-        rule = "at least 1" if expected is None else str(expected)
-        fits = size > 0 if expected is None else size == expected
-        _require(fits, f"{name} {wanted} has shape {array.shape}; {letter} must be {rule}")
-    _require(str(array.dtype) in dtypes, f"{name} has dtype {array.dtype}; it must be {' or '.join(dtypes)}: cast it")
-
-
 def _make_case(x: Any, weight: Any, state: Any, mask: Any, activation: Any, *, step: bool) -> Case:
     """Checks every argument; ``mask`` is segment_ids [B,T], or the step's active [B]."""
-    time: dict[str, int | None] = {} if step else {"T": None}
-    _check_array("x", x, {"B": None, **time, "D": None}, _DTYPES)
-    batch, width = x.shape[0], x.shape[-1]
-    _check_array("weight", weight, {"taps": None, "D": width}, _DTYPES)
-    taps = weight.shape[0]
-    _require(taps > 1, f"weight has {taps} tap; it must have at least 2: multiply x by the weight instead")
-    if state is not None:
-        dimensions: dict[str, int | None] = {"B": batch, "taps - 1": taps - 1, "D": width}
-        _check_array("state" if step else "initial_state", state, dimensions, (str(x.dtype),))
-    if mask is not None and step:
-        _check_array("active", mask, {"B": batch}, ("bool",))
-    elif mask is not None:
-        _check_array("segment_ids", mask, {"B": batch, "T": x.shape[1]}, ("int32",))
-    _require(activation in ACTIVATIONS, f"activation={activation!r} is not one of {ACTIVATIONS}")
+    check = Arguments("short_convolution")
+    check.array("x", x, "B D" if step else "B T D", *FLOATS)
+    check.array("weight", weight, "taps D", *FLOATS)
+    sizes, dtype = check.sizes, str(x.dtype)
+    taps = sizes["taps"]
+    check.require(taps > 1, f"weight has {taps} tap; it must have at least 2: multiply x by the weight instead")
+    sizes["taps-1"] = taps - 1
+    if step:
+        check.array("state", state, "B taps-1 D", dtype)
+        check.optional("active", mask, "B", "bool")
+    else:
+        check.optional("initial_state", state, "B taps-1 D", dtype)
+        check.optional("segment_ids", mask, "B T", "int32")
+    check.choice("activation", activation, ACTIVATIONS)
     return Case(
-        batch=batch,
-        tokens=1 if step else x.shape[1],
-        width=width,
+        batch=sizes["B"],
+        tokens=sizes.get("T", 1),
+        width=sizes["D"],
         taps=taps,
-        dtype=str(x.dtype),
+        dtype=dtype,
         packed=mask is not None and not step,
         initial_state=state is not None,
         activation=activation,
@@ -171,7 +154,6 @@ def short_convolution_step(
     Raises:
       UnsupportedCase: as :func:`short_convolution`; the state is required.
     """
-    _require(state is not None, "state is None; pass an array [B, taps - 1, D], zeros at the start")
     case = _make_case(x, weight, state, active, activation, step=True)
     backend = OPERATION.select(implementation, case)
     y, after = backend.step(x, weight, state, activation=activation)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import UnsupportedCase
+from pallas_kernels.arguments import Arguments
 from pallas_kernels.triton_call import check_installed, jit, tl, triton_call
 from pallas_kernels.window_attention import triton_bwd, triton_step, triton_update
 from pallas_kernels.window_attention.api import Case, Operands
@@ -109,30 +109,21 @@ def forward(case: Case, operands: Operands) -> Any:
 def check(case: Any) -> None:
     """Raises UnsupportedCase where these kernels do not run the case."""
     check_installed("window_attention")
-    if capability() < 8:
-        raise UnsupportedCase(
-            f"window_attention: compute capability {capability()}; implementation='triton' needs 8.0 (Ampere); "
-            "use 'xla'"
-        )
-    if max(case.N, case.V) > 256:
-        raise UnsupportedCase(
-            f"window_attention: head sizes N={case.N}, V={case.V}; implementation='triton' takes at most 256; use 'xla'"
-        )
-    if case.scale <= 0:
-        raise UnsupportedCase(
-            f"window_attention: scale={case.scale}; implementation='triton' needs a positive one; negate q instead"
-        )
+    require = Arguments("window_attention: triton").require
+    require(capability() >= 8, f"compute capability {capability()}; it must be at least 8 (Ampere): use 'xla'")
+    require(max(case.N, case.V) <= 256, f"head sizes N={case.N}, V={case.V}; both must be at most 256: use 'xla'")
+    require(case.scale > 0, f"scale={case.scale}; it must be positive: negate q instead")
     if isinstance(case, Case):
-        if case.dtype == "float32" and (max(case.N, case.V) > 64 or not (capability() == 8 or spacious())):
-            raise UnsupportedCase(
-                f"window_attention: float32 with head sizes N={case.N}, V={case.V} on {capability()}; its products "
-                "fit into the shared memory of capability 8.0 and 9.0 to 11 up to 64; use bfloat16, float16 or 'xla'"
-            )
+        require(
+            case.dtype != "float32" or (max(case.N, case.V) <= 64 and (capability() == 8 or spacious())),
+            f"float32 with head sizes N={case.N}, V={case.V} on {capability()}; its products fit into the shared "
+            "memory of capability 8.0 and 9.0 to 11 up to 64: use bfloat16, float16 or 'xla'",
+        )
         rows = max(case.T * case.H, case.U * case.K, case.C * case.K) * max(case.N, case.V)
-        if rows >= 2**31:
-            raise UnsupportedCase(
-                f"window_attention: one row of the batch holds {rows} numbers; implementation='triton' counts them in "
-                "32 bits; shard the heads or take the sequence in chunks"
-            )
+        require(
+            rows < 2**31,
+            f"one row of the batch holds {rows} numbers, which are counted in 32 bits: shard the heads or take the "
+            "sequence in chunks",
+        )
     else:
         triton_step.check_step(case)

@@ -362,7 +362,7 @@ def test_no_array_of_tokens_by_tokens():
     [
         (dict(k=lambda x: x[:, :, :, :3]), "k has shape"),
         (dict(v=lambda x: x[:, 1:]), "v has shape"),
-        (dict(gates=lambda x: x[..., :2]), "with 3 = 3"),
+        (dict(gates=lambda x: x[..., :2]), r"gates has shape .* \[B, T, H, 3\]"),
         (dict(v=lambda x: x.astype(jnp.bfloat16)), "v has dtype bfloat16; it must be float32"),
         (dict(q=lambda x: x[:, :, :3], gates=lambda x: x[:, :, :3]), "must be a multiple"),
         (dict(block_size=0), "block_size=0"),

@@ -10,21 +10,24 @@ from pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_s
 
 BAD = {
     "q_rank": (dict(q=jnp.zeros((2, 3, 4))), "q has shape"),
-    "k_size": (dict(k=jnp.zeros((2, 3, 2, 9))), r"k \[B,T,K,N\] has shape .* N = 5"),
-    "v_tokens": (dict(v=jnp.zeros((2, 4, 6, 7))), r"v \[B,T,H,V\] .* T = 3"),
+    "k_size": (dict(k=jnp.zeros((2, 3, 2, 9))), r"k has shape .* \[B, T, K, N\] with N = 5"),
+    "v_tokens": (dict(v=jnp.zeros((2, 4, 6, 7))), r"v has shape .* \[B, T, H, V\] with T = 3"),
     "heads": (dict(v=jnp.zeros((2, 3, 5, 7)), g=jnp.zeros((2, 3, 5)), beta=jnp.zeros((2, 3, 5))), "multiple of K"),
-    "beta_shape": (dict(beta=jnp.zeros((2, 3, 5))), r"beta \[B,T,H\]"),
+    "beta_shape": (dict(beta=jnp.zeros((2, 3, 5))), r"beta has shape .* \[B, T, H\] with H = 6"),
     "g_dtype": (dict(g=jnp.zeros((2, 3, 6), jnp.bfloat16)), "g has dtype bfloat16"),
     "beta_dtype": (dict(beta=jnp.zeros((2, 3, 6), jnp.int32)), "beta has dtype int32"),
     "q_dtype": (dict(q=jnp.zeros((2, 3, 2, 5), jnp.int32)), "q has dtype int32"),
     "k_dtype": (dict(k=jnp.zeros((2, 3, 2, 5), jnp.bfloat16)), "k has dtype bfloat16"),
     "v_dtype": (dict(v=jnp.zeros((2, 3, 6, 7), jnp.bfloat16)), "v has dtype bfloat16"),
-    "state_shape": (dict(initial_state=jnp.zeros((2, 6, 7, 5))), r"initial_state \[B,H,N,V\]"),
+    "state_shape": (
+        dict(initial_state=jnp.zeros((2, 6, 7, 5))),
+        r"initial_state has shape .* \[B, H, N, V\] with N = 5",
+    ),
     "state_dtype": (dict(initial_state=jnp.zeros((2, 6, 5, 7), jnp.bfloat16)), "initial_state has dtype"),
     "segments_shape": (dict(segment_ids=jnp.ones((2, 4), jnp.int32)), "segment_ids"),
     "segments_dtype": (dict(segment_ids=jnp.ones((2, 3))), "segment_ids has dtype"),
     "no_tokens": (dict(q=jnp.zeros((2, 0, 2, 5))), "at least 1"),
-    "not_array": (dict(q=None), "q is a NoneType"),
+    "not_array": (dict(q=None), "q has type NoneType"),
     "implementation": (dict(implementation="cuda"), "'cuda' is not one of"),
 }
 
@@ -43,8 +46,8 @@ def test_bad_input(name):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("state", None, "state is None"),
-        ("state", jnp.zeros((2, 6, 7, 5)), r"state \[B,H,N,V\]"),
+        ("state", None, "state has type NoneType"),
+        ("state", jnp.zeros((2, 6, 7, 5)), r"state has shape .* \[B, H, N, V\] with N = 5"),
         ("active", jnp.ones((3,), bool), "active"),
         ("active", jnp.ones((2,), jnp.int32), "active has dtype"),
         ("q", jnp.zeros((2, 1, 2, 5)), "q has shape"),

@@ -236,15 +236,15 @@ def test_long_sequence_keeps_no_shifted_copies():
 BAD = {
     "x_rank": (dict(x=jnp.zeros((3, 5))), "x has shape"),
     "x_dtype": (dict(x=jnp.zeros((3, 5, 11), jnp.int32)), "x has dtype int32"),
-    "weight_width": (dict(weight=jnp.zeros((4, 10))), r"weight \[taps, D\] .* D must be 11"),
+    "weight_width": (dict(weight=jnp.zeros((4, 10))), r"weight has shape .* \[taps, D\] with D = 11"),
     "weight_dtype": (dict(weight=jnp.zeros((4, 11), jnp.int32)), "weight has dtype"),
     "one_tap": (dict(weight=jnp.zeros((1, 11))), "at least 2"),
-    "state_shape": (dict(initial_state=jnp.zeros((3, 4, 11))), "taps - 1 must be 3"),
+    "state_shape": (dict(initial_state=jnp.zeros((3, 4, 11))), "initial_state has shape .* with taps-1 = 3"),
     "state_dtype": (dict(initial_state=jnp.zeros((3, 3, 11), jnp.bfloat16)), "initial_state has dtype"),
-    "segments_shape": (dict(segment_ids=jnp.ones((3, 6), jnp.int32)), "T must be 5"),
+    "segments_shape": (dict(segment_ids=jnp.ones((3, 6), jnp.int32)), "segment_ids has shape .* with T = 5"),
     "segments_dtype": (dict(segment_ids=jnp.ones((3, 5))), "segment_ids has dtype"),
     "activation": (dict(activation="relu"), "activation='relu'"),
-    "no_tokens": (dict(x=jnp.zeros((3, 0, 11))), "T must be at least 1"),
+    "no_tokens": (dict(x=jnp.zeros((3, 0, 11))), "x has shape .* with T at least 1"),
     "implementation": (dict(implementation="pallas"), "does not exist yet"),
 }
 
@@ -259,9 +259,9 @@ def test_bad_input(name):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("state", None, "state is None"),
-        ("state", jnp.zeros((3, 2, 11)), "taps - 1 must be 3"),
-        ("active", jnp.ones((2,), bool), "B must be 3"),
+        ("state", None, "state has type NoneType"),
+        ("state", jnp.zeros((3, 2, 11)), "state has shape .* with taps-1 = 3"),
+        ("active", jnp.ones((2,), bool), "active has shape .* with B = 3"),
         ("active", jnp.ones((3,), jnp.int32), "active has dtype"),
         ("x", jnp.zeros((3, 1, 11)), "x has shape"),
     ],

@@ -18,7 +18,7 @@ BAD = {
     "q has dtype int32": dict(q=np.zeros((2, 5, 4, 6), np.int32)),
     "must be a multiple": dict(q=np.zeros((2, 5, 3, 6), np.float32)),
     "queries are the last": dict(q=np.zeros((2, 10, 4, 6), np.float32)),
-    "every dimension": dict(q=np.zeros((2, 0, 4, 6), np.float32)),
+    "q has shape .* with T at least 1": dict(q=np.zeros((2, 0, 4, 6), np.float32)),
     "window=0": dict(window=0),
     "window=2.0": dict(window=2.0),
     "expiry is given without a window": dict(window=None, expiry=np.zeros((2, 9, 2), np.int32)),
