@@ -23,7 +23,8 @@ from pallas_kernels.tiles import check_choice
 from pallas_kernels.triton_call import check_installed, fold_batch, interpreting, jit, tl, triton_call
 from pallas_kernels.triton_math import sigmoid
 
-# Elements of the state that a program of 4 warps works on at once, at most, while as many more are on their way.
+# Elements of the state that a program of 4 warps works on at once, at most, while as many more are on their way; half as
+# many where a head's values are twice as wide as its keys, as the outputs of its blocks wait for their norm.
 ELEMENTS = 8192
 
 
@@ -162,7 +163,7 @@ def _step(inputs, parameters, state, active, *, eps, beta_range, return_update):
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
         grid=(B * K,), num_warps=4, num_stages=1,
         input_output_aliases={first + i: 1 + i for i, x in enumerate(state) if x is not None},
-        H=H, K=K, N=N, V=V, BV=min(64, ELEMENTS // N), TAPS=1 if state.q is None else state.q.shape[1] + 1,
+        H=H, K=K, N=N, V=V, BV=min(64, ELEMENTS // max(N, V)), TAPS=1 if state.q is None else state.q.shape[1] + 1,
         GATED=inputs.gate is not None, ACTIVE=active is not None, UPDATE=return_update, FAST=not interpreting(),
     )  # fmt: skip
     after = [None if old is None else new for old, new in zip(state, after, strict=True)]
