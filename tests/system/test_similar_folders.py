@@ -250,3 +250,28 @@ def drawn(seed: int) -> tuple[str, dict, dict | None]:
 def test_a_hundred_drawn_folders_are_read_right(seed, tmp_path):
     make_folder(tmp_path / "in", *drawn(seed))
     check(tmp_path)
+
+
+def test_one_router_for_all_layers_is_read_from_one_copy_or_from_many(tmp_path):
+    attn = dict(LTE, layers=[0, 1], conv_size=[3], conv_dilation=[4], routing_shared="all")
+    make_folder(tmp_path / "in", "gdn_lte", dict(num_heads=2, head_dim=6, expand_v=1), attn)
+    many = load_file(tmp_path / "in" / "model.safetensors")
+    copies = [name for name in many if ".1.attn.router" in name]
+    assert copies
+    for name in copies:
+        many[name] = many[name.replace(".1.attn", ".0.attn")]
+    save_file(many, tmp_path / "in" / "model.safetensors")
+    whole = lte_jax.from_pretrained(tmp_path / "in")
+    save_file({name: value for name, value in many.items() if name not in copies}, tmp_path / "in/model.safetensors")
+    one = lte_jax.from_pretrained(tmp_path / "in")
+    for ours, theirs in zip(jax.tree.leaves(nnx.state(one)), jax.tree.leaves(nnx.state(whole)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_hybrids_of_ours_that_the_authors_do_not_have_are_refused(tmp_path):
+    attention = lte_jax.FullAttention(num_heads=2, qk_norm=True)
+    mixers = (lte_jax.GatedDeltaNet(num_heads=2, head_dim=8), attention)
+    config = lte_jax.ModelConfig(vocab_size=7, width=16, num_layers=2, pattern=mixers)
+    with pytest.raises(ValueError, match="hybrid models have no qk_norm; only their transformer has"):
+        lte_jax.save_pretrained(abstract_model(config), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
