@@ -23,8 +23,8 @@ from pallas_kernels.tiles import check_choice
 from pallas_kernels.triton_call import check_installed, fold_batch, interpreting, jit, tl, triton_call
 from pallas_kernels.triton_math import sigmoid
 
-# Elements of the state that a program of 4 warps works on at once, at most, while as many more are on their way. Of heads
-# whose values are twice as wide as their keys half as many, as the outputs of all blocks wait for their norm.
+# Elements of the state that a program of 4 warps works on at once, at most, while as many more are on their way. Heads
+# whose values are twice as wide as their keys get half as many: all outputs of a head wait in registers for its norm.
 ELEMENTS = 8192
 
 
