@@ -142,6 +142,7 @@ def compiled(options, implementation, tile_elements=xla_backend._TILE_ELEMENTS):
     return value_and_gradients
 
 
+@pytest.mark.rotating(5)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_definition(name, implementation):
     arrays, segments, options = build(name, implementation)

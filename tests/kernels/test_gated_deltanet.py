@@ -102,6 +102,7 @@ def check(arrays, implementation, active=None, beta_range=1.0):
     return y, after
 
 
+@pytest.mark.rotating(5)
 @pytest.mark.parametrize("name", [*SIZES, "odd"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_size(implementation, name, dtype):

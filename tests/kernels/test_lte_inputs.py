@@ -79,6 +79,7 @@ def truth(operands: Operands, method: str):
     return rotate(q), rotate(k), scores, joined[:, 1:]
 
 
+@pytest.mark.rotating(4)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_values(name, dtype, implementation):

@@ -164,6 +164,7 @@ def test_edges_of_tiles(implementation, kind, packed, dtype):
         assert_close(*pair, "router" if number == 0 else "router gradient", dtype)
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("size", [128, 256])
 def test_wide_heads(implementation, size):
     arrays, cotangent = make_inputs("dropout", 70, "bfloat16", size)

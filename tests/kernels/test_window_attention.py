@@ -213,6 +213,7 @@ def test_rule(name, implementation):
 IN_BLOCKS = ("window of one", "full", "full over a prefix", "one head keeps all", "everything kept", "all at once")
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("name", IN_BLOCKS)
 def test_rule_in_blocks(name, small_blocks):
     setup = SETUPS[name]

@@ -71,9 +71,8 @@ def test_interpreted(name, small_tiles, capfd):
     compare(actual, (values, true_gradients), "bfloat16")
 
 
-@pytest.mark.parametrize(
-    "size", [64, pytest.param(128, marks=pytest.mark.exhaustive), pytest.param(256, marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.rotating
+@pytest.mark.parametrize("size", [64, 128, 256])
 def test_lowers_for_hopper(size):
     """Every kind of step in one call: window, retained keys, a cache's columns, documents."""
     spec = jax.ShapeDtypeStruct

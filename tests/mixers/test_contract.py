@@ -83,6 +83,7 @@ def inputs(batch: int = 2, length: int = LENGTH, seed: int = 0):
     return jax.random.normal(jax.random.key(seed), (batch, length, WIDTH))
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("name, reading", [pair for pair in READINGS if pair[1] != "prompt"])
 def test_no_output_depends_on_a_later_token(name, reading):
     changes = {"routing_grad": False} if name == "lte" else {}  # the score's gradient is no derivative of the output
@@ -112,6 +113,7 @@ def test_any_split_gives_the_full_pass(name, pieces):
     assert_close(jnp.concatenate(outputs, axis=1), whole(name, "streaming" if name == "lte" else "train")(x), "mixer")
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("name, reading", READINGS)
 def test_packed_documents_equal_the_documents_alone(name, reading):
     lengths, gap = (27, 1, 27), 3  # one shape for two of them

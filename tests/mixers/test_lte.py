@@ -136,6 +136,7 @@ def test_selected_is_what_stays_at_the_end():
     np.testing.assert_array_equal(aux["selected"], (aux["scores"] > 0) | (positions_of(x) < 2)[..., None])
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("prompt, pieces", [(29, (1, 1, 1, 9, 1, 1, 1, 1, 1, 1)), (8, (1, 9, 9, 1, 1, 9, 9))])
 def test_a_prompt_read_whole_then_steps_and_pieces(prompt, pieces):
     """The store starts from the end of the prompt (empty for one shorter than W+1), then changes token by token."""
@@ -285,6 +286,7 @@ def test_warm_up_keeps_everything_and_cuts_the_router_off_k_and_v():
         assert bool(jnp.any(grads["router"]["convs"][0]["weight"][...] != 0))
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("shared", ["layer", "all"])
 def test_a_shared_router_scores_each_head_with_the_same_weights(shared):
     config = dataclasses.replace(SMALL, routing_shared=shared)

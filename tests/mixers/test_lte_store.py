@@ -92,6 +92,7 @@ def test_one_step_fills_the_plain_store_s_slots(ties):
     np.testing.assert_array_equal(store.score, np.take_along_axis(np.asarray(scores), held, axis=1))
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("ties", [False, True])
 def test_pieces_of_any_length_fill_the_same_slots_as_steps(ties):
     tokens, budget = 41, 5

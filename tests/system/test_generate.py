@@ -103,6 +103,7 @@ def test_a_batch_of_one_says_the_same(name):
         np.testing.assert_allclose(alone.log_probs, greedy(name)[row].log_probs, atol=1e-4)
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("chunk", [1, 16, 24])  # 64 = 16 + 24 + 24: few shapes
 def test_chunked_prompts_equal_whole_ones(chunk):
     chunked = run(build(), chunk=chunk)
