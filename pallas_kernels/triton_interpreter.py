@@ -5,11 +5,15 @@ masks and indices: a load or a store outside the arrays of the call raises, wher
 neighbour's numbers; and what a kernel does not write stays NaN or an absurd index.
 
     TRITON_INTERPRET=1 pytest -m gpu -k triton tests/kernels
+
+Arithmetic is that of float32 and float16: the interpreter computes with the 16 bits of a bfloat16 as with a whole
+number, so that of bfloat16 tests the addresses alone mean something.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +24,7 @@ from triton.runtime import interpreter
 
 from pallas_kernels.triton_call import TYPES, is_array
 
+_ONE_AT_A_TIME = threading.Lock()  # XLA calls back from several threads, and the interpreter keeps global state
 _UNWRITTEN_INDEX = 0x6ABCDEF0  # as an index far outside every array of a test
 
 
@@ -89,7 +94,7 @@ def run(
         named += zip(kernel.arg_names[len(plain) :], results, strict=False)
         values = [_HostArray(copies[i]) if i in copies else a for i, a in enumerate(plain)]
         # As on a GPU, an overflow is an infinity and no warning: a mask may take it away.
-        with _checked(kernel.__name__, named), np.errstate(all="ignore"):
+        with _ONE_AT_A_TIME, _checked(kernel.__name__, named), np.errstate(all="ignore"):
             kernel[grid](*values, *map(_HostArray, results), **constexprs)
         return tuple(results)
 
