@@ -205,6 +205,7 @@ def extender(options, implementation):
     return jax.jit(functools.partial(block_attention_extend, **dict(options), implementation=implementation))
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("pieces", [(1,) * 9, (5, 1, 17, 1, 13), (37,)], ids=str)
 def test_any_split_gives_the_whole(pieces, implementation):
     """Rows at different lengths, with padding left of one row's tokens and right of the other's."""

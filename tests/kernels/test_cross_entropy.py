@@ -33,6 +33,7 @@ def truth(logits, labels):
     return np.array(loss), np.array(correct), np.array(gradient)
 
 
+@pytest.mark.rotating(5)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loss_and_gradient_against_float64(implementation, size, dtype):

@@ -69,6 +69,7 @@ def check(inputs, cotangents, implementation, segment_ids=None, label="", **opti
     return actual, expected
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 131])
 def test_values_and_gradients(implementation, tokens):
     check(*make_inputs(tokens, **sizes(implementation)), implementation)

@@ -107,6 +107,7 @@ def array_ids(ids):
     return None if ids is None else jnp.asarray(ids, jnp.int32)
 
 
+@pytest.mark.rotating(5)
 @pytest.mark.parametrize(
     ("kind", "ids"), [(kind, "padding") for kind in KINDS] + [("dropout", ids) for ids in IDS][:-1]
 )
@@ -179,6 +180,7 @@ def test_wide_heads(implementation, size):
         assert_close(*pair, "router" if number == 0 else "router gradient", "bfloat16")
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_rows_shorter_than_the_reach(implementation, tokens):
     arrays, cotangent = make_inputs("dropout", tokens, "bfloat16")

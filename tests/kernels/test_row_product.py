@@ -53,6 +53,7 @@ def truth(x, weight, arrays, options):
     return y + arrays.get("residual", 0.0)
 
 
+@pytest.mark.rotating(12)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", CASES)
 def test_values(name, dtype, implementation):

@@ -155,6 +155,7 @@ def test_a_prompt_read_whole_then_steps_and_pieces(prompt, pieces):
     np.testing.assert_allclose(jnp.concatenate([y, rest], axis=1), expected, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize(
     "rule, splits", [("learned", (PIECES, (TOKENS,))), ("recency", (PIECES,)), ("write_strength", (PIECES,))]
 )

@@ -50,6 +50,7 @@ def plain_scores(router, x, mask=None):
     return np.where(mask[:, None], out, 0)
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     "changes", [{}, dict(method="relu"), dict(sizes=(5, 3), dilations=(1, 3)), dict(sizes=(1,), dilations=(1,))]
 )
