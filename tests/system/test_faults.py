@@ -59,7 +59,8 @@ def test_a_full_disk_ends_the_run_within_the_interval_and_the_last_step_is_intac
         seen.append(self.step)
         if self.step == 6:
             self.checkpoints.wait()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, hard))  # a write beyond it fails as on a full disk
+            # A write beyond it fails as on a full disk; the metrics of all steps are shorter.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, hard))
         return save(self, state)
 
     monkeypatch.setattr(_Run, "_save", and_fill)
