@@ -102,11 +102,13 @@ def test_generations_stop_where_the_task_says():
     options = {"until": ["\n"], "max_gen_toks": 12}
     contexts = ["abc", "a longer context", "x" * 200]
     found = model.generate_until(instances("generate_until", [(text, options) for text in contexts]), disable_tqdm=True)
-    own = texts(
-        build(), [[256, *context.encode()][-(96 - 12) :] for context in contexts], temperature=0.0, top_k=0, top_p=1.0,
-        max_new_tokens=12, eos_id=257, decode=load_tokenizer("bytes").decode,
-    )  # fmt: skip
-    assert found == [text.split("\n")[0] for text in own]
+    for context, text in zip(contexts, found, strict=True):
+        ids = [256, *context.encode()][-(96 - 12) :]
+        (own,) = texts(
+            build(), [ids], temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=12, eos_id=257,
+            decode=load_tokenizer("bytes").decode,
+        )  # fmt: skip
+        assert text == own.split("\n")[0]
 
 
 def put(folder: Path, name: str, split: str, rows: list[dict]) -> None:
