@@ -9,10 +9,7 @@ from pallas_kernels.block_attention import triton as block_attention
 from pallas_kernels.block_attention import triton_tiles
 from pallas_kernels.block_attention.api import Case
 from pallas_kernels.block_attention.blocks import BlockCache, table_size
-
-needs_triton = pytest.mark.skipif(
-    triton_call.triton is None, reason="triton is not installed; pip install -e '.[gate]'"
-)
+from tests.kernels import needs_triton
 
 # Spilled bytes per thread allowed, by head size and block size: what the compiler said of the tiles, rounded up.
 SPILLS = {

@@ -8,10 +8,7 @@ import pytest
 
 from pallas_kernels import triton_call
 from pallas_kernels.cross_entropy import triton as backend
-
-needs_triton = pytest.mark.skipif(
-    triton_call.triton is None, reason="triton is not installed; pip install -e '.[gate]'"
-)
+from tests.kernels import needs_triton
 
 
 @needs_triton

@@ -8,8 +8,9 @@ from pallas_kernels import triton_call
 from pallas_kernels.gated_deltanet import Parameters, Projections, State, gated_deltanet_step
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.short_convolution import short_convolution
+from tests.kernels import needs_triton
 
-pytestmark = pytest.mark.skipif(triton_call.triton is None, reason="triton is not installed; pip install -e '.[gate]'")
+pytestmark = needs_triton
 
 # Spilled bytes per thread allowed, by kernel and case, what the compiler said rounded up; 0 without an entry.
 SPILLS = {

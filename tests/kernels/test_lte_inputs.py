@@ -13,6 +13,7 @@ from pallas_kernels import triton_call
 from pallas_kernels.dispatch import UnsupportedCase
 from pallas_kernels.lte_inputs import Convolution, lte_inputs_step
 from pallas_kernels.lte_inputs.api import Operands
+from tests.kernels import needs_triton
 from tests.tolerances import assert_close
 
 # name: sequences, query heads, KV heads, size, sets of the router's weights
@@ -119,7 +120,7 @@ def test_bad_arguments():
         lte_inputs_step(operands, method="tanh")
 
 
-@pytest.mark.skipif(triton_call.triton is None, reason="triton is not installed; pip install -e '.[gate]'")
+@needs_triton
 @pytest.mark.parametrize("name", ["one", "many"])
 def test_compiles_without_spills(name):
     operands = make_operands(name, "bfloat16")

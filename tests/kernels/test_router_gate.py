@@ -9,10 +9,7 @@ import pytest
 from pallas_kernels import triton_call
 from pallas_kernels.dispatch import UnsupportedCase, lowering_for_gpu
 from pallas_kernels.router import Convolution, Dropout, router_scores
-
-needs_triton = pytest.mark.skipif(
-    triton_call.triton is None, reason="triton is not installed; pip install -e '.[gate]'"
-)
+from tests.kernels import needs_triton
 
 FORWARD = {"_layer_kernel", "_score_kernel"}
 BACKWARD = {"_layer_kernel", "_last_kernel", "_weight_kernel", "_data_kernel"}

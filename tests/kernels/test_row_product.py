@@ -12,6 +12,7 @@ import pytest
 from pallas_kernels import triton_call
 from pallas_kernels.dispatch import UnsupportedCase
 from pallas_kernels.row_product import row_product, triton
+from tests.kernels import needs_triton
 from tests.tolerances import assert_close
 
 EPS = 1e-3  # large enough to be missed
@@ -119,7 +120,7 @@ SHAPES = {  # of the paper's models: depth, widths, gated, float32
 }
 
 
-@pytest.mark.skipif(triton_call.triton is None, reason="triton is not installed; pip install -e '.[gate]'")
+@needs_triton
 @pytest.mark.parametrize("rows", [1, 16, 64])
 @pytest.mark.parametrize("name", ["into", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in list(SHAPES)[1:])])
 def test_compiles_without_spills(name, rows):

@@ -11,10 +11,7 @@ import pytest
 from pallas_kernels import triton_call
 from pallas_kernels.dispatch import UnsupportedCase, lowering_for_gpu
 from pallas_kernels.gated_delta_rule import triton as gated_delta_rule
-
-needs_triton = pytest.mark.skipif(
-    triton_call.triton is None, reason="triton is not installed; pip install -e '.[gate]'"
-)
+from tests.kernels import needs_triton
 
 # Spilled bytes per thread allowed to each kernel, by head size: what the compiler reported when its speed was measured.
 SPILLS = {

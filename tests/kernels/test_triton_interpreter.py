@@ -7,11 +7,9 @@ import os
 import subprocess
 import sys
 
-import pytest
+from tests.kernels import needs_triton
 
-from pallas_kernels import triton_call
-
-pytestmark = pytest.mark.skipif(triton_call.triton is None, reason="triton is not installed; pip install -e '.[gate]'")
+pytestmark = needs_triton
 
 PROGRAM = """
 import jax

@@ -17,8 +17,9 @@ from pallas_kernels.window_attention import (
     window_attention_step,
     window_attention_update_step,
 )
+from tests.kernels import needs_triton
 
-pytestmark = pytest.mark.skipif(triton_call.triton is None, reason="triton is not installed; pip install -e '.[gate]'")
+pytestmark = needs_triton
 
 # Shared memory that one program may have, in KB, by compute capability.
 SHARED = {80: 163, 89: 99, 90: 227}
