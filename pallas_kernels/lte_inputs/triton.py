@@ -2,7 +2,8 @@
 
 A program takes one KV head of a few sequences. Of the three convolutions only what the last output needs is computed:
 5, 3 and 1 places, 2 apart. Each sequence has 8 rows of a tile, one for each place, so that a convolution is three
-products, of rows that a product with ones and zeros moves up (exact, since activations are rounded to the dtype of k).
+products, of rows that a product with ones and zeros moves up (exact for 16 bits: activations are rounded to k's dtype).
+Products of float32 are three of 11 bits each on the tensor cores: exact ones would take minutes to compile.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _moved(x, TAP: tl.constexpr, ROWS: tl.constexpr):
     """Row r of the result is row r + TAP of x."""
     r = tl.arange(0, ROWS)
     ones = tl.where(r[:, None] + TAP == r[None, :], 1.0, 0.0).to(x.dtype)
-    return tl.dot(ones, x, input_precision="ieee").to(x.dtype)
+    return tl.dot(ones, x, input_precision="tf32x3").to(x.dtype)
 
 
 @jit
@@ -84,17 +85,17 @@ def _inputs_kernel(
     for tap in tl.static_range(3):
         index = 2 * (place + tap)
         x = _tap(recent, k, v, b, index, h, (place < 5) & (at - PAST + index >= 0), B, K, N)
-        y1 += tl.dot(x, _weights(w1, head, tap, C, C // 2, dtype), input_precision="ieee")
+        y1 += tl.dot(x, _weights(w1, head, tap, C, C // 2, dtype), input_precision="tf32x3")
     real = ((place < 5) & (at - PAST + 2 * (place + 1) >= 0))[:, None]
     x1 = tl.where(real, _silu(y1), 0.0).to(dtype)
     y2 = tl.load(b2 + head * (C // 4) + tl.arange(0, C // 4))[None, :].to(tl.float32)
     for tap in tl.static_range(3):
-        y2 += tl.dot(_moved(x1, tap, ROWS), _weights(w2, head, tap, C // 2, C // 4, dtype), input_precision="ieee")
+        y2 += tl.dot(_moved(x1, tap, ROWS), _weights(w2, head, tap, C // 2, C // 4, dtype), input_precision="tf32x3")
     real = ((place < 3) & (at - PAST + 2 * (place + 2) >= 0))[:, None]
     x2 = tl.where(real, _silu(y2), 0.0).to(dtype)
     y3 = tl.load(b3 + head * (C // 8) + tl.arange(0, C // 8))[None, :].to(tl.float32)
     for tap in tl.static_range(3):
-        y3 += tl.dot(_moved(x2, tap, ROWS), _weights(w3, head, tap, C // 4, C // 8, dtype), input_precision="ieee")
+        y3 += tl.dot(_moved(x2, tap, ROWS), _weights(w3, head, tap, C // 4, C // 8, dtype), input_precision="tf32x3")
     x3 = _silu(y3).to(dtype).to(tl.float32)
     z = tl.sum(x3 * tl.load(w + head * (C // 8) + tl.arange(0, C // 8))[None, :].to(tl.float32), 1)
     z += tl.load(bias + head).to(tl.float32)
@@ -142,7 +143,7 @@ def step(operands: Operands, active: jax.Array | None, *, method: str) -> Result
     q, k, v, position, cos, sin, recent, convolutions, weight, bias = operands
     B, K, N = k.shape
     H = q.shape[1]
-    rows = 16 if B <= 8 else 64
+    rows = 16 if B <= 8 and k.dtype != jnp.float32 else 64
     flags = None if active is None else active.astype(jnp.int8)
     parts = [array for convolution in convolutions for array in convolution[:2]]
     arguments = (q, k, v, position, cos, sin, recent, *parts, weight, bias, flags)

@@ -24,6 +24,7 @@ from pallas_kernels.window_attention.triton_tiles import (
     options,
     own_tile,
     query_begins,
+    retains,
     spacious,
     stream,
     tiles_for,
@@ -83,6 +84,8 @@ def forward(case: Case, operands: Operands) -> Any:
     """((o, lse), plan): plan holds the document bounds, the list of retained keys and the survey of the cache."""
     plan = make_plan(case, operands)
     tiles = tiles_for(case, "forward")
+    heads = case.B * case.H
+    together = heads_together(heads, "forward" if retains(case) else "window")
     outputs = (
         jax.ShapeDtypeStruct((case.B, case.T, case.H, case.V), operands.v.dtype),
         jax.ShapeDtypeStruct((case.B, case.T, case.H), jnp.float32),
@@ -96,9 +99,9 @@ def forward(case: Case, operands: Operands) -> Any:
         case.T,
         case.U,
         window_of(case),
-        heads_together(case.B * case.H),
+        together,
         out_shape=outputs,
-        grid=grid_of(case.B * case.H, -(-case.T // tiles.queries)),
+        grid=grid_of(heads, -(-case.T // tiles.queries), together),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         **options(case, tiles),

@@ -107,6 +107,8 @@ def _call_dq(
 ) -> tuple[jax.Array, ...]:
     """(dq, delta [B,H,T], lse in powers of two [B,H,T])."""
     tiles = tiles_for(case, "dq")
+    heads = case.B * case.H
+    together = heads_together(heads, "dq")
     rows = jax.ShapeDtypeStruct((case.B, case.H, case.T), jnp.float32)
     return triton_call(
         _dq_kernel,
@@ -121,9 +123,9 @@ def _call_dq(
         case.T,
         case.U,
         window_of(case),
-        heads_together(case.B * case.H),
+        together,
         out_shape=(jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype), rows, rows),
-        grid=grid_of(case.B * case.H, -(-case.T // tiles.queries)),
+        grid=grid_of(heads, -(-case.T // tiles.queries), together),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         LSE_GRADIENT=dlse is not None,

@@ -111,10 +111,15 @@ def _intervals(
 
 @jit
 def _split(n, tiles, HEADS: tl.constexpr):
-    """(head of the group, tile) number n."""
+    """(head of the group, tile) number n.
+
+    The loads of a loop's first rounds are issued before it, masked where there is no such round. Division by zero tiles
+    would be undefined, from which the compiler concludes that there are some, and drops the mask.
+    """
     if HEADS == 1:
         return 0, n
     else:
+        tiles = tl.maximum(tiles, 1)
         return n // tiles, n % tiles
 
 
@@ -232,6 +237,7 @@ def call_dkv(
 ) -> tuple[jax.Array, ...]:
     """(dk, dv, dscores) of the keys, of the list of retained keys (float32, in its order), or of a cache's columns."""
     tiles = tiles_for(case, "dkv")
+    together = heads_together(case.B * case.K, "dkv")
     scores = kind == "window" and case.scores
     dtype = jnp.float32 if kind == "retained" else operands.k.dtype
     if kind == "retained":
@@ -252,13 +258,13 @@ def call_dkv(
         case.T,
         case.U,
         window_of(case),
-        heads_together(case.B * case.K),
+        together,
         out_shape=(
             jax.ShapeDtypeStruct(shapes[0], dtype),
             jax.ShapeDtypeStruct(shapes[1], dtype),
             jax.ShapeDtypeStruct((case.B, case.U, case.K) if scores else (1,), jnp.float32),
         ),
-        grid=grid_of(case.B * case.K, -(-shapes[0][2 if kind == "retained" else 1] // tiles.keys)),
+        grid=grid_of(case.B * case.K, -(-shapes[0][2 if kind == "retained" else 1] // tiles.keys), together),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         SCORES=scores,

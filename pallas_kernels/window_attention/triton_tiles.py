@@ -258,18 +258,24 @@ def window_of(case: Case) -> int:
     return 2**30 if case.window is None else min(case.window, 2**30)
 
 
-def heads_together(heads: int) -> int:
-    """How many of the batch's heads go on from tile to tile together.
-
-    The tiles of one end, which have the least work, then come last and fill the multiprocessors that have run out of
-    others; and of every head enough tiles are under way to share its keys in the L2 cache.
-    """
-    return next(n for n in range(min(heads, 64), 0, -1) if heads % n == 0)
+def retains(case: Case) -> bool:
+    """Whether keys of the call may be retained beyond the window."""
+    return case.expiry and window_of(case) < case.U
 
 
-def grid_of(heads: int, tiles: int) -> tuple[int, int]:
+# How many of the batch's heads go on from tile to tile together, at most, as measured on an H200. With many, the tiles
+# of one end, which have the least work, come last and fill the multiprocessors that have run out of others; with few,
+# the keys of a head stay in the L2 cache. "window": a forward pass without retained keys, whose tiles are all alike.
+TOGETHER = {"forward": 1, "window": 64, "dq": 8, "dkv": 64}
+
+
+def heads_together(heads: int, name: str) -> int:
+    """How many of ``heads`` a pass takes from tile to tile together: a divisor."""
+    return next(n for n in range(min(heads, TOGETHER[name]), 0, -1) if heads % n == 0)
+
+
+def grid_of(heads: int, tiles: int, together: int) -> tuple[int, int]:
     """For every tile of every head of the batch, in the order of ``own_tile``."""
-    together = heads_together(heads)
     return together * tiles, heads // together
 
 
@@ -348,7 +354,7 @@ def options(case: Case, tiles: Tiles) -> dict[str, Any]:
         "C": case.C,
         "SCALE": case.scale * LOG2_E,
         "SEGMENTS": case.segment_ids,
-        "RETAINED": case.expiry and window_of(case) < case.U,
+        "RETAINED": retains(case),
         "EVEN": case.U % tiles.keys == 0,
         "QUERIES": tiles.queries,
         "KEYS": tiles.keys,

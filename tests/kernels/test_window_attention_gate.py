@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -114,6 +116,20 @@ def test_training_kernels_compile_without_spills():
 
 def test_decode_kernels_compile_without_spills():
     check(step_calls(64, 1), 90, STEPS, {})
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_loads_ahead_of_a_loop_keep_their_masks(documents):
+    """A tile of keys may have no whole tile of queries: what the pipeline loads first must then not be read.
+
+    The number of bytes of an asynchronous copy is its mask: where the compiler takes a loop's rounds for granted, it is
+    a constant, and rows behind the end of an array are read.
+    """
+    for call in attention_calls(64, columns=77, documents=documents):
+        kernel = triton_call.compile_call(call)
+        sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, (%r\d+);", kernel.ptx)
+        constants = set(re.findall(r"mov\.b32\s+(%r\d+), \d+;", kernel.ptx))
+        assert not constants.intersection(sizes), f"{kernel.name} {kernel.constexprs.get('KIND', '')}"
 
 
 @pytest.mark.exhaustive
