@@ -136,6 +136,7 @@ def check(case: Case) -> None:
     require(N in (64, 128) and halved, f"heads of {N}, channels {case.channels}; it halves twice 64 or 128: {fix}")
     alike = case.dtype in FLOATS and case.recent_dtype == case.dtype
     require(alike, f"k is {case.dtype}, recent {case.recent_dtype}; it takes one float dtype: {fix}")
+    require(N == 64 or case.dtype != "float32", f"float32 with heads of {N}; in float32 it takes heads of 64: {fix}")
     check_installed("lte_inputs")
 
 
