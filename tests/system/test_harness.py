@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import types
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -36,9 +36,19 @@ def build() -> LanguageModel:
 
 
 def log_probs(tokens, reading: str) -> np.ndarray:
-    """The model's own log-probabilities of each next token, from a call of nothing else."""
-    logits = build()(np.array([tokens]), reading=reading).logits[0, :-1]
-    return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(tokens) - 1), tokens[1:]]
+    """The model's own log-probabilities of each next token, from a call of nothing else; the last one is not read.
+
+    Each length is a program to compile: let texts share one.
+    """
+    return ranked(tokens, reading)[0]
+
+
+def ranked(tokens, reading: str) -> tuple[np.ndarray, np.ndarray]:
+    """``log_probs``, and whether each token is the likeliest."""
+    logits = np.asarray(build()(np.array([tokens[:-1]]), reading=reading).logits[0])
+    log_normalizer = np.log(np.sum(np.exp(logits - logits.max(-1, keepdims=True)), -1)) + logits.max(-1)
+    chosen = logits[np.arange(len(tokens) - 1), tokens[1:]]
+    return chosen - log_normalizer, logits.argmax(-1) == tokens[1:]
 
 
 @pytest.fixture(scope="module")
@@ -63,21 +73,16 @@ def instances(kind: str, arguments: list[tuple]):
 @pytest.mark.rotating
 @pytest.mark.parametrize("reading", ["prompt", "streaming"])
 def test_log_likelihoods_equal_the_models_own(reading):
-    # Of one length, as each length is a program to compile, and one text beyond the model's.
+    # Of one length, and one text beyond the model's.
     asked = [("The cat sat", " on"), ("", "alone in here."), ("trailing ", "space"), ("x" * 120, "yz"), ("a" * 13, "b")]
     found = adapter(reading=reading).loglikelihood(instances("loglikelihood", asked), disable_tqdm=True)
     for (context, continuation), (value, greedy) in zip(asked, found, strict=True):
         whole = [256, *context.encode(), *continuation.encode()]
         size = len(continuation.encode()) + len(context) - len(context.rstrip())
         whole = whole[-97:]  # one more than the longest sequence: the last token is never read
-        own = log_probs(whole, "streaming") if reading == "streaming" else log_probs([*whole[:-1], whole[-1]], reading)
-        if reading == "streaming":
-            np.testing.assert_allclose(value, own[-size:].sum(), atol=1e-4)
-        else:  # the prompt reading ranks what it is given: the same call without the last token
-            logits = build()(np.array([whole[:-1]]), reading="prompt").logits[0]
-            own = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(whole) - 1), whole[1:]]
-            np.testing.assert_allclose(value, own[-size:].sum(), atol=1e-4)
-            assert greedy == bool((np.asarray(logits).argmax(-1)[-size:] == whole[-size:]).all())
+        own, likeliest = ranked(whole, reading)
+        np.testing.assert_allclose(value, own[-size:].sum(), atol=1e-4)
+        assert greedy == likeliest[-size:].all()
 
 
 def test_rolling_log_likelihoods_go_over_the_whole_text(caplog):
@@ -98,14 +103,15 @@ def test_rolling_log_likelihoods_go_over_the_whole_text(caplog):
 
 
 def test_generations_stop_where_the_task_says():
-    model = adapter(max_gen_toks=12)
-    options = {"until": ["\n"], "max_gen_toks": 12}
+    # Room for 64 tokens of a context: all are padded to one length.
+    model = adapter(max_gen_toks=32)
+    options = {"until": ["\n"], "max_gen_toks": 32}
     contexts = ["abc", "a longer context", "x" * 200]
     found = model.generate_until(instances("generate_until", [(text, options) for text in contexts]), disable_tqdm=True)
     for context, text in zip(contexts, found, strict=True):
-        ids = [256, *context.encode()][-(96 - 12) :]
+        ids = [256, *context.encode()][-(96 - 32) :]
         (own,) = texts(
-            build(), [ids], temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=12, eos_id=257,
+            build(), [ids], temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=32, eos_id=257,
             decode=load_tokenizer("bytes").decode,
         )  # fmt: skip
         assert text == own.split("\n")[0]
@@ -120,7 +126,7 @@ def put(folder: Path, name: str, split: str, rows: list[dict]) -> None:
 def documents(tmp_path_factory) -> Path:
     """Local files in place of a hub."""
     folder = tmp_path_factory.mktemp("documents")
-    rows = [{"goal": f"number {n} is", "sol1": "odd", "sol2": "even", "label": 1 - n % 2} for n in range(5)]
+    rows = [{"goal": f"number {n} is", "sol1": "odd", "sol2": "two", "label": 1 - n % 2} for n in range(5)]
     put(folder, "baber/piqa", "validation", rows)
     put(folder, "baber/piqa", "train", rows)
     put(
@@ -129,18 +135,20 @@ def documents(tmp_path_factory) -> Path:
         "validation",
         [{"text": f"Price: {n}0 USD\nPrice: ", "value": "a"} for n in "123"],
     )
-    put(folder, "EleutherAI/lambada_openai", "test", [{"text": f"the cat of {n} sat on the mat"} for n in range(3)])
+    endings = [{"text": f"the cat of {n} sat on the thick mat"} for n in range(3)]
+    put(folder, "EleutherAI/lambada_openai", "test", endings)
     return folder
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_index():
-    """The harness reads thousands of task files each time that it is started: here once for all tests."""
+    """The harness reads 14,000 task files each time that it is started: here those of four folders, once."""
     from lm_eval.tasks._index import TaskIndex
 
     read = functools.cache(TaskIndex.build)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaskIndex, "build", lambda self, paths: dict(read(tuple(paths))))
+        folders = ("fda", "lambada", "piqa", "ruler")
+        patch.setattr(TaskIndex, "build", lambda self, paths: dict(read(tuple(x / y for x in paths for y in folders))))
         yield
 
 
@@ -165,11 +173,11 @@ def test_tasks_of_local_documents_score_what_the_model_says(run, documents, tmp_
         question = f"Question: number {n} is\nAnswer:"
         values = [
             log_probs([256, *(question + choice).encode()], "prompt")[-len(choice) :].sum()
-            for choice in (" odd", " even")
+            for choice in (" odd", " two")
         ]
         hits.append(int(np.argmax(values)) == 1 - n % 2)
     assert found["results"]["piqa"]["acc,none"] == pytest.approx(np.mean(hits))
-    asked = [log_probs([256, *f"the cat of {n} sat on the mat".encode()], "prompt")[-4:].sum() for n in range(3)]
+    asked = [log_probs([256, *f"the cat of {n} sat on the thick mat".encode()], "prompt")[-4:].sum() for n in range(3)]
     assert found["results"]["lambada_openai"]["perplexity,none"] == pytest.approx(np.exp(-np.mean(asked)), rel=1e-4)
     assert found["versions"]["fda_v0"] == 0 and found["versions"]["fda"] == 1
     written = json.loads((tmp_path / "out.json").read_text())
@@ -236,9 +244,18 @@ def test_answers_of_another_evaluation_or_damaged_ones_are_refused(run, document
     reason="RULER needs transformers, nltk and wonderwords: pip install -e '.[eval]'",
 )
 def test_ruler_makes_its_samples_with_the_models_own_tokenizer(run, tmp_path, monkeypatch):
+    import wonderwords
+
+    few = {kind: list(words)[:20] for kind, words in wonderwords.RandomWord()._categories.items()}
+    # RULER sorts millions of pairs of words when it is imported.
+    monkeypatch.setattr(wonderwords, "RandomWord", lambda: types.SimpleNamespace(_categories=few))
+    from lm_eval.tasks.ruler import prepare_niah
+
     import lte_jax.evaluate.tasks as tasks
 
-    asked = []
+    asked, make = [], prepare_niah.generate_samples
+    # It makes 500 samples of each length, of which two are asked.
+    monkeypatch.setattr(prepare_niah, "generate_samples", lambda *args, **kw: make(*args, **kw | {"num_samples": 3}))
 
     def perfect(model, prompts, *, decode, max_new_tokens, **options):
         """A stand-in that reads the number off the prompt."""
@@ -284,8 +301,8 @@ def test_lengths_beyond_the_models_are_said_and_empty_contexts_begin_a_text(capl
     asked = adapter(max_length=200, add_bos_token=False)
     assert "max_length=200: the model was made for 96" in caplog.text
     (value, _) = asked.loglikelihood(instances("loglikelihood", [("", "abc")]), disable_tqdm=True)[0]
-    np.testing.assert_allclose(value, log_probs([256, *b"abc", 0], "prompt")[:3].sum(), atol=1e-4)
-    options = {"until": ["\n"], "max_gen_toks": 4}
+    np.testing.assert_allclose(value, log_probs([256, *b"abc"], "prompt").sum(), atol=1e-4)
+    options = {"until": ["\n"], "max_gen_toks": 16}
     (text,) = asked.generate_until(instances("generate_until", [("", options)]), disable_tqdm=True)
     assert text == adapter(max_length=200).generate_until(instances("generate_until", [("", options)]), True)[0]
 

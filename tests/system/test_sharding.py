@@ -195,7 +195,7 @@ def test_lte_layers_of_unlike_budgets_are_refused():
 @pytest.mark.parametrize("reading", ["prompt", "streaming"])
 def test_reading_under_a_budget_sends_the_window_and_what_is_retained(reading, shards):
     """Hidden states and gradients of one device; of keys and values, each device receives its halo and the budget."""
-    config, rows = below("lte"), batch_of(SMALL)
+    config, rows = config_of(MIXERS["lte"]), batch_of(SMALL)
     one = Builder(step_config(config, SMALL.length), make_mesh(MeshConfig(), jax.devices()[:1]))
     params = jax.device_get(one.init_state().params)
     direction = random(*rows["input_ids"].shape, SMALL.width)

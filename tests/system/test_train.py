@@ -4,10 +4,12 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +30,6 @@ from tests.system.tiny import DATA, tiny_experiment, tiny_model
 ONE = jax.devices()[:1]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Where runs that are killed keep their compiled programs: a kill may leave one half written."""
-    return tmp_path_factory.mktemp("xla")
-
-
 def sums(folder, step):
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     meta = checkpoints.read_meta(step)
@@ -46,6 +42,19 @@ def whole(tmp_path_factory):
     """An uninterrupted run, and how it ended."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     return folder, train(tiny_experiment(), folder, devices=ONE)
+
+
+@pytest.fixture(scope="module")
+def cache(whole, tmp_path_factory):
+    """Where runs that are killed keep their compiled programs: a kill may leave one half written.
+
+    It begins with a copy of those that ``whole`` compiled, where the tests keep any.
+    """
+    folder = tmp_path_factory.mktemp("xla")
+    if kept := jax.config.jax_compilation_cache_dir:
+        for file in Path(kept).glob("jit__*-cache"):
+            shutil.copy(file, folder)
+    return folder
 
 
 def test_a_run_leaves_its_settings_numbers_pictures_and_checkpoints(whole):
@@ -119,18 +128,24 @@ def test_a_hundred_random_kills_lose_nothing(whole, tmp_path, cache, number):
 
 
 def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(whole, tmp_path, capfd):
-    config = tiny_experiment(steps=11)
-    train(config, tmp_path, devices=ONE)
-    for file in (tmp_path / "checkpoints" / "11" / "params").rglob("d/*"):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    for file in (folder / "checkpoints" / "11" / "params").rglob("d/*"):
         file.write_bytes(file.read_bytes()[:-7])
-    assert train(config, tmp_path, devices=ONE).step == 11
+    assert train(tiny_experiment(), folder, devices=ONE).step == 11
     said = capfd.readouterr().out
     assert "checkpoints/11 is skipped" in said and "from step 10" in said
-    assert sums(tmp_path, 11) == sums(whole[0], 11)
+    assert sums(folder, 11) == sums(whole[0], 11)
+
+
+def one_layer():
+    """For tests of what does not depend on the layers: less to compile."""
+    model = tiny_model(dropout=0.0)
+    return tiny_experiment(model=dataclasses.replace(model, num_layers=1, pattern=model.pattern[1:]))
 
 
 def test_a_run_that_only_skips_stops_with_an_error_and_keeps_the_batch(tmp_path):
-    config = tiny_experiment()
+    config = one_layer()
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e30))
     with pytest.raises(TrainingError, match="not finite in 3 steps in a row"):
         train(config, tmp_path, devices=ONE)
@@ -154,8 +169,6 @@ def test_another_config_and_a_foreign_folder_are_refused_and_left_alone(whole, t
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(whole, tmp_path):
-    import shutil
-
     shutil.copytree(whole[0] / "checkpoints", tmp_path / "checkpoints")
     changed = tiny_experiment(model=dataclasses.replace(tiny_model(), width=24))
     (tmp_path / "config.json").write_text(json.dumps(configs.to_dict(changed)))
@@ -173,9 +186,9 @@ def test_a_new_run_starts_from_the_weights_of_another_with_another_budget_and_sc
         frozen = "/router/" in name
         assert np.array_equal(old[name], new[name]) == frozen, name
         np.testing.assert_allclose(new[name], old[name], atol=0.02)
-    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, intermediate_size=40))
+    wider = runs.single_device_builder(dataclasses.replace(config.model, intermediate_size=40))
     with pytest.raises(runs.RunError, match=r"wrong shape: .*down_proj/weight \[1, 24, 16\] instead of"):
-        train(wider, tmp_path / "wider", init_from=whole[0], devices=ONE)
+        runs.initial_params(whole[0], wider)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +223,7 @@ def test_accumulation_gives_the_step_of_the_full_batch():
         "interrupted": jnp.zeros(8, jnp.int32),
     }
     mesh = make_mesh(MeshConfig(), ONE)
-    config = tiny_experiment(model=tiny_model(dropout=0.0))
+    config = one_layer()
     full, numbers = one_step(config, batch, mesh)
     parts, part_numbers = one_step(dataclasses.replace(config, accumulation=4), batch, mesh)
     for name in ("loss", "ce", "grad_norm", "accuracy", "kept", "targets"):

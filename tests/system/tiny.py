@@ -52,6 +52,7 @@ def run_in_process(workdir: str, cache: str) -> None:
 
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_default_matmul_precision", "highest")  # as in the tests: the same programs
     from lte_jax.train import train
 
     train(tiny_experiment(checkpoint=CheckpointConfig(every=1, keep=2)), Path(workdir), devices=jax.devices()[:1])
