@@ -90,11 +90,12 @@ def test_no_output_depends_on_a_later_token(name, reading):
     run = whole(name, reading, **changes)
     x = inputs()
     for cut in (1, 17, 40):
-        cotangent = jax.random.normal(jax.random.key(1), x.shape).at[:, cut:].set(0)
-        gradient = jax.vjp(run, x)[1](cotangent)[0]
+        later = (np.arange(LENGTH) >= cut)[:, None]
+        cotangent = np.where(later, 0, jax.random.normal(jax.random.key(1), x.shape))
+        gradient = np.asarray(jax.vjp(run, x)[1](cotangent)[0])
         np.testing.assert_array_equal(gradient[:, cut:], 0)
-        assert jnp.all(jnp.any(gradient[:, :cut] != 0, axis=-1))
-        changed = run(x.at[:, cut:].multiply(-2.0))
+        assert (gradient[:, :cut] != 0).any(axis=-1).all()
+        changed = run(np.where(later, -2, 1).astype(np.float32) * x)
         assert_close(changed[:, :cut], run(x)[:, :cut], "mixer")
 
 
@@ -138,22 +139,21 @@ def test_packed_documents_equal_the_documents_alone(name, reading):
 @pytest.mark.parametrize("left, right", [(11, 0), (0, 11), (9, 2)])
 @pytest.mark.parametrize("name", MIXERS)
 def test_padding_changes_no_value_and_no_cache(name, left, right):
-    x = inputs(length=33)
-    padded = jnp.pad(x, ((0, 0), (left, right), (0, 0)), constant_values=jnp.nan)
-    padded = jnp.where(jnp.isnan(padded), 7.0, padded)
-    mask = jnp.pad(jnp.ones(x.shape[:2], jnp.int32), ((0, 0), (left, right)))
+    x, more = inputs(length=29), inputs(length=29, seed=5)  # as long: the same programs read both
+    around = ((0, 0), (left, right), (0, 0))
+    padded, more_padded = (np.pad(part, around, constant_values=7.0) for part in (x, more))
+    mask = np.pad(np.ones(x.shape[:2], np.int32), around[:2])
     for reading in (reading for mixer, reading in READINGS if mixer == name):
         y = whole(name, reading)(padded, mask)
-        assert_close(y[:, left : left + 33], whole(name, reading)(x), "mixer")
+        assert_close(y[:, left : left + 29], whole(name, reading)(x), "mixer")
     module, extend = extender(name)
     empty = module.init_cache(2, LENGTH, jnp.float32)
     y, cache = extend(padded, empty, mask)
     expected, expected_cache = extend(x, empty)
-    assert_close(y[:, left : left + 33], expected, "mixer")
-    more = inputs(length=9, seed=5)
-    more_mask = jnp.ones((2, 9), jnp.int32).at[:, :2].set(0)
-    assert_close(extend(more, cache, more_mask)[0][:, 2:], extend(more[:, 2:], expected_cache)[0], "mixer")
-    rows = extend(more, cache, more_mask.at[0].set(0))[1]  # a row of padding alone keeps its cache
+    assert_close(y[:, left : left + 29], expected, "mixer")
+    y = extend(more_padded, cache, mask)[0]
+    assert_close(y[:, left : left + 29], extend(more, expected_cache)[0], "mixer")
+    rows = extend(more_padded, cache, np.stack([0 * mask[0], mask[1]]))[1]  # a row of padding alone keeps its cache
     for new, old in zip(jax.tree.leaves(rows), jax.tree.leaves(cache), strict=True):
         np.testing.assert_array_equal(new[0], old[0])
 
@@ -171,9 +171,9 @@ def test_every_parameter_gets_a_finite_gradient(name):
         return jnp.vdot(y, jax.random.normal(jax.random.key(4), y.shape))
 
     for path, variable in nnx.to_flat_state(gradients(state)):
-        value = variable.get_value()
-        assert jnp.all(jnp.isfinite(value)), path
-        assert jnp.any(value != 0), path
+        value = np.asarray(variable.get_value())
+        assert np.isfinite(value).all(), path
+        assert value.any(), path
 
 
 @pytest.mark.parametrize("name", MIXERS)

@@ -31,7 +31,7 @@ ONE = jax.devices()[:1]
 
 
 def small(**changes):
-    return dataclasses.replace(experiment(), steps=8, checkpoint=CheckpointConfig(every=3, keep=2), **changes)
+    return dataclasses.replace(experiment(), steps=12, checkpoint=CheckpointConfig(every=3, keep=2), **changes)
 
 
 def steps_of(folder):
@@ -65,15 +65,14 @@ def test_a_full_disk_ends_the_run_within_the_interval_and_the_last_step_is_intac
 
     monkeypatch.setattr(_Run, "_save", and_fill)
     # The failure of the save at 6 is known at the latest when the next is due, at 9.
-    config = dataclasses.replace(small(), steps=12)
     try:
         with pytest.raises(CheckpointError, match=r"saving step 6 to .* failed.*the last good step is 3"):
-            train(config, tmp_path / "run", devices=ONE)
+            train(small(), tmp_path / "run", devices=ONE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert seen in ([3, 6], [3, 6, 9]) and steps_of(tmp_path / "run") == [3]
     monkeypatch.undo()
-    assert train(config, tmp_path / "run", devices=ONE).finished
+    assert train(small(), tmp_path / "run", devices=ONE).finished
 
 
 def test_a_bad_record_stops_the_run_saved_and_may_be_left_out(tmp_path, monkeypatch, capfd):
@@ -168,8 +167,8 @@ def test_a_loss_spike_may_be_skipped_and_its_batch_is_kept(tmp_path, monkeypatch
 
 
 def test_a_profile_and_the_parts_of_a_steps_time_are_written(tmp_path):
-    with pytest.raises(ValueError, match="--profile=7:3: this run takes the steps 1 to 8"):
-        train(small(), tmp_path / "run", profile=(7, 3), devices=ONE)
+    with pytest.raises(ValueError, match="--profile=11:3: this run takes the steps 1 to 12"):
+        train(small(), tmp_path / "run", profile=(11, 3), devices=ONE)
     train(small(), tmp_path / "run", profile=(4, 2), devices=ONE)
     (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
     with warnings.catch_warnings():
