@@ -45,8 +45,8 @@ class Measured:
 
 
 MEASURED = {
-    ("lalte", "0.4B"): Measured(154_438, 8, 37.2),
-    ("lalte", "1.4B"): Measured(42_605, 4, 28.3),
+    ("lalte", "0.4B"): Measured(154_471, 8, 37.2),
+    ("lalte", "1.4B"): Measured(54_368, 4, 47.2),
     ("gdn", "1.4B"): Measured(40_806, 4, 31.9),
 }
 

@@ -144,7 +144,7 @@ def step(operands: Operands, active: jax.Array | None, *, method: str) -> Result
     q, k, v, position, cos, sin, recent, convolutions, weight, bias = operands
     B, K, N = k.shape
     H = q.shape[1]
-    rows = 16 if B <= 8 and k.dtype != jnp.float32 else 64
+    rows = 16 if B <= 8 and k.dtype != jnp.float32 else 64  # threefold products of 16 rows spill thousands of bytes
     flags = None if active is None else active.astype(jnp.int8)
     parts = [array for convolution in convolutions for array in convolution[:2]]
     arguments = (q, k, v, position, cos, sin, recent, *parts, weight, bias, flags)

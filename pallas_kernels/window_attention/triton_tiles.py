@@ -263,15 +263,19 @@ def retains(case: Case) -> bool:
     return case.expiry and window_of(case) < case.U
 
 
+LONGEST_AXIS = 65_535  # of a grid, all but the first
+
 # How many of the batch's heads go on from tile to tile together, at most, as measured on an H200. With many, the tiles
 # of one end, which have the least work, come last and fill the multiprocessors that have run out of others; with few,
-# the keys of a head stay in the L2 cache. "window": a forward pass without retained keys, whose tiles are all alike.
+# the keys of a head stay in the L2 cache. "window": a forward pass without retained keys (full attention, whose tiles
+# are not alike, has not been measured).
 TOGETHER = {"forward": 1, "window": 64, "dq": 8, "dkv": 64}
 
 
 def heads_together(heads: int, name: str) -> int:
-    """How many of ``heads`` a pass takes from tile to tile together: a divisor."""
-    return next(n for n in range(min(heads, TOGETHER[name]), 0, -1) if heads % n == 0)
+    """How many of ``heads`` a pass takes from tile to tile together: a divisor that leaves a grid no axis too long."""
+    divisors = [n for n in range(1, heads + 1) if heads % n == 0 and heads // n <= LONGEST_AXIS]
+    return max((n for n in divisors if n <= TOGETHER[name]), default=divisors[0])
 
 
 def grid_of(heads: int, tiles: int, together: int) -> tuple[int, int]:

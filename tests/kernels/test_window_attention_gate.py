@@ -129,7 +129,17 @@ def test_loads_ahead_of_a_loop_keep_their_masks(documents):
         kernel = triton_call.compile_call(call)
         sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, (%r\d+);", kernel.ptx)
         constants = set(re.findall(r"mov\.b32\s+(%r\d+), \d+;", kernel.ptx))
+        assert sizes or kernel.name != "_dkv_kernel", "no asynchronous copies: look for another form of them"
         assert not constants.intersection(sizes), f"{kernel.name} {kernel.constexprs.get('KIND', '')}"
+
+
+@pytest.mark.parametrize("name", triton_tiles.TOGETHER)
+@pytest.mark.parametrize("heads", [1, 7, 96, 65_535, 65_536, 131_072, 65_537])
+def test_no_axis_of_a_grid_is_longer_than_a_gpu_takes(heads, name):
+    together = triton_tiles.heads_together(heads, name)
+    columns, rows = triton_tiles.grid_of(heads, 5, together)
+    assert columns * rows == 5 * heads and rows <= 65_535
+    assert together <= triton_tiles.TOGETHER[name] or heads > 65_535
 
 
 @pytest.mark.exhaustive
