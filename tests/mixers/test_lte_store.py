@@ -12,6 +12,13 @@ from lte_jax.mixers import lte_store
 from pallas_kernels.window_attention.xla_update import enter_store
 
 BATCH, HEADS, SIZE = 2, 3, 2
+# Whole functions, as compiling their operations one by one takes longer.
+successors = jax.jit(lte_store.successors, static_argnums=2)
+slots_after = jax.jit(lte_store.slots_after, static_argnums=2)
+best_of_document = jax.jit(lte_store.best_of_document, static_argnums=1)
+slots_of_best = jax.jit(lte_store.slots_of_best, static_argnums=1)
+document_bounds = jax.jit(lte_store.document_bounds)
+ranked = jax.jit(lte_store.ranked, static_argnums=2)
 
 
 class PlainStore:
@@ -43,7 +50,7 @@ def draw(seed, tokens, ties):
     rng = np.random.default_rng(seed)
     raw = rng.integers(-2, 4, (BATCH, tokens, HEADS)) if ties else rng.normal(size=(BATCH, tokens, HEADS)) + 0.3
     positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (BATCH, tokens))
-    return lte_store.ranked(jnp.asarray(raw, jnp.float32), positions, 2), positions
+    return ranked(jnp.asarray(raw, jnp.float32), positions, 2), positions
 
 
 def spread(positions):
@@ -53,8 +60,8 @@ def spread(positions):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("budget", [3, 7, 40])
 def test_successors_are_the_plain_store_s_history(budget, ties):
-    scores, positions = draw(budget, 37, ties)
-    successor = np.asarray(jax.jit(lte_store.successors, static_argnums=2)(scores, spread(positions), budget))
+    scores, positions = map(np.asarray, draw(budget, 37, ties))
+    successor = np.asarray(successors(scores, spread(positions), budget))
     for b in range(BATCH):
         for h in range(HEADS):
             plain = PlainStore(budget)
@@ -72,8 +79,8 @@ def one_step():
 @pytest.mark.parametrize("ties", [False, True])
 def test_one_step_fills_the_plain_store_s_slots(ties):
     tokens, budget = 41, 5
-    scores, positions = draw(3, tokens, ties)
-    content = jax.random.normal(jax.random.key(0), (BATCH, tokens, HEADS, SIZE))
+    scores, positions = map(np.asarray, draw(3, tokens, ties))
+    content = np.asarray(jax.random.normal(jax.random.key(0), (BATCH, tokens, HEADS, SIZE)))
     step = one_step()
     store = lte_store.empty_store(BATCH, budget, HEADS, SIZE, jnp.float32)
     plain = [[PlainStore(budget) for _ in range(HEADS)] for _ in range(BATCH)]
@@ -96,24 +103,25 @@ def test_one_step_fills_the_plain_store_s_slots(ties):
 @pytest.mark.parametrize("ties", [False, True])
 def test_pieces_of_any_length_fill_the_same_slots_as_steps(ties):
     tokens, budget = 41, 5
-    scores, positions = draw(4, tokens, ties)
-    content = jax.random.normal(jax.random.key(1), (BATCH, tokens, HEADS, SIZE))
+    scores, positions = map(np.asarray, draw(4, tokens, ties))
+    content = np.asarray(jax.random.normal(jax.random.key(1), (BATCH, tokens, HEADS, SIZE)))
 
-    def piece(store, at, size):
-        part = slice(at, at + size)
-        ranks = jnp.concatenate([store.score, scores[:, part]], axis=1)
-        where = jnp.concatenate([store.position, spread(positions[:, part])], axis=1)
+    @jax.jit
+    def piece(store, k, v, positions, scores):
+        ranks = jnp.concatenate([store.score, scores], axis=1)
+        where = jnp.concatenate([store.position, spread(positions)], axis=1)
         successor = lte_store.successors(ranks, where, budget)
-        slots = lte_store.slots_after(ranks, successor, budget, jnp.full(BATCH, budget + size, jnp.int32))
-        return lte_store.refill(store, slots, content[:, part], -content[:, part], positions[:, part], scores[:, part])
+        slots = lte_store.slots_after(ranks, successor, budget, jnp.full(BATCH, ranks.shape[1], jnp.int32))
+        return lte_store.refill(store, slots, k, v, positions, scores)
 
     one = whole = lte_store.empty_store(BATCH, budget, HEADS, SIZE, jnp.float32)
     step = one_step()
     for t in range(tokens):
         one = step(one, content[:, t], -content[:, t], positions[:, t], scores[:, t])
     at = 0
-    for size in (2, 1, 17, 3, 18):
-        whole = piece(whole, at, size)
+    for size in (2, 1, 18, 2, 18):  # of few lengths, each a program
+        part = slice(at, at + size)
+        whole = piece(whole, content[:, part], -content[:, part], positions[:, part], scores[:, part])
         at += size
     assert at == tokens
     jax.tree.map(np.testing.assert_array_equal, whole, one)
@@ -121,33 +129,34 @@ def test_pieces_of_any_length_fill_the_same_slots_as_steps(ties):
 
 def test_a_piece_is_followed_only_until_its_mark():
     tokens, budget = 20, 4
-    scores, positions = draw(5, tokens, True)
+    scores, positions = map(np.asarray, draw(5, tokens, True))
     empty = lte_store.empty_store(BATCH, budget, HEADS, SIZE, jnp.float32)
     ranks = jnp.concatenate([empty.score, scores], axis=1)
     where = jnp.concatenate([empty.position, spread(positions)], axis=1)
-    successor = lte_store.successors(ranks, where, budget)
-    slots = lte_store.slots_after(ranks, successor, budget, jnp.asarray([budget + 9, budget - 3], jnp.int32))
+    successor = successors(ranks, where, budget)
+    slots = np.asarray(slots_after(ranks, successor, budget, jnp.asarray([budget + 9, budget - 3], jnp.int32)))
     for h in range(HEADS):
         plain = PlainStore(budget)
         for t in range(9):
             plain.offer(float(scores[0, t, h]), t)
         expected = [index + budget for _, index in plain.slots]
         np.testing.assert_array_equal(slots[0, :, h], expected + [-1] * (budget - len(expected)))
-    assert (np.asarray(slots[1]) == -1).all(), "a mark before the first token leaves every slot empty"
+    assert (slots[1] == -1).all(), "a mark before the first token leaves every slot empty"
 
 
 def test_documents_have_stores_of_their_own():
     budget, lengths = 3, (5, 1, 13, 2, 9)
     tokens = sum(lengths)
     segment_ids = jnp.asarray([np.repeat([7, 0, 3, 4, 9], lengths), np.repeat([1, 2, 5, 0, 4], lengths)], jnp.int32)
-    start, end = lte_store.document_bounds(segment_ids)
+    start, end = document_bounds(segment_ids)
     edges = np.cumsum((0, *lengths))
     np.testing.assert_array_equal(start[0], np.repeat(edges[:-1], lengths))
     np.testing.assert_array_equal(end[1], np.repeat(edges[1:], lengths))
     raw, _ = draw(6, tokens, True)
-    scores = lte_store.ranked(raw, jnp.arange(tokens) - start, 1, segment_ids != 0)
-    successor = lte_store.successors(scores, spread(jnp.arange(tokens) - start), budget, (start, end))
-    best = lte_store.best_of_document(scores, budget, (start, end))
+    positions = np.arange(tokens, dtype=np.int32) - np.asarray(start)
+    scores = np.asarray(ranked(raw, positions, 1, np.asarray(segment_ids) != 0))
+    successor = np.asarray(successors(scores, spread(positions), budget, (start, end)))
+    best = np.asarray(best_of_document(scores, budget, (start, end)))
     for b in range(BATCH):
         for h in range(HEADS):
             for low, high in itertools.pairwise(edges):
@@ -158,15 +167,15 @@ def test_documents_have_stores_of_their_own():
                 np.testing.assert_array_equal(successor[b, low:high, h], expected)
                 kept = sorted(index for _, index in plain.slots)
                 np.testing.assert_array_equal(low + np.flatnonzero(best[b, low:high, h]), kept)
-    assert not np.asarray(best)[np.asarray(segment_ids) == 0].any()
+    assert not best[np.asarray(segment_ids) == 0].any()
 
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("budget", [4, 50])
 def test_best_of_one_document_equals_the_plain_store_s_end(budget, ties):
-    scores, _ = draw(8, 33, ties)
-    best = lte_store.best_of_document(scores, budget)
-    slots = lte_store.slots_of_best(best, budget)
+    scores = np.asarray(draw(8, 33, ties)[0])
+    best = best_of_document(scores, budget)
+    best, slots = np.asarray(best), np.asarray(slots_of_best(best, budget))
     for b in range(BATCH):
         for h in range(HEADS):
             plain = PlainStore(budget)
@@ -182,9 +191,9 @@ def test_sinks_never_leave_and_padding_never_enters():
     positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32) - 5, (BATCH, tokens))
     real = positions >= 0
     raw = jnp.linspace(-1.0, 9.0, tokens)[None, :, None] * jnp.ones((BATCH, 1, HEADS))
-    scores = lte_store.ranked(raw, positions, sinks, real)
+    scores = ranked(raw, positions, sinks, real)
     assert (np.asarray(scores[:, 5:8]) == np.inf).all() and (np.asarray(scores[:, :5]) == -np.inf).all()
-    best = np.asarray(lte_store.best_of_document(scores, budget))
+    best = np.asarray(best_of_document(scores, budget))
     np.testing.assert_array_equal(np.flatnonzero(best[0, :, 0]), [5, 6, 7, tokens - 1])
 
 
@@ -217,7 +226,7 @@ def test_the_best_of_a_row_are_those_of_a_sort(tokens, heads):
     scores[:, 13:, 1] = -np.inf
     scores[:, :, heads - 1] = -np.inf if heads > 3 else scores[:, :, heads - 1]
     scores[:, :4, 0] = np.inf
-    kept = np.asarray(jax.jit(lte_store.best_of_document, static_argnums=1)(jnp.asarray(scores), budget))
+    kept = np.asarray(best_of_document(scores, budget))
     for h in range(heads):
         order = np.argsort(-scores[0, :, h], kind="stable")[:budget]
         expected = np.zeros(tokens, bool)

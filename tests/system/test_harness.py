@@ -8,6 +8,7 @@ import json
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -32,7 +33,9 @@ def build() -> LanguageModel:
         LTE(num_heads=2, num_kv_heads=1, window=13, budget=6, sinks=2),
     )
     config = ModelConfig(vocab_size=260, width=16, num_layers=2, pattern=pattern, init_std=0.3, max_length=96)
-    return LanguageModel(config, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)))
+    # Placed as a restored model is: one program serves both.
+    return nnx.merge(graph, jax.device_put(state, jax.devices()[0]))
 
 
 def log_probs(tokens, reading: str) -> np.ndarray:
