@@ -5,10 +5,8 @@ caller gives (settings, data position), and a checksum of every array. Orbax ren
 complete, so that a kill leaves at most a temporary folder. What Orbax does not notice is noticed here: a flipped bit
 (checksums), an empty or truncated step (skipped, said loudly), a save that failed in the background (``poll``).
 
-    checksum(x) = sum_i bits(x_i) (hash(i) | 1)  mod 2^32,   i the row-major index
-
-It is computed on the devices, does not depend on how x is laid out over them, and every weight is odd, so that a change
-of one element always changes it.
+A step that is proved damaged is renamed to ``damaged-<step>-<n>``, once an older one has been found whole. What may be
+the machine's or the code's fault ends the search and renames nothing.
 """
 
 from __future__ import annotations
@@ -20,15 +18,18 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+
+from lte_jax import damage
+from lte_jax.agreement import exchange
+from lte_jax.checksums import checksums
+from lte_jax.watched_writes import WatchedHandler
 
 META = "meta"
 
@@ -37,6 +38,10 @@ Items = Mapping[str, Any]
 
 class CheckpointError(RuntimeError):
     """A save that failed, or no checkpoint that can be used: one line with the folder, the step and the cause."""
+
+
+class DamagedError(CheckpointError):
+    """A step that is proved to be damaged."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Checkpoints:
         def note(error: BaseException) -> None:
             self._failure = error
 
-        arrays, values = _Watched(note), ocp.JsonCheckpointHandler()
+        arrays, values = WatchedHandler(note), ocp.JsonCheckpointHandler()
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for kind, handler in (("Standard", arrays), ("Json", values)):
             for action in ("Save", "Restore"):
@@ -104,7 +109,7 @@ class Checkpoints:
         return registry
 
     def steps(self) -> list[int]:
-        """Steps that look complete, oldest first; ``restore`` proves it."""
+        """Steps that look complete, oldest first; ``restore`` proves it, and renames those that are damaged."""
         if not self.folder.is_dir():
             return []
         numbers = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit() and path.is_dir()]
@@ -175,18 +180,22 @@ class Checkpoints:
         """The JSON saved with a step, proved whole.
 
         Raises:
-          CheckpointError: it is not there or damaged.
+          DamagedError: it is not there or damaged. OSError: it cannot be read.
         """
         try:
             record = json.loads((self.folder / str(step) / META / "metadata").read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.folder}/{step}: {META} cannot be read ({error})") from error
+        except (FileNotFoundError, ValueError) as error:
+            raise DamagedError(f"{self.folder}/{step}: {META} cannot be read ({error})") from error
         if not isinstance(record, dict) or record.pop("digest", None) != _digest(record):
-            raise CheckpointError(f"{self.folder}/{step}: {META} is damaged")
+            raise DamagedError(f"{self.folder}/{step}: {META} is damaged")
         return record
 
     def restore(self, abstract: Items, step: int | None = None, check: Any = None) -> Restored | None:
-        """The newest step that is whole, or ``step``; None where the folder holds no step at all.
+        """The newest step that is whole, or ``step``; None where the folder holds no step and never lost one.
+
+        Newer steps that are proved damaged are renamed to ``damaged-<step>-<n>``, unless ``step`` is given or the
+        checkpoints are read only: so they are neither counted nor in the way of a new save. Where no step is whole,
+        nothing is renamed. All processes call this, and all get the same step.
 
         Args:
           abstract: name of item -> tree of ``jax.ShapeDtypeStruct`` with the wanted shardings; only these are read.
@@ -194,50 +203,108 @@ class Checkpoints:
           check: called with the meta before arrays are read; what it raises ends the search.
 
         Raises:
-          CheckpointError: there are steps, and none is whole.
+          DamagedError: ``step`` is damaged.
+          CheckpointError: there are steps, or were, and none is whole; or a step could not be read for another reason.
         """
-        candidates = self._candidates() if step is None else [step]
-        reasons = []
-        for candidate in candidates:
+        bad: dict[int, str] = {}
+        for candidate in self._candidates() if step is None else [step]:
             found, reason = self._try(candidate, abstract, check)
-            if _everywhere(found is not None):
-                assert found is not None
+            if found is not None:
+                for number in bad:
+                    self._put_aside(number)
                 return found
-            reasons.append(f"step {candidate}: {reason or 'damaged for another process'}")
+            bad[candidate] = reason
             logging.error("checkpoint skipped: %s/%s: %s", self.folder, candidate, reason)
-            print(f"WARNING: checkpoint {self.folder}/{candidate} is skipped: {reason}", flush=True)
-            if step is None:
-                self._put_aside(candidate)
-        if reasons:
-            raise CheckpointError(f"{self.folder}: no checkpoint can be used; " + "; ".join(reasons))
+            if jax.process_index() == 0:
+                print(f"WARNING: checkpoint {self.folder}/{candidate} is skipped: {reason}", flush=True)
+        if step is not None:
+            raise DamagedError(f"{self.folder}: no checkpoint can be used; step {step}: {bad[step]}")
+        aside = sorted(path.name for path in self.folder.glob("damaged-*"))
+        if bad or aside:
+            reasons = [f"step {number}: {reason}" for number, reason in bad.items()]
+            before = [f"put aside before: {', '.join(aside)}"] if aside else []
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint can be used; {'; '.join(reasons + before)}. Nothing was renamed, and "
+                "the run does not begin again by itself: copy a whole step back there, named by its number, or start "
+                "anew in another --workdir"
+            )
         return None
 
     def _candidates(self) -> list[int]:
-        if not self.folder.is_dir():
-            return []
-        return sorted((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), reverse=True)
+        """The steps in the folder as process 0 sees it, newest first."""
+        found = []
+        if self.folder.is_dir():
+            found = sorted((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), reverse=True)
+        return json.loads(exchange(json.dumps(found))[0])
 
     def _try(self, step: int, abstract: Items, check: Any) -> tuple[Restored | None, str]:
-        damage = self._damage(step)
-        if damage is not None:
-            return None, damage
+        """A step that is whole for all processes, or why it is proved damaged for one of them."""
+        found: Restored | None = None
+        wrong, failure = "", None
         try:
+            found = self._read(step, abstract, check)
+        except DamagedError as error:
+            wrong = str(error)
+        except Exception as error:
+            failure = error
+        reason = self._agree(step, wrong, failure)
+        if reason:
+            return None, reason
+        assert found is not None
+        # Every process takes part in these sums: they come after the agreement that all have their arrays.
+        for name, tree in found.items.items():
+            expected = found.meta["checksums"].get(name, {})
+            differ = [path for path, value in checksums(tree).items() if expected.get(path) != value]
+            if differ and not wrong:
+                wrong = f"the checksum of {name}/{differ[0]} is wrong ({len(differ)} arrays differ)"
+        reason = self._agree(step, wrong, None)
+        return (None, reason) if reason else (found, "")
+
+    def _read(self, step: int, abstract: Items, check: Any) -> Restored:
+        """This process's share of a step, with no word to the others (Orbax's manager would wait for them)."""
+        try:
+            missing = self._damage(step)
+            if missing is not None:
+                raise DamagedError(missing)
             meta = self.read_meta(step)
-        except CheckpointError as error:
-            return None, str(error)
+        except OSError as error:
+            raise self._unread(step, error) from error
         if check is not None:
             check(meta)
-        try:
-            arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-            restored = dict(self._manager.restore(step, args=ocp.args.Composite(**arguments)))
-        except Exception as error:  # whatever tensorstore makes of damaged files
-            return None, f"cannot be read: {type(error).__name__}: {str(error).splitlines()[0][:300]}"
-        for name, tree in restored.items():
-            expected = meta["checksums"].get(name, {})
-            wrong = [path for path, value in checksums(tree).items() if expected.get(path) != value]
-            if wrong:
-                return None, f"the checksum of {name}/{wrong[0]} is wrong ({len(wrong)} arrays differ)"
-        return Restored(step, restored, meta), ""
+        items = {}
+        for name, tree in abstract.items():
+            path = self.folder / str(step) / name
+            if not path.is_dir():
+                raise DamagedError(f"{name} is missing")
+            try:
+                items[name] = ocp.StandardCheckpointHandler().restore(path, args=ocp.args.StandardRestore(tree))
+            except Exception as error:
+                proof = damage.proof(error)
+                if proof is not None and path.is_dir():  # else the whole file system may be gone
+                    raise DamagedError(f"cannot be read: {proof}") from error
+                raise self._unread(step, error) from error
+        return Restored(step, items, meta)
+
+    def _unread(self, step: int, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder}/{step} could not be read, and nothing proves it damaged: {damage.first_line(error)}. "
+            "Nothing was renamed: start again when the cause is mended (memory, disk, network, or code with parameters of "
+            f"other names or shapes), or rename the folder {step} to go on from the step before"
+        )
+
+    def _agree(self, step: int, wrong: str, failure: Exception | None) -> str:
+        """What proves the step damaged for one of the processes, the same words on all; a failure of one ends all."""
+        own = json.dumps(["" if failure is None else damage.first_line(failure), wrong])
+        heard = [json.loads(words) for words in exchange(own)]
+        if failure is not None:
+            raise failure
+        for process, (failed, _) in enumerate(heard):
+            if failed:
+                raise CheckpointError(f"{self.folder}/{step}: process {process} could not read it: {failed}")
+        proofs = [proof for _, proof in heard]
+        if len(set(proofs)) == 1:
+            return proofs[0]
+        return next(f"process {process}: {proof}" for process, proof in enumerate(proofs) if proof)
 
     def _damage(self, step: int) -> str | None:
         """What is missing at a glance; None for a step that looks complete."""
@@ -252,14 +319,14 @@ class Checkpoints:
         return None
 
     def _put_aside(self, step: int) -> None:
-        """Renames a step that cannot be used, so that it is neither counted nor in the way of a new save."""
         if self._read_only:
             return
         if jax.process_index() == 0:
             source = self.folder / str(step)
             number = next(n for n in range(10_000) if not (self.folder / f"damaged-{step}-{n}").exists())
             source.rename(self.folder / f"damaged-{step}-{number}")
-        _everywhere(True)  # every process forgets the step, after it is gone
+            print(f"{source} was renamed to damaged-{step}-{number}", flush=True)
+        exchange("renamed")  # every process forgets the step, after it is gone
         self._manager.reload()
 
     def _prune(self) -> None:
@@ -280,7 +347,7 @@ class Checkpoints:
         for step in self.steps():
             try:
                 metric = self.read_meta(step)["metric"]
-            except CheckpointError:
+            except DamagedError:
                 continue
             if metric is not None and math.isfinite(metric):
                 metrics[step] = metric
@@ -295,77 +362,8 @@ class Checkpoints:
         )
 
 
-class _Watched(ocp.StandardCheckpointHandler):
-    """Tells at once when writing fails, before Orbax waits for the other processes to say so."""
-
-    def __init__(self, on_failure: Callable[[BaseException], None]):
-        super().__init__()
-        self._on_failure = on_failure
-
-    async def async_save(self, *args: Any, **kwargs: Any) -> Any:
-        writes = await super().async_save(*args, **kwargs)
-        return [_WatchedWrite(write, self._on_failure) for write in writes or ()]
-
-
-class _WatchedWrite:
-    """One write in the background, with Orbax's interface of a future."""
-
-    def __init__(self, write: Any, on_failure: Callable[[BaseException], None]):
-        self._write, self._on_failure = write, on_failure
-
-    def result(self, timeout: float | None = None) -> Any:
-        try:
-            return self._write.result(timeout=timeout)
-        except BaseException as error:
-            self._on_failure(error)
-            raise
-
-
-def checksums(tree: Any) -> dict[str, int]:
-    """Path -> checksum of each array of a tree; the same for every layout over devices."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    if not flat:
-        return {}
-    values = np.asarray(_checksum_all([leaf for _, leaf in flat]))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): int(value)
-        for (path, _), value in zip(flat, values, strict=True)
-    }
-
-
-@jax.jit
-def _checksum_all(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack([_checksum(jnp.asarray(leaf)) for leaf in leaves])
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-    if x.dtype == jnp.bool_:
-        bits = x.astype(jnp.uint32)
-    else:
-        width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
-    # The index is built from one iota per dimension: flattening would gather an array that is spread over devices.
-    index = jnp.zeros(x.shape, jnp.uint32)
-    for dimension in range(x.ndim):
-        stride = math.prod(x.shape[dimension + 1 :]) % 2**32
-        index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, dimension) * jnp.uint32(stride)
-    mixed = index * jnp.uint32(2654435761)
-    mixed ^= mixed >> 15
-    mixed = (mixed * jnp.uint32(2246822519)) | jnp.uint32(1)
-    return jnp.sum(bits * mixed, dtype=jnp.uint32)
-
-
 def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _everywhere(ok: bool) -> bool:
-    """Whether all processes say so: they must take the same step or none."""
-    if jax.process_count() == 1:
-        return ok
-    from jax.experimental import multihost_utils
-
-    return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
 
 
 def abstract_like(tree: Any, sharding: jax.sharding.Sharding | None = None) -> Any:

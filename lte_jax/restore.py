@@ -23,7 +23,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lte_jax import configs
-from lte_jax.checkpoint import CheckpointError, Checkpoints, checksums
+from lte_jax.checkpoint import CheckpointError, Checkpoints, DamagedError
+from lte_jax.checksums import checksums
 from lte_jax.convert import WeightReport, abstract_model, from_pretrained, read_penalty
 from lte_jax.data.tokenizer import ByteTokenizer, Tokenizer, check_fits, load_tokenizer
 from lte_jax.model import LanguageModel
@@ -244,7 +245,7 @@ def _restore(folder: Path, step: int | None) -> tuple[dict[str, Any], dict[str, 
         for candidate in [step] if step is not None else known[::-1]:
             try:
                 found = checkpoints.restore({PARAMS: _saved_shapes(folder / str(candidate))}, candidate)
-            except CheckpointError as error:
+            except DamagedError as error:
                 reasons.append(str(error))
                 logger.warning("checkpoint skipped: %s", error)
                 continue

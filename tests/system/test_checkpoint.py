@@ -1,15 +1,26 @@
 """Does a checkpoint come back bit for bit, on any layout, and is every way of breaking it noticed and survived?"""
 
+import os
+import re
 import resource
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lte_jax.checkpoint import CheckpointError, Checkpoints, abstract_like, checksums
+from lte_jax import damage
+from lte_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, abstract_like
+from lte_jax.checksums import checksums
+
+ROOT = Path(__file__).parents[2]
 
 
 def tree(step=1):
@@ -120,10 +131,113 @@ def test_a_broken_newest_step_is_skipped_loudly_and_put_aside(tmp_path, damage, 
     assert_is(restore(tmp_path), 2)
 
 
-def test_when_no_step_is_whole_that_is_an_error(tmp_path):
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_where_no_step_is_whole_nothing_is_renamed_and_no_run_begins_again(tmp_path):
     (tmp_path / "7").mkdir()
-    with pytest.raises(CheckpointError, match="step 7: the folder is empty"):
-        restore(tmp_path)
+    for _ in range(2):  # the second start is as the first
+        with pytest.raises(CheckpointError, match=r"step 7: the folder is empty.*[Nn]othing was renamed.*another"):
+            restore(tmp_path, read_only=False)
+        assert names(tmp_path) == ["7"]
+    (tmp_path / "7").rename(tmp_path / "damaged-7-0")  # as an older version left it
+    with pytest.raises(CheckpointError, match=r"put aside before: damaged-7-0.*does not begin again by itself"):
+        restore(tmp_path, read_only=False)
+
+
+FAILURES = {
+    "memory": MemoryError("out of memory"),
+    "device": jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes"),
+    "disk": OSError(5, "Input/output error"),
+    "stale": ValueError('UNKNOWN: Error reading "w/0.0" in OCDBT database: Stale file handle'),
+    "descriptors": ValueError("RESOURCE_EXHAUSTED: Error reading local file: Too many open files"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_what_may_be_the_machines_fault_ends_the_search_and_renames_nothing(tmp_path, monkeypatch, kind):
+    save(tmp_path, [1, 2])
+
+    def fail(*args, **kwargs):
+        raise FAILURES[kind]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.StandardCheckpointHandler, "restore", fail)
+        with pytest.raises(CheckpointError, match=r"2 could not be read.*Nothing was renamed") as caught:
+            restore(tmp_path, read_only=False)
+    assert not isinstance(caught.value, DamagedError) and caught.value.__cause__ is FAILURES[kind]
+    assert names(tmp_path) == ["1", "2"]
+    assert_is(restore(tmp_path, read_only=False), 2)
+
+
+def test_a_model_with_another_tree_renames_nothing(tmp_path):
+    save(tmp_path, [1, 2])
+    checkpoints = Checkpoints(tmp_path)
+    for other in ({**tree(), "new": jnp.zeros(3)}, {**tree(), "half": jnp.zeros(17, jnp.bfloat16)}):
+        with pytest.raises(CheckpointError, match="other names or shapes"):
+            checkpoints.restore({"params": abstract_like(other)})
+    checkpoints.close()
+    assert names(tmp_path) == ["1", "2"]
+
+
+def test_a_file_of_settings_that_cannot_be_read_is_no_proof(tmp_path, monkeypatch):
+    save(tmp_path, [1, 2])
+
+    def fail(self, *args, **kwargs):
+        raise OSError(116, "Stale file handle", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        with pytest.raises(CheckpointError, match=r"OSError: .*Stale file handle.*Nothing was renamed"):
+            restore(tmp_path, read_only=False)
+    assert names(tmp_path) == ["1", "2"]
+
+
+def test_two_processes_skip_what_is_damaged_for_one_and_end_together_where_one_cannot_read(tmp_path):
+    """No collective lies between a failure of one process and the word about it to the other."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tests.system.damaged_share", str(tmp_path), str(port)]
+    flags = "--xla_force_host_platform_device_count=1"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    running = [subprocess.Popen([*command, str(index)], cwd=ROOT, env=environment, **pipes) for index in range(2)]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0]
+    for text in said:
+        assert all(f"{kind}: step 1, the values that were saved" in text for kind in ("cut", "flip")), text
+    assert f"{tmp_path}/memory/2: process 1 could not read it: MemoryError: none left" in said[0]
+    assert re.search(r"memory: .*/2 could not be read.*MemoryError: none left. Nothing was renamed", said[1])
+    assert [names(tmp_path / kind) for kind in ("cut", "flip")] == [["1", "damaged-2-0"]] * 2
+    assert names(tmp_path / "memory") == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "damaged"),
+    [
+        ('DATA_LOSS: Error opening "zarr" driver: CRC-32C checksum verification failed', True),
+        ("OUT_OF_RANGE: Requested byte range [2730, 13826) is not valid for value of size 13120", True),
+        ('FAILED_PRECONDITION: Error reading "z/0.0": ZSTD_decompressStream() failed: Unknown frame descriptor', True),
+        (
+            'Error opening "zarr" driver: Error decoding b-tree node: ZSTD_decompressStream() failed: Data corruption',
+            True,
+        ),
+        ("ZSTD_decompressStream() failed: Allocation error : not enough memory", False),
+        ("RESOURCE_EXHAUSTED: Error decoding local file: Too many open files", False),
+        ("FAILED_PRECONDITION: Error opening the driver: expected dtype float32", False),
+        ("the DATA_LOSS: of another", False),
+    ],
+)
+def test_which_words_of_tensorstore_prove_damage(text, damaged):
+    outer = Exception("Encountered error while reading array index")
+    outer.__cause__ = ValueError(text)
+    assert (damage.proof(outer) is not None) == damaged
 
 
 def test_the_newest_and_the_best_stay(tmp_path):
