@@ -288,8 +288,8 @@ class Checkpoints:
     def _unread(self, step: int, error: Exception) -> CheckpointError:
         return CheckpointError(
             f"{self.folder}/{step} could not be read, and nothing proves it damaged: {damage.first_line(error)}. "
-            "Nothing was renamed: start again when the cause is mended (memory, disk, network, or code with parameters of "
-            f"other names or shapes), or rename the folder {step} to go on from the step before"
+            "Nothing was renamed; start again when the cause is gone (memory, disk, network, or code whose parameters "
+            f"have other shapes), or rename the folder {step} to go on from the step before"
         )
 
     def _agree(self, step: int, wrong: str, failure: Exception | None) -> str:

@@ -175,7 +175,7 @@ def test_a_model_with_another_tree_renames_nothing(tmp_path):
     save(tmp_path, [1, 2])
     checkpoints = Checkpoints(tmp_path)
     for other in ({**tree(), "new": jnp.zeros(3)}, {**tree(), "half": jnp.zeros(17, jnp.bfloat16)}):
-        with pytest.raises(CheckpointError, match="other names or shapes"):
+        with pytest.raises(CheckpointError, match="code whose parameters have other shapes"):
             checkpoints.restore({"params": abstract_like(other)})
     checkpoints.close()
     assert names(tmp_path) == ["1", "2"]
@@ -184,8 +184,12 @@ def test_a_model_with_another_tree_renames_nothing(tmp_path):
 def test_a_file_of_settings_that_cannot_be_read_is_no_proof(tmp_path, monkeypatch):
     save(tmp_path, [1, 2])
 
+    read = Path.read_text
+
     def fail(self, *args, **kwargs):
-        raise OSError(116, "Stale file handle", str(self))
+        if self.parent.name == "meta":
+            raise OSError(116, "Stale file handle", str(self))
+        return read(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", fail)
