@@ -3,7 +3,7 @@
 Every operation has up to three implementations, each a module of its folder:
 
     "pallas"   Mosaic GPU, Hopper and newer
-    "triton"   triton.language through jax-triton, Ampere and newer
+    "triton"   triton.language, Ampere and newer
     "xla"      plain jax.numpy, any device; also the reference
 
 A backend module exposes ``check(case)``, which raises :class:`UnsupportedCase` before anything is launched, beside the

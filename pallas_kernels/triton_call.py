@@ -1,7 +1,7 @@
 """How does an operation launch a Triton kernel from JAX, and what did the compiler make of that kernel?
 
-The only file that knows jax-triton. Kernel files take ``jit`` and ``tl`` from here, so that they can be imported (and
-refuse politely) on a machine without Triton:
+Kernel files take ``jit`` and ``tl`` from here, so that they can be imported (and refuse politely) on a machine without
+Triton:
 
     from pallas_kernels.triton_call import jit, tl, triton_call
 
@@ -28,7 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import triton_launch, triton_programs
 from pallas_kernels.dispatch import UnsupportedCase, lowering_for_gpu
+from pallas_kernels.triton_launch import is_array
 
 try:
     import triton
@@ -42,22 +44,7 @@ except ImportError:
         return function
 
 
-INSTALL = "install the extra with GPU support: pip install '.[cuda]' (jax-triton 0.3.1 with triton 3.6)"
-
-# Triton's names of jax's types.
-TYPES = {
-    "bfloat16": "bf16",
-    "float16": "fp16",
-    "float32": "fp32",
-    "float64": "fp64",
-    "int64": "i64",
-    "int32": "i32",
-    "int16": "i16",
-    "int8": "i8",
-    "uint32": "u32",
-    "uint8": "u8",
-    "bool": "i1",
-}
+INSTALL = "install the extra with GPU support: pip install '.[cuda]' (triton 3.6)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,22 +84,11 @@ def interpreting() -> bool:
 def check_installed(operation: str) -> None:
     """Raises UnsupportedCase, saying what to install, unless ``triton_call`` can launch a kernel."""
     if triton is None:
+        raise UnsupportedCase(f"{operation}: implementation='triton' needs triton, which is missing; {INSTALL}")
+    if not (interpreting() or _recorded.get() is not None or triton_launch.available()):
         raise UnsupportedCase(
-            f"{operation}: implementation='triton' needs jax-triton, and triton is missing; {INSTALL}"
+            f"{operation}: implementation='triton' needs JAX's CUDA plugin, which is missing; {INSTALL}"
         )
-    if interpreting() or _recorded.get() is not None:
-        return
-    try:
-        import jax_triton  # noqa: F401
-    except ImportError as error:
-        raise UnsupportedCase(
-            f"{operation}: implementation='triton' needs jax-triton, which cannot be imported ({error}); {INSTALL}"
-        ) from error
-
-
-def is_array(value: Any) -> bool:
-    """Whether a kernel gets a pointer for this argument, and not its value."""
-    return hasattr(value, "shape") and not isinstance(value, np.generic)
 
 
 def triton_call(
@@ -158,19 +134,18 @@ def triton_call(
             kernel, arguments, outputs, tuple(grid), input_output_aliases or {}, zeroed_outputs, constexprs
         )
     else:
-        import jax_triton
-
-        results = jax_triton.triton_call(
-            *arguments,
-            kernel=kernel,
-            out_shape=outputs,
-            grid=tuple(grid),
-            name=kernel.__name__,
-            num_warps=num_warps,
-            num_stages=num_stages,
-            input_output_aliases=input_output_aliases,
-            zeroed_outputs=tuple(zeroed_outputs),
-            **constexprs,
+        results = tuple(
+            triton_launch.launch(
+                kernel,
+                arguments,
+                outputs,
+                tuple(constexprs.items()),
+                grid=grid,
+                num_warps=num_warps,
+                num_stages=num_stages,
+                input_output_aliases=input_output_aliases or {},
+                zeroed_outputs=zeroed_outputs,
+            )
         )
     return results[0] if single else tuple(results)
 
@@ -234,31 +209,17 @@ def compile_call(call: Call, capability: int = 90) -> CompiledKernel:
     """
     if triton is None:
         raise UnsupportedCase(f"compile_call needs triton; {INSTALL}")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = call.kernel.arg_names
-    constexprs: dict[str, Any] = dict(call.constexprs)
-    signature: dict[str, str] = {}
-    attributes = {}
-    for index, argument in enumerate((*call.arguments, *call.outputs)):
-        if is_array(argument):
-            signature[names[index]] = "*" + TYPES[str(np.dtype(argument.dtype))]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif argument is True or argument is False:
-            signature[names[index]] = "i1"
-        elif argument == 1:
-            constexprs[names[index]] = 1
-        else:
-            signature[names[index]] = "i32" if isinstance(argument, int) else "fp32"
-    signature |= dict.fromkeys(constexprs, "constexpr")
-    compiled = triton.compile(
-        ASTSource(call.kernel, signature=signature, constexprs=constexprs, attrs=attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": call.num_warps, "num_stages": call.num_stages},
+    made = triton_programs.program(
+        triton_launch.source(
+            call.kernel,
+            (*call.arguments, *call.outputs),
+            call.constexprs,
+            call.num_warps,
+            call.num_stages,
+            capability,
+        )
     )
-    ptx = compiled.asm["ptx"]
-    registers, spilled = _assemble(ptx, capability)
+    registers, spilled = _assemble(made.ptx, capability)
     return CompiledKernel(
         name=call.kernel.__name__,
         constexprs=dict(call.constexprs),
@@ -266,8 +227,8 @@ def compile_call(call: Call, capability: int = 90) -> CompiledKernel:
         num_stages=call.num_stages,
         registers=registers,
         spill_bytes=spilled,
-        shared_bytes=compiled.metadata.shared,
-        ptx=ptx,
+        shared_bytes=made.shared_bytes,
+        ptx=made.ptx,
     )
 
 

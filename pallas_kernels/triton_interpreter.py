@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from triton.runtime import interpreter
 
-from pallas_kernels.triton_call import TYPES, is_array
+from pallas_kernels.triton_launch import TYPES, is_array
 
 _ONE_AT_A_TIME = threading.Lock()  # XLA calls back from several threads, and the interpreter keeps global state
 _UNWRITTEN_INDEX = 0x6ABCDEF0  # as an index far outside every array of a test

@@ -6,11 +6,9 @@ and torch. The authors' repository is named by ``--authors_path`` and is never c
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,12 +40,6 @@ def torch_on_gpu() -> Any:
     torch = load("torch", "torch")
     if not torch.cuda.is_available():
         raise PeerMissing("torch sees no CUDA GPU: its peers are timed on one only")
-    # Importing jax_triton empties this variable for the whole process, and without a folder no Triton kernel of a peer
-    # compiles; so the import comes first.
-    with contextlib.suppress(ImportError):
-        importlib.import_module("pallas_kernels.triton_call")
-    if not os.environ.get("TRITON_CACHE_DIR"):
-        os.environ["TRITON_CACHE_DIR"] = str(Path.home() / ".triton" / "cache")
     return torch
 
 

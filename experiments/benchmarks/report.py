@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 BEGIN, END = "<!-- measured: written by experiments.bench from the JSON file beside this page -->", "<!-- end -->"
-_PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "torch", "fla-core", "jax-linear-attention")
+_PACKAGES = ("jax", "jaxlib", "triton", "torch", "fla-core", "jax-linear-attention")
 
 
 def environment(commit: str) -> dict[str, Any]:
