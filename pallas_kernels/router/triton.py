@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import UnsupportedCase
 from pallas_kernels.router.api import Case, Gradients, Operands
-from pallas_kernels.router.triton_tiles import convolve, convolve_tiles, documents, layer_options
+from pallas_kernels.router.triton_tiles import convolve, convolve_tiles, documents, inputs_of, layer_options, silu
 from pallas_kernels.tiles import ceil_div, check_choice
 from pallas_kernels.triton_call import check_installed, jit, tl, triton_call
 
@@ -35,15 +35,7 @@ def _layer_kernel(
     o = tl.program_id(0) % blocks * OUTPUTS + tl.arange(0, OUTPUTS)
     t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(2)
-    place = b.to(tl.int64) * T * K
-    if LAYER == 0:
-        lo += (place + h) * HALF
-        hi += (place + h) * HALF
-        stride = K * HALF
-    else:
-        lo += (place + h * T) * 2 * HALF
-        hi += (place + h * T) * 2 * HALF + HALF
-        stride = 2 * HALF
+    lo, hi, stride = inputs_of(lo, hi, b, h, T, K, HALF, LAYER)
     own: tl.constexpr = 0 if SHARED else 1
     segments += b * T
     document = documents(segments, t, T, SEGMENTS)
@@ -53,11 +45,11 @@ def _layer_kernel(
     )  # fmt: skip
     y = acc * SCALE + tl.load(bias + own * h * O + o)[None, :]
     y = tl.where((document != 0)[:, None], y, 0.0)
-    gate = tl.sigmoid(y)
+    x, slope = silu(y)
+    place = b.to(tl.int64) * T * K
     where = out + (place + h * T) * O + t[:, None] * O + o[None, :]
-    tl.store(where, (y * gate).to(out.dtype.element_ty), mask=(t < T)[:, None])
+    tl.store(where, x.to(out.dtype.element_ty), mask=(t < T)[:, None])
     if SLOPES:
-        slope = gate * (1.0 + y * (1.0 - gate))
         slopes = where + tl.num_programs(2).to(tl.int64) * T * K * O
         tl.store(slopes, slope.to(out.dtype.element_ty), mask=(t < T)[:, None])
 
@@ -93,16 +85,7 @@ def last_layer(
     SEGMENTS: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
     """(x_last rounded to the inputs' dtype, as float32; slope of SiLU there; documents) of a tile."""
-    place = b.to(tl.int64) * T * K
-    if LAYER == 0:
-        base = (place + h) * HALF
-        stride = K * HALF
-        lo += base
-        hi += base
-    else:
-        stride = 2 * HALF
-        lo += (place + h * T) * 2 * HALF
-        hi += (place + h * T) * 2 * HALF + HALF
+    lo, hi, stride = inputs_of(lo, hi, b, h, T, K, HALF, LAYER)
     own: tl.constexpr = 0 if SHARED else 1
     o = tl.arange(0, O)
     segments += b * T
@@ -112,9 +95,8 @@ def last_layer(
         HALF, O, TAPS, DILATION, LAYER, THRESHOLD, SEGMENTS, ROWS, INPUTS, O,
     )  # fmt: skip
     y = acc * SCALE + tl.load(bias + own * h * O + o)[None, :]
-    gate = tl.sigmoid(y)
-    slope = gate * (1.0 + y * (1.0 - gate))
-    return (y * gate).to(lo.dtype.element_ty).to(tl.float32), slope, document
+    x, slope = silu(y)
+    return x.to(lo.dtype.element_ty).to(tl.float32), slope, document
 
 
 def check(case: Case) -> None:
@@ -144,13 +126,8 @@ def forward(case: Case, operands: Operands) -> jax.Array:
         *case.extent,
         out_shape=jax.ShapeDtypeStruct((case.B, case.T, case.K), jnp.float32),
         grid=(case.K, ceil_div(case.T, tiles.rows), case.B),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        ROWS=tiles.rows,
-        INPUTS=tiles.inputs,
-        OUTPUTS=tiles.outputs,
         RELU=case.method == "relu",
-        **layer_options(case, layer),
+        **layer_options(case, layer, tiles),
     )
 
 
@@ -200,13 +177,8 @@ def inner_layers(case: Case, operands: Operands, *, slopes: bool) -> list[tuple[
             *case.extent,
             out_shape=jax.ShapeDtypeStruct(shape, case.dtype),
             grid=(case.K * (outputs // tiles.outputs), ceil_div(case.T, tiles.rows), case.B),
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-            ROWS=tiles.rows,
-            INPUTS=tiles.inputs,
-            OUTPUTS=tiles.outputs,
             SLOPES=slopes,
-            **layer_options(case, layer),
+            **layer_options(case, layer, tiles),
         )
         found.append((x,))
     return found

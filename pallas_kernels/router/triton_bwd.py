@@ -215,13 +215,8 @@ def _call_last(
             jax.ShapeDtypeStruct((case.B * count, case.K, 3, outputs), jnp.float32),
         ),
         grid=(case.K, count, case.B),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        ROWS=tiles.rows,
-        INPUTS=tiles.inputs,
-        OUTPUTS=tiles.outputs,
         RELU=case.method == "relu",
-        **layer_options(case, layer),
+        **layer_options(case, layer, tiles),
     )
 
 
@@ -245,12 +240,7 @@ def _call_data(
         *case.extent,
         out_shape=(whole, whole) if layer == 0 else (before, sums),
         grid=(case.K * (channels // 2 // tiles.inputs), count, case.B),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        ROWS=tiles.rows,
-        INPUTS=tiles.inputs,
-        OUTPUTS=tiles.outputs,
-        **layer_options(case, layer),
+        **layer_options(case, layer, tiles),
     )
 
 
@@ -275,14 +265,9 @@ def _call_weight(case: Case, operands: Operands, layer: int, inputs: tuple[jax.A
                 *case.extent,
                 out_shape=jax.ShapeDtypeStruct((parts, case.K, count, channels, outputs), jnp.float32),
                 grid=(case.K, blocks, parts),
-                num_warps=tiles.warps,
-                num_stages=tiles.stages,
-                ROWS=tiles.rows,
-                INPUTS=tiles.inputs,
-                OUTPUTS=tiles.outputs,
                 FIRST_TAP=first,
                 COUNT=count,
-                **layer_options(case, layer),
+                **layer_options(case, layer, tiles),
             )
         )
     return found[0] if len(found) == 1 else jnp.concatenate(found, axis=2)

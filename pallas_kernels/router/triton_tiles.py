@@ -40,6 +40,28 @@ def documents(segments, t, T, SEGMENTS: tl.constexpr):
 
 
 @jit
+def inputs_of(lo, hi, b, h, T, K: tl.constexpr, HALF: tl.constexpr, LAYER: tl.constexpr):
+    """(lo, hi, from one token to the next) of a row's head: its k and v, or the halves of its x_n."""
+    place = b.to(tl.int64) * T * K
+    if LAYER == 0:
+        lo += (place + h) * HALF
+        hi += (place + h) * HALF
+        stride = K * HALF
+    else:
+        lo += (place + h * T) * 2 * HALF
+        hi += (place + h * T) * 2 * HALF + HALF
+        stride = 2 * HALF
+    return lo, hi, stride
+
+
+@jit
+def silu(y):
+    """(silu(y), its slope)"""
+    gate = tl.sigmoid(y)
+    return y * gate, gate * (1.0 + y * (1.0 - gate))
+
+
+@jit
 def dropout_words(
     seeds, LAYER: tl.constexpr, b, t, h, c, tokens, heads, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -82,9 +104,14 @@ def convolve(
     return acc
 
 
-def layer_options(case: Case, layer: int) -> dict[str, Any]:
-    """The constexprs that say which convolution a kernel computes."""
+def layer_options(case: Case, layer: int, tiles: Tiles) -> dict[str, Any]:
+    """What says which convolution a kernel computes, and in which tiles."""
     return {
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+        "ROWS": tiles.rows,
+        "INPUTS": tiles.inputs,
+        "OUTPUTS": tiles.outputs,
         "K": case.K,
         "HALF": case.channels[layer] // 2,
         "O": case.channels[layer + 1],
