@@ -1,6 +1,6 @@
-"""How many tokens a second does a training step reach on one GPU, and on all GPUs of this machine, by mesh axis?
+"""How many tokens a second does a training step reach on one GPU, and on several of this machine, by mesh axis?
 
-    python -m experiments.benchmarks.scaling --config=lalte_0p4b --rows=8
+    python -m experiments.benchmarks.scaling --config=lalte_0p4b --rows=8 --devices=2,4 --axes=data,fsdp
 
 Every device has ``rows`` rows of random tokens, in one part and with the optimiser. The sides are compiled together and
 timed in turns, so that each round sees the same machine.
@@ -20,10 +20,11 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from experiments.benchmarks import clock
 from lte_jax import configs, memory, sharding
 from lte_jax.experiment import ExperimentConfig, step_config
 from lte_jax.sharding import MeshConfig
-from lte_jax.step import Builder, TrainState
+from lte_jax.step import Builder
 
 FLAGS = flags.FLAGS
 
@@ -40,7 +41,6 @@ class Side:
         self.builder = Builder(step_config(config, length), self.mesh)
         ids = np.random.default_rng(0).integers(0, config.model.vocab_size, (config.batch_size, length), np.int32)
         self.arrays = {"input_ids": ids, "labels": np.roll(ids, -1, 1), "interrupted": np.zeros(len(ids), np.int32)}
-        self.state: TrainState | None = None
         self.seconds: list[float] = []
 
     def compile(self) -> None:
@@ -50,16 +50,13 @@ class Side:
         shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[n]) for n, x in self.arrays.items()}
         abstract = self.builder.abstract_state()
         compiled: Any = self.builder.train_step().lower(abstract, shapes).compile()  # type: ignore[attr-defined]
-        self.batch = jax.device_put(self.arrays, places)
+        self.batch, self.state = jax.device_put(self.arrays, places), self.builder.init_state()
         self.step = compiled
         seconds = time.perf_counter() - began
         print(f"{self.name}: compiled in {seconds:.1f} s; {memory.report(abstract, compiled)}", flush=True)
 
     def run(self, steps: int) -> float:
-        """Seconds of a step, over ``steps`` of them."""
-        if self.state is None:
-            self.state = self.builder.init_state()
-            self.run(2)
+        """Seconds of a step, over ``steps`` of them, after ``compile``."""
         state, numbers = self.state, {}
         began = time.perf_counter()
         for _ in range(steps):
@@ -74,19 +71,24 @@ class Side:
 def main(argv: list[str]) -> None:
     config = configs.override(configs.load_named("experiments.configs", FLAGS.config), FLAGS.set)
     devices = jax.devices()
-    n = len(devices)
     sides = [Side("one device", config, MeshConfig(), devices[:1], FLAGS.rows)]
-    for axis in ("data", "fsdp"):
-        mesh = MeshConfig(**{"data": 1, axis: n})
-        sides.append(Side(f"{axis}={n}", config, mesh, devices, FLAGS.rows))
+    for count in map(int, FLAGS.devices or [len(devices)]):
+        if not 1 <= count <= len(devices):
+            raise ValueError(f"--devices={count}: this machine shows {len(devices)}")
+        for axis in FLAGS.axes:
+            mesh = MeshConfig(**{"data": 1, axis: count})
+            sides.append(Side(f"{axis}={count}", config, mesh, devices[:count], FLAGS.rows))
     with concurrent.futures.ThreadPoolExecutor(len(sides)) as pool:
         list(pool.map(Side.compile, sides))
-    for turn in range(FLAGS.rounds):
+    with clock.alone(FLAGS.lock):
         for side in sides:
-            side.seconds.append(side.run(FLAGS.steps))
-            print(f"round {turn + 1}, {side.name}: {side.seconds[-1] * 1e3:.1f} ms a step", flush=True)
+            side.run(2)
+        for turn in range(FLAGS.rounds):
+            for side in sides:
+                side.seconds.append(side.run(FLAGS.steps))
+                print(f"round {turn + 1}, {side.name}: {side.seconds[-1] * 1e3:.1f} ms a step", flush=True)
     print(
-        f"\n{n} x {devices[0].device_kind}, {config.name}, {FLAGS.rows} rows of {config.model.max_length} tokens each\n"
+        f"\n{devices[0].device_kind}, {config.name}, {FLAGS.rows} rows of {config.model.max_length} tokens a device\n"
     )
     print("| mesh | step | tokens/s | efficiency |\n|---|---|---|---|")
     alone = statistics.median(sides[0].seconds)
@@ -100,6 +102,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("config", "lalte_0p4b", "A file in experiments/configs, without .py.")
     flags.DEFINE_multi_string("set", [], "A setting: a.b=value. May be repeated.")
     flags.DEFINE_integer("rows", 8, "Rows of each device.", 1)
+    flags.DEFINE_list("devices", None, "How many devices, each a side; default all.")
+    flags.DEFINE_list("axes", ["data", "fsdp"], "Axes of the mesh over them, each a side.")
+    flags.DEFINE_string("lock", None, "A file to hold while timing: several processes then compile side by side.")
     flags.DEFINE_integer("steps", 4, "Steps of a round.", 1)
     flags.DEFINE_integer("rounds", 3, "Rounds, of which the median counts.", 1)
     app.run(main)
