@@ -1,10 +1,12 @@
-"""Does training in bfloat16 with kernels follow training in float32 without any? Two loss curves on the same text.
+"""Does training in bfloat16 with kernels follow training in float32 without any? Loss curves on the same text.
 
     python -m experiments.benchmarks.agreement --steps=200 > agreement.json
+    python -m experiments.benchmarks.agreement --runs=bfloat16,bfloat16_xla,float32_kernels,float32_tf32,float32
 
-A byte-level laLTE on the sources of the Python that runs it: the same weights, rows and dropout keys for both. Prints
-the relative difference of the two losses, each averaged over ``SPAN`` steps, every 20 steps; one line of JSON at the
-end.
+A byte-level laLTE on the sources of the Python that runs it: the same weights, rows and dropout keys for all. Prints
+the relative difference of each loss to that of "float32", both averaged over ``SPAN`` steps, every 20 steps; one line
+of JSON at the end. "float32_tf32" rounds the factors of its products to 11 bits and is otherwise "float32": so far
+apart do two runs come by rounding alone.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +26,14 @@ from lte_jax import LTE, GatedDeltaNet, ModelConfig
 
 FLAGS = flags.FLAGS
 SPAN = 10
+# Type of the computation, implementation of the operations (None for the fastest), precision of products in float32.
+RUNS = {
+    "float32": ("float32", "xla", "highest"),
+    "bfloat16": ("bfloat16", None, "default"),
+    "bfloat16_xla": ("bfloat16", "xla", "default"),
+    "float32_kernels": ("float32", None, "highest"),
+    "float32_tf32": ("float32", "xla", "tensorfloat32"),
+}
 MODEL = ModelConfig(
     vocab_size=259,
     width=512,
@@ -37,6 +47,7 @@ MODEL = ModelConfig(
 def define_flags() -> None:
     flags.DEFINE_integer("steps", 200, "Steps of each run.")
     flags.DEFINE_integer("rows", 8, "Rows of 1024 bytes in a step.")
+    flags.DEFINE_list("runs", ["bfloat16"], f"Of {', '.join(RUNS)}; each is compared with float32.")
 
 
 def experiment(rows: int, steps: int) -> Any:
@@ -86,29 +97,35 @@ def losses(config: Any, dtype: str, implementation: str | None, steps: int) -> n
     return np.asarray(jax.device_get(found), np.float64)
 
 
-def compare(steps: int, rows: int) -> dict[str, Any]:
-    """Both curves, and the largest relative difference of their averages over ``SPAN`` steps."""
+def compare(steps: int, rows: int, runs: Sequence[str] = ("bfloat16",)) -> dict[str, Any]:
+    """The curves, and by run the largest relative difference to "float32" of their averages over ``SPAN`` steps."""
     config = experiment(rows, steps)
-    curves, seconds = {}, {}
-    for name, dtype, implementation in (("bfloat16", "bfloat16", None), ("float32", "float32", "xla")):
+    curves, smooth, seconds, apart = {}, {}, {}, {}
+    for name in ("float32", *(run for run in runs if run != "float32")):
+        dtype, implementation, precision = RUNS[name]
         began = time.perf_counter()
-        with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+        with jax.default_matmul_precision(precision):
             curves[name] = losses(config, dtype, implementation, steps)
         seconds[name] = round(time.perf_counter() - began, 1)
-        print(f"{name}: {seconds[name]} s, loss {curves[name][0]:.4f} to {curves[name][-1]:.4f}", flush=True)
-    smooth = {name: np.convolve(curve, np.ones(SPAN) / SPAN, "valid") for name, curve in curves.items()}
-    apart = np.abs(smooth["bfloat16"] / smooth["float32"] - 1)
+        smooth[name] = np.convolve(curves[name], np.ones(SPAN) / SPAN, "valid")
+        apart[name] = np.abs(smooth[name] / smooth["float32"] - 1)
+        print(
+            f"{name}: {seconds[name]} s, loss {curves[name][0]:.4f} to {curves[name][-1]:.4f}, apart by at most "
+            f"{100 * apart[name].max():.3f} %",
+            flush=True,
+        )
     for step in range(SPAN, steps + 1, 20):
-        both = ", ".join(f"{name} {curve[step - SPAN]:.4f}" for name, curve in smooth.items())
-        print(f"steps {step - SPAN + 1} to {step}: {both}, apart by {100 * apart[step - SPAN]:.3f} %", flush=True)
-    single = np.abs(curves["bfloat16"] / curves["float32"] - 1)
+        columns = [f"{name} {smooth[name][step - SPAN]:.4f}, {100 * apart[name][step - SPAN]:.3f} %" for name in curves]
+        print(f"steps {step - SPAN + 1} to {step}: {'; '.join(columns)}", flush=True)
     return {
         "steps": steps,
         "rows": rows,
         "span": SPAN,
-        "largest": float(apart.max()),
-        "last": float(apart[-1]),
-        "largest_of_single_steps": float(single.max()),
+        "largest": {name: float(distance.max()) for name, distance in apart.items()},
+        "last": {name: float(distance[-1]) for name, distance in apart.items()},
+        "largest_of_single_steps": {
+            name: float(np.abs(curve / curves["float32"] - 1).max()) for name, curve in curves.items()
+        },
         "seconds": seconds,
         "device": jax.local_devices()[0].device_kind,
         "curves": {name: np.round(curve, 5).tolist() for name, curve in curves.items()},
@@ -121,7 +138,9 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"{argv[1]!r}: no such argument")
         if FLAGS.steps < SPAN or FLAGS.rows < 1:
             raise ValueError(f"--steps={FLAGS.steps} --rows={FLAGS.rows}: at least {SPAN} steps of 1 row")
-        print(json.dumps(compare(FLAGS.steps, FLAGS.rows)))
+        if unknown := set(FLAGS.runs) - set(RUNS):
+            raise ValueError(f"--runs={','.join(sorted(unknown))}: not of {', '.join(RUNS)}")
+        print(json.dumps(compare(FLAGS.steps, FLAGS.rows, FLAGS.runs)))
     except ValueError as error:
         sys.exit(f"error: {error}")
 
