@@ -21,7 +21,7 @@ from absl import app, flags, logging
 
 from experiments.suite import Suite
 from lte_jax import LTE, WindowAttention, configs, restore
-from lte_jax.data import Batches
+from lte_jax.data import Batches, Mixture
 from lte_jax.evaluate.answers import write_json
 from lte_jax.evaluate.scores import score_batches
 from lte_jax.experiment import ExperimentConfig
@@ -90,10 +90,19 @@ def settings(base: LTE, width: int, rules: Sequence[str], windows: Sequence[int]
 
 
 def run_of(base: ExperimentConfig, setting: Setting, seed: int) -> ExperimentConfig:
-    """The base with this setting in place of its LTE layers."""
+    """The base with this setting in place of its LTE layers, and this seed for its weights and its data."""
     pattern = tuple(setting.mixer if isinstance(mixer, LTE) else mixer for mixer in base.model.pattern)
     model = dataclasses.replace(base.model, pattern=pattern)
-    return dataclasses.replace(base, name=f"{setting.name}-s{seed}", model=model, seed=seed)
+    return dataclasses.replace(
+        base, name=f"{setting.name}-s{seed}", model=model, seed=seed, data=_with_seed(base.data, seed)
+    )
+
+
+def _with_seed(data: Any, seed: int) -> Any:
+    """The data with ``seed`` added to its own, of every part of a mixture."""
+    if isinstance(data, Mixture):
+        return dataclasses.replace(data, parts=tuple(_with_seed(part, seed) for part in data.parts))
+    return dataclasses.replace(data, seed=data.seed + seed)
 
 
 def sweep(

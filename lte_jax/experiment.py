@@ -6,6 +6,7 @@ import dataclasses
 
 from lte_jax.checkpoint import CheckpointConfig
 from lte_jax.data import DataSet, Reading
+from lte_jax.losses import router_reach
 from lte_jax.mixers.base import Reading as MixerReading
 from lte_jax.model_config import ModelConfig
 from lte_jax.optim import OptimizerConfig
@@ -40,6 +41,7 @@ class ExperimentConfig:
     accumulation: int = 1
     """Parts of a step's batch that are computed one after the other."""
     seed: int = 0
+    """Of the initial weights and of dropout; the order of rows and what a task draws follow ``data.seed``."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     penalty: PenaltyConfig = dataclasses.field(default_factory=PenaltyConfig)
     spikes: SpikeConfig = dataclasses.field(default_factory=SpikeConfig)
@@ -53,6 +55,8 @@ class ExperimentConfig:
     def check(self) -> None:
         """Raises ValueError, stating the value, the rule and the fix, before anything is launched."""
         self.model.validate()
+        if "lte" in self.model.layer_names():
+            router_reach(self.model)
         if min(self.steps, self.batch_size, self.accumulation, self.log_every, self.evaluation.every) < 1:
             raise ValueError("steps, batch_size, accumulation, log_every and evaluation.every must be at least 1")
         if self.batch_size % self.accumulation:

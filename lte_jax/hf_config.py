@@ -38,12 +38,26 @@ _COMMON_DEFAULTS: dict[str, Any] = dict(
     block_counts=16, hidden_act="swish", elementwise_affine=True,
 )  # fmt: skip
 
+# What the authors' blocks build whatever the saved ``head_dim`` says: pure NSA's heads; other attention takes
+# hidden_size / num_heads.
+_NSA_HEAD_DIM = 64
+
 # Fields that say how the authors' code runs, or what transformers adds, and change no result.
 _IGNORED = frozenset(
     """architectures attn_mode dtype fuse_cross_entropy fuse_norm fuse_swiglu head_dim model_type num_heads
     num_hidden_layers initializer_range torch_dtype transformers_version use_cache use_l2warp expand_v
     _name_or_path auto_map""".split()
 )
+
+
+# What attn must name for a kind of layer, beside what has a default.
+_REQUIRED = {
+    "lte": (
+        """window_size buffer_size sink_size conv_size conv_dilation dropout_prob routing_method routing_grad
+        routing_shared""".split()
+    ),
+    "nsa": "head_dim block_size block_counts window_size".split(),
+}
 
 
 def model_config_from_hf(values: dict[str, Any], nsa_head_dim: int | None = None) -> ModelConfig:
@@ -88,7 +102,7 @@ def _mixers(model_type: str, get: dict[str, Any], nsa_head_dim: int | None) -> t
     """The mixer of every layer."""
     layers = get["num_hidden_layers"]
     if model_type == "nsa":
-        return (_nsa({**get, "head_dim": nsa_head_dim or 64}),) * layers
+        return (_nsa({**get, "head_dim": nsa_head_dim or _NSA_HEAD_DIM}),) * layers
     if model_type == "transformer":
         return (_attention(get),) * layers
     linear = gated_deltanet.Config(
@@ -105,16 +119,23 @@ def _mixers(model_type: str, get: dict[str, Any], nsa_head_dim: int | None) -> t
     attn = get["attn"]
     if attn is None:
         return (linear,) * layers
-    for name in ("layers", "num_heads"):
-        if name not in attn:
-            raise ValueError(f"config.json: attn has no {name}; hybrid models must name it")
+    _require(attn, "layers", "num_heads")
     defaults = {"qkv_bias": False, "window_size": None, "rope_theta": 10000.0, "num_kv_heads": attn["num_heads"]}
     attn = {**defaults, **attn, "qk_norm": False}  # their hybrid blocks do not pass it on
     kind = attn.get("attn_type", "attn") if model_type == "hybrid_gated_deltanet" else "attn"
     if kind not in ("attn", "lte", "nsa"):
         raise ValueError(f"config.json: attn_type={kind!r} is not one of attn, lte, nsa")
+    _require(attn, *_REQUIRED.get(kind, ()))
     other = {"attn": _attention, "lte": _lte, "nsa": _nsa}[kind](attn)
     return tuple(other if index in attn["layers"] else linear for index in range(layers))
+
+
+def _require(attn: dict[str, Any], *names: str) -> None:
+    missing = [name for name in names if attn.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"config.json: attn has no {', '.join(missing)}; hybrid models must name what they are built of"
+        )
 
 
 def _attention(get: dict[str, Any]) -> MixerConfig:
@@ -206,14 +227,20 @@ def model_config_to_hf(config: ModelConfig, penalty: PenaltyConfig | None = None
     if not linear and names[0] == "lte":
         linear = {gated_deltanet.Config()}  # their hybrid with LTE in every layer; these settings build nothing
     if not linear:
-        model_type, other = ("nsa" if names[0] == "nsa" else "transformer"), _other_to_hf(others.pop())
+        model_type = "nsa" if names[0] == "nsa" else "transformer"
+        other = _other_to_hf(others.pop(), config.width)
+        if model_type == "nsa" and other["head_dim"] != _NSA_HEAD_DIM:
+            raise ValueError(
+                f"nsa: head_dim={other['head_dim']}: the authors' pure NSA models have heads of {_NSA_HEAD_DIM}, "
+                "whatever their config.json says; convert to an Orbax checkpoint instead"
+            )
         del other["attn_type"]
         values.update(other)
     else:
         model_type = "gated_deltanet"
         values.update(_gated_deltanet_to_hf(linear.pop()))
         if others:
-            attn = _other_to_hf(others.pop())
+            attn = _other_to_hf(others.pop(), config.width)
             attn["layers"] = [index for index, name in enumerate(names) if name != "gated_deltanet"]
             if attn["attn_type"] == "lte":
                 attn.update(schedule_to_authors(penalty or PenaltyConfig()))
@@ -244,8 +271,13 @@ def _gated_deltanet_to_hf(mixer: Any) -> dict[str, Any]:
     )
 
 
-def _other_to_hf(mixer: Any) -> dict[str, Any]:
+def _other_to_hf(mixer: Any, width: int) -> dict[str, Any]:
     name = mixer_name(mixer)
+    if name in ("full_attention", "window_attention") and mixer.head_dim not in (None, width // mixer.num_heads):
+        raise ValueError(
+            f"{name}: head_dim={mixer.head_dim} has no place in the authors' config.json: their heads have width / "
+            f"num_heads = {width // mixer.num_heads}; convert to an Orbax checkpoint instead"
+        )
     values = dict(
         attn_type={"lte": "lte", "nsa": "nsa"}.get(name, "attn"),
         num_heads=mixer.num_heads,

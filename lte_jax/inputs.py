@@ -51,3 +51,18 @@ def mask_to_segment_ids(attention_mask: Any) -> jax.Array:
 def zero_padding(x: Hidden, segment_ids: SegmentIds | None) -> Hidden:
     """x with padded positions set to 0."""
     return x if segment_ids is None else jnp.where((segment_ids != 0)[..., None], x, jnp.zeros((), x.dtype))
+
+
+def check_room(length: jax.Array, new: Any, slots: int) -> None:
+    """Raises ValueError where a cache of ``slots`` tokens that holds ``length`` [B] would overflow by ``new`` [B] more.
+
+    Only where both are concrete: under jit nothing can be raised, and the caller must have checked.
+    """
+    if isinstance(length, jax.core.Tracer) or isinstance(new, jax.core.Tracer):
+        return
+    longest = int(np.max(np.asarray(length) + np.asarray(new)))
+    if longest > slots:
+        raise ValueError(
+            f"the sequence would reach {longest} tokens, and its cache holds max_length={slots}; make it with "
+            "init_cache(batch_size, max_length=...)"
+        )

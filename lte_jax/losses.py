@@ -110,10 +110,17 @@ def next_token_labels(input_ids: Tokens, segment_ids: SegmentIds | None = None) 
 
 
 def router_reach(config: Any) -> int:
-    """How many tokens ahead the LTE routers of a model look."""
+    """How many tokens ahead the LTE routers of a model look.
+
+    Raises:
+      ValueError: its LTE layers differ in that.
+    """
     reaches = {mixer.reach for mixer in config.pattern if hasattr(mixer, "reach")}
     if len(reaches) != 1:
-        raise ValueError(f"the LTE layers reach {sorted(reaches)} tokens ahead: the penalty needs one reach for all")
+        raise ValueError(
+            f"the LTE layers reach {sorted(reaches)} tokens ahead: training counts their scores together, which needs "
+            "one reach for all; give them the same convolutions and the same kind of retention"
+        )
     return reaches.pop()
 
 

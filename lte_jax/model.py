@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from lte_jax import partition
 from lte_jax.depth import through
 from lte_jax.dims import Hidden, SegmentIds, Tokens
-from lte_jax.inputs import check_tokens, mask_to_segment_ids, zero_padding
+from lte_jax.inputs import check_room, check_tokens, mask_to_segment_ids, zero_padding
 from lte_jax.layers import Embedding, GatedMLP, InitRule, Linear, RMSNorm, document_positions, mlp_width, row_positions
 from lte_jax.mixers import mixer_module, mixer_name
 from lte_jax.mixers.base import Aux, MixerConfig, Reading
@@ -262,14 +262,16 @@ class LanguageModel(nnx.Module):
           logits [B, T, L] float32 and the new cache; the old one stays valid.
 
         Raises:
-          ValueError: as ``__call__``; a cache of ``max_length`` that would overflow; reading=None for several tokens
-            inside jit, where the cache cannot be looked at.
+          ValueError: as ``__call__``; a cache of ``max_length`` that would overflow; reading="prompt" for several
+            tokens after others; reading=None for several tokens inside jit, where the cache cannot be looked at.
         """
         if attention_mask is not None:
             attention_mask = jnp.asarray(attention_mask)[:, -jnp.shape(input_ids)[1] :]
         input_ids, segment_ids = self._door(input_ids, attention_mask, None)
         reading = _default_reading(reading, cache, input_ids.shape[1])
-        _check_room(cache, input_ids, segment_ids)
+        if cache.max_length is not None:
+            new = input_ids.shape[1] if segment_ids is None else (segment_ids != 0).sum(axis=1)
+            check_room(cache.length, new, cache.max_length)
         graph, state = nnx.split(self)
         logits, cache, _ = _extend(graph, state, input_ids, segment_ids, cache, reading=reading, keep=logits_to_keep)
         return logits, cache
@@ -342,26 +344,19 @@ class LanguageModel(nnx.Module):
 
 
 def _default_reading(reading: Reading | None, cache: ModelCache, tokens: int) -> Reading:
-    if reading is not None:
-        return reading
-    if tokens == 1:
-        return "streaming"  # one token reads alike either way
-    if isinstance(cache.length, jax.core.Tracer):
+    """The reading of this piece, checked where the cache's length is concrete."""
+    traced = isinstance(cache.length, jax.core.Tracer)
+    if reading is None and traced and tokens > 1:
         raise ValueError("inside jit the cache cannot be looked at: say reading='prompt' or reading='streaming'")
-    return "streaming" if np.any(np.asarray(cache.length)) else "prompt"
-
-
-def _check_room(cache: ModelCache, input_ids: jax.Array, segment_ids: jax.Array | None) -> None:
-    """Raises ValueError if a cache that cannot grow would overflow (checked where its length is concrete)."""
-    if cache.max_length is None or isinstance(cache.length, jax.core.Tracer) or isinstance(input_ids, jax.core.Tracer):
-        return
-    new = input_ids.shape[1] if segment_ids is None else np.asarray(segment_ids != 0).sum(axis=1)
-    longest = int(np.max(np.asarray(cache.length) + new))
-    if longest > cache.max_length:
+    if tokens == 1 or traced:
+        return reading or "streaming"  # one token reads alike either way
+    read = int(np.max(np.asarray(cache.length)))
+    if read and reading == "prompt":
         raise ValueError(
-            f"the sequence would reach {longest} tokens, and its cache holds max_length={cache.max_length}; "
-            "make it with init_cache(batch_size, max_length=...)"
+            f"reading='prompt' after {read} tokens: the retained tokens of a prompt are those at its end, so it is "
+            "read in one piece, from an empty cache; use reading='streaming'"
         )
+    return reading or ("streaming" if read else "prompt")
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="reading")

@@ -130,6 +130,13 @@ class SymbolNeedles(Task):
             "1 <= queries <= needles <= keys (keys differ within a row)",
             "lower queries or needles, or raise keys",
         )
+        require(self.values >= 1, f"values={self.values}", "a key needs at least 1 value", "raise values")
+        require(
+            self.min_distance >= 1,
+            f"min_distance={self.min_distance}",
+            "a needle stands at least 1 token before its query",
+            "raise min_distance",
+        )
         require(
             self.needles <= room,
             f"length={self.length}, min_distance={self.min_distance}",
@@ -159,7 +166,7 @@ class MQAR(Task):
     """Multi-query associative recall, Zoology's recipe.
 
     The first 2n tokens are ``k v k v ...`` with different keys from 1 .. L/2 - 1 and different values from L/2 .. L -
-    1; each key is asked once, at position 2n + 2 gap, with gaps drawn without replacement from p(i) ~ a i^(a-1), i = 1
+    1; each key is asked once, at position 2n + 2 (i - 1), with i drawn without replacement from p(i) ~ a i^(a-1), i = 1
     .. (T - 2n) / 2. The label at a query is its value. All other positions hold random tokens of the vocabulary.
     """
 

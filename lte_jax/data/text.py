@@ -35,10 +35,11 @@ class Text:
       tokenizer: ``"bytes"``, a tokenizer.json, or a folder with one.
       packing: row length and rule.
       add_bos, add_eos: whether each document starts with and ends in its special token.
-      heldout: the fraction held out: documents chosen by a hash of their text and ``seed``, so that equal documents
-      fall
-        on one side, or rows (the last of every 1 / heldout) for text of one or a few documents.
+      heldout: the fraction held out.
+      heldout_by: "document": those chosen by a hash of their text and ``seed``, so that equal documents fall on one
+        side; "row": the last of every 1 / heldout, for text of one or a few documents.
       undecodable: whether bytes that are not UTF-8 are an error or become U+FFFD.
+      seed: of the rows' order and of which documents are held out.
     """
 
     path: str = ""

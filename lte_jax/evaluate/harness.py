@@ -1,7 +1,7 @@
 """The adapter for lm-evaluation-harness: its requests answered by our model and tokenizer.
 
 Equal to the harness's Hugging Face adapter where that decides a number: requests sorted by length, contexts truncated
-at the left to ``max_length`` less the tokens to generate, the end-of-sequence text among the stop strings, an empty
+at the left to ``max_length`` less the tokens to generate, generation ended by the end-of-sequence token, an empty
 context replaced by the prefix token, spaces at a context's end moved to the continuation. Padding is masked, so that no
 answer depends on its batch. Truncation is counted and said. Runs without torch. Imported only where the ``eval`` extra
 is installed.

@@ -90,6 +90,7 @@ class Config(MixerConfig):
         ):
             value = getattr(self, name)
             need(value in known, f"{name}={value!r} is not one of {', '.join(known)}")
+        need(self.rope_theta > 0, f"rope_theta={self.rope_theta} must be above 0")
         need(0.0 <= self.dropout < 1.0, f"dropout={self.dropout} must be in [0, 1)")
         if self.retention == "learned":
             self._validate_router(size, need)

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int32
+from jaxtyping import Array
 
 from lte_jax.dims import Hidden, Positions, SegmentIds
+from lte_jax.inputs import check_room
 from lte_jax.layers import InitRule, Linear, rotary
 from lte_jax.mixers.base import Aux, Mixer, MixerConfig, Reading
 from lte_jax.partition import block_attention
@@ -138,7 +139,7 @@ class NSA(Mixer):
         B, T = x.shape[:2]
         real = jnp.ones((B, T), bool) if segment_ids is None else segment_ids != 0
         rank = jnp.cumsum(real, axis=1, dtype=jnp.int32)
-        _check_room(cache, rank[:, -1])
+        check_room(cache.length, rank[:, -1], cache.k.shape[1])
         q, k, v, gates = self._project(x, jnp.maximum(cache.length[:, None] + rank - 1, 0))
         segments = None if segment_ids is None else real.astype(jnp.int32)
         o, cache = block_attention_extend(q, k, v, gates, cache, segment_ids=segments, **self._options())
@@ -157,12 +158,3 @@ class NSA(Mixer):
         v = self.v_proj(x).reshape(B, T, K, N)
         gates = jax.nn.sigmoid(self.g_proj(x).astype(jnp.float32)).reshape(B, T, H, 3)
         return q, k, v, gates
-
-
-def _check_room(cache: BlockCache, new: Int32[Array, "B"]) -> None:
-    """An error wherever the counter is concrete (not under jit)."""
-    if isinstance(cache.length, jax.core.Tracer) or isinstance(new, jax.core.Tracer):
-        return
-    longest, slots = int(jnp.max(cache.length + new)), cache.k.shape[1]
-    if longest > slots:
-        raise ValueError(f"the cache would hold {longest} tokens, its max_length is {slots}; make a longer one")

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from lte_jax.dims import Hidden, Positions, SegmentIds
+from lte_jax.inputs import check_room
 from lte_jax.layers import InitRule, Linear, RMSNorm, rotary
 from lte_jax.mixers.base import Aux, Mixer, Reading
 from lte_jax.partition import window_attention
@@ -136,7 +137,8 @@ class SoftmaxAttention(Mixer):
             real = segment_ids != 0
             index = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1  # of a token among the chunk's tokens
         count = jnp.sum(real, axis=1, dtype=jnp.int32)
-        self._check_room(cache, count)
+        if self.window is None:  # a full ring would lose tokens
+            check_room(cache.length, count, cache.k.shape[1])
         q, k, v = self._project(x, jnp.maximum(cache.length[:, None] + index, 0))
         updated = _write(cache, k, v, index, real, count)
         if T == 1:
@@ -191,14 +193,6 @@ class SoftmaxAttention(Mixer):
         if self.window is not None:
             return self.window
         return self.max_length if max_length is None else max_length
-
-    def _check_room(self, cache: RingCache, count: Int32[Array, "B"]) -> None:
-        """Without a window a full ring would lose tokens: an error wherever the counter is concrete (not under jit)."""
-        if self.window is not None or isinstance(cache.length, jax.core.Tracer) or isinstance(count, jax.core.Tracer):
-            return
-        longest, slots = int(jnp.max(cache.length + count)), cache.k.shape[1]
-        if longest > slots:
-            raise ValueError(f"the cache would hold {longest} tokens, its max_length is {slots}; make a longer one")
 
 
 def _write(cache: RingCache, k: Array, v: Array, index: Array, real: Array, count: Array) -> RingCache:

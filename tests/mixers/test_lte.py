@@ -325,6 +325,7 @@ def test_a_shared_router_scores_each_head_with_the_same_weights(shared):
         (dict(num_kv_heads=3), "num_heads=4 is not a multiple of num_kv_heads=3"),
         (dict(num_heads=0), "num_heads=0 must be at least 1"),
         (dict(num_kv_heads=0), "num_kv_heads=0 must be at least 1"),
+        (dict(rope_theta=0.0), "rope_theta=0.0 must be above 0"),
         (dict(sinks=-1), "sinks=-1 must be at least 0"),
         (dict(routing_method="tanh"), "routing_method='tanh' is not one of sigmoid, relu"),
         (dict(routing_shared="none"), "routing_shared='none' is not one of head, layer, all"),

@@ -131,6 +131,8 @@ def test_text_needles_stand_at_the_depth_and_in_any_text(tmp_path):
     [
         (data.SymbolNeedles(length=40), "needles need length"),
         (data.SymbolNeedles(needles=9), "queries <= needles <= keys"),
+        (data.SymbolNeedles(min_distance=0), "min_distance=0"),
+        (data.SymbolNeedles(values=0), "values=0"),
         (data.MQAR(length=64, pairs=17), "at least 4"),
         (data.Copying(symbols=60), "2 \\* symbols"),
         (data.TextNeedles(length=50), "raise length"),

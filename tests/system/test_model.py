@@ -196,6 +196,10 @@ def test_unknown_settings_are_named():
         (lambda m: m(tokens(1, 5), np.ones((1, 4), np.int32)), "mask's shape"),
         (lambda m: m.extend(tokens(1, 9), m.init_cache(1, max_length=8)), "max_length=8"),
         (
+            lambda m: m.extend(tokens(1, 5), m.extend(tokens(1, 3), m.init_cache(1))[1], reading="prompt"),
+            "after 3 tokens",
+        ),
+        (
             lambda m: jax.jit(lambda c: m.extend(np.zeros((1, 5), np.int32), c)[0])(m.init_cache(1)),
             "inside jit",
         ),

@@ -16,6 +16,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import lte_jax
+from lte_jax import NSA, FullAttention, GatedDeltaNet
 from lte_jax.convert import abstract_model, to_authors, weight_names
 from lte_jax.hf_config import model_config_from_hf
 from lte_jax.losses import training_loss
@@ -268,10 +269,26 @@ def test_one_router_for_all_layers_is_read_from_one_copy_or_from_many(tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_hybrids_of_ours_that_the_authors_do_not_have_are_refused(tmp_path):
-    attention = lte_jax.FullAttention(num_heads=2, qk_norm=True)
-    mixers = (lte_jax.GatedDeltaNet(num_heads=2, head_dim=8), attention)
+@pytest.mark.parametrize(
+    ("mixers", "message"),
+    [
+        (
+            (GatedDeltaNet(num_heads=2, head_dim=8), FullAttention(num_heads=2, qk_norm=True)),
+            "hybrid models have no qk_norm; only their transformer has",
+        ),
+        ((FullAttention(num_heads=2, head_dim=4),), "full_attention: head_dim=4 .* width / num_heads = 8"),
+        ((NSA(num_heads=4, num_kv_heads=2, head_dim=8),), "head_dim=8: .* heads of 64"),
+    ],
+)
+def test_models_of_ours_that_the_authors_do_not_have_are_refused(tmp_path, mixers, message):
     config = lte_jax.ModelConfig(vocab_size=7, width=16, num_layers=2, pattern=mixers)
-    with pytest.raises(ValueError, match="hybrid models have no qk_norm; only their transformer has"):
+    with pytest.raises(ValueError, match=message):
         lte_jax.save_pretrained(abstract_model(config), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_hybrid_config_without_a_setting_names_it():
+    attn = {name: value for name, value in LTE.items() if name != "buffer_size"}
+    values = dict(model_type="hybrid_gated_deltanet", vocab_size=7, hidden_size=16, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="attn has no buffer_size"):
+        model_config_from_hf({**values, "attn": {**attn, "layers": [1]}})

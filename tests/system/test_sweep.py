@@ -43,11 +43,12 @@ def test_every_point_has_the_bytes_of_the_base():
 
 
 def test_the_sweep_writes_one_table_and_one_figure(tmp_path):
-    base, trained = tiny_experiment(), []
+    base, trained, seeds = tiny_experiment(), [], []
 
     def trainer(config, folder):
         """Stands in for training: the weights as they start."""
         trained.append(config.name)
+        seeds.append((config.seed, config.data.seed))
         if not folder.exists():
             restore.save_model(LanguageModel(config.model, rngs=nnx.Rngs(config.seed)), folder)
 
@@ -57,6 +58,7 @@ def test_the_sweep_writes_one_table_and_one_figure(tmp_path):
     assert trained == [f"{name}-s{seed}" for name in names for seed in (0, 3)]
     written = json.loads((tmp_path / "sweep.json").read_text())
     assert written["points"] == found and len(found) == 2
+    assert seeds == [(0, base.data.seed), (3, base.data.seed + 3)], "each seed has weights and rows of its own"
     for record, name in zip(found, trained, strict=True):
         config = restore.read_settings(restore.find(tmp_path / name))["model"]
         assert config["pattern"][1]["window"] == record["window"]
