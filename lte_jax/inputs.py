@@ -1,4 +1,4 @@
-"""What the model accepts at its door: token ids in range, masks without holes."""
+"""What a model accepts: token ids in range, masks without holes, no more tokens than its cache holds."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ ALLOWED = {
     "lte_jax.mixers.lte_router": ("lte_jax.dims", "lte_jax.layers", "lte_jax.partition_router", "pallas_kernels"),
     "lte_jax.mixers": (
         "lte_jax.dims",
+        "lte_jax.inputs",
         "lte_jax.layers",
         "lte_jax.remat",
         "lte_jax.partition",
