@@ -2,7 +2,7 @@
 
 Settings are changed with ``--set steps=500 --set optimizer.learning_rate=1e-3``; the resolved ones are printed and
 saved in the workdir. The same command continues a run that was stopped. Exit codes: 0 finished, 1 an error (one line),
-75 stopped by SIGTERM or SIGUSR1 with everything saved. ``experiments.launch`` starts it on many GPUs.
+75 stopped by SIGTERM, SIGUSR1 or Ctrl-C with everything saved. ``experiments.launch`` starts it on many GPUs.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def _train() -> bool:
     if not isinstance(config, Suite):
         return train(config, workdir, init_from=FLAGS.init_from, profile=profile).finished
     for run in config.runs:
-        if not train(run, workdir / run.name, init_from=FLAGS.init_from, profile=profile).finished:
+        result = train(run, workdir / run.name, init_from=FLAGS.init_from, profile=profile)
+        if not result.finished or result.interrupted:  # a signal in a run's last save leaves the others to be done
             return False
     print(compare(config, workdir))
     return True

@@ -1,13 +1,15 @@
 """How is a model trained? The loop: data, steps, evaluation, checkpoints, signals.
 
 A run lives in one folder (``runs.py``). Starting the same command again continues it from its newest whole checkpoint,
-bit for bit on the same devices. SIGTERM and SIGUSR1 save at the current step; the program then exits with
-``INTERRUPTED``. Numbers are read from the devices one step late, so that they never wait for the host.
+bit for bit on the same devices. SIGTERM, SIGUSR1 and, in a single process, Ctrl-C save at the current step; the
+program then exits with ``INTERRUPTED``. Numbers are read from the devices one step late, so that they never wait for
+the host.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +49,8 @@ class Result:
     """False after a signal."""
     heldout: dict[str, float] | None
     """Of the last evaluation."""
+    interrupted: bool = False
+    """Whether a signal came, also one in the last save of a run that is finished."""
 
 
 def train(
@@ -70,17 +74,19 @@ def train(
         read; in a single process, the steps until then are saved.
     """
     config.check()
-    run = _Run(config, workdir, devices)
-    try:
-        state = run.start(init_from)
-        trace = Trace(run.folder / "profile", profile)
-        trace.check(run.step, config.steps)
-        with Signals() as signals:
+    with Signals(ctrl_c=jax.process_count() == 1) as signals:
+        run = _Run(config, workdir, devices)
+        try:
+            state = run.start(init_from)
+            trace = Trace(run.folder / "profile", profile)
+            trace.check(run.step, config.steps)
             state = run.loop(state, signals, trace)
-        run.finish(state)
-        return Result(run.folder, run.step, run.step >= config.steps, run.heldout)
-    finally:
-        run.close()
+            signals.hold()
+            run.finish(state)
+            heldout = None if run.heldout is None else run.heldout[1]
+            return Result(run.folder, run.step, run.step >= config.steps, heldout, signals.received)
+        finally:
+            run.close()
 
 
 class _Run:
@@ -99,7 +105,8 @@ class _Run:
         self.batches = Batches(
             rows, config.batch_size, shard_index=self.shard[0], shard_count=self.shard[1], reading=config.reading
         )
-        self.heldout_rows = config.data.rows("heldout", batch_size=micro)  # what is damaged shows before the first step
+        # Opened before the first step, so that a missing shard or one of another size is known before it.
+        self.heldout_rows = config.data.rows("heldout", batch_size=micro)
         self.builder = Builder(step_config(config, first["input_ids"][1]), self.mesh)
         self.abstract = self.builder.abstract_state()
         self.folder = runs.claim(workdir, configs.to_dict(config))
@@ -113,7 +120,8 @@ class _Run:
         names = [name for name in ("input_ids", "labels", "segment_ids") if name in first]
         self.first_shapes = {**{name: first[name] for name in names}, "interrupted": first["input_ids"][:1]}
         self.step = 0
-        self.heldout: dict[str, float] | None = None
+        self.heldout: tuple[int, dict[str, float]] | None = None
+        """The step of the last evaluation, and its numbers."""
         self.reporter: metrics.Reporter | None = None
         self.kept_batches = {"nonfinite": 0, "spike": 0}
         self.watch = Stopwatch()
@@ -156,6 +164,8 @@ class _Run:
         if restored is not None:
             self.step = restored.step
             self.batches.set_state(restored.meta["data"])
+            if restored.meta.get("heldout"):
+                self.heldout = (restored.meta["heldout"][0], restored.meta["heldout"][1])
             state = _join_state(state, restored.items)
             self.say(
                 f"continuing {self.folder} from step {self.step}; restored and checked in {read - began:.1f} s, "
@@ -185,13 +195,16 @@ class _Run:
     def loop(self, state: TrainState, signals: Signals, trace: Trace) -> TrainState:
         config = self.config
         late: tuple[int, dict[str, Any], Batch] | None = None
+        self.interrupted |= signals.received and jax.process_count() == 1  # while it was restored or compiled
+        if self.step and not self.interrupted:
+            self._evaluate(state)  # where a signal came between a step and its evaluation
         while self.step < config.steps and not self.interrupted:
             try:
                 with self.watch("data"):
                     batch = next(self.batches)
             except DataError as error:
                 self._look(late)
-                self._stop_at_bad_row(state, error)
+                self._stop_at_bad_row(state, error, f"step {self.step + 1}")
             with trace.step(self.step + 1), self.watch("launch"):
                 state, numbers = self._run_step(state, batch, signals.received)
             self.step += 1
@@ -203,12 +216,11 @@ class _Run:
             if self.interrupted:
                 break
             self.checkpoints.poll()
-            last = self.step == config.steps
-            if last or self.step % config.evaluation.every == 0:
+            if self._evaluation_is_due():
                 self._look(late)
                 late = None
-                self._evaluate(state.params)
-            if not last and self.step % config.checkpoint.every == 0:
+                self._evaluate(state)
+            if self.step < config.steps and self.step % config.checkpoint.every == 0:
                 self._look(late)
                 late = None
                 self._save(state)
@@ -216,14 +228,12 @@ class _Run:
         trace.close()
         return state
 
-    def _stop_at_bad_row(self, state: TrainState, error: DataError) -> NoReturn:
+    def _stop_at_bad_row(self, state: TrainState, error: DataError, where: str) -> NoReturn:
         # The other processes of a launch wait inside a step for this one: there is no common state to save.
         if jax.process_count() == 1 and self.step not in self.checkpoints.steps():
             self._save(state)
             self.checkpoints.wait()
-        raise DataError(
-            f"step {self.step + 1}: {error}. Or leave such rows out with --set reading.bad_rows=skip"
-        ) from error
+        raise DataError(f"{where}: {error}. Or leave such rows out with --set reading.bad_rows=skip") from error
 
     def _run_step(self, state: TrainState, batch: Batch, interrupted: bool) -> tuple[TrainState, dict[str, Any]]:
         local = {name: batch[name] for name in ("input_ids", "labels", "segment_ids") if name in batch}
@@ -271,42 +281,58 @@ class _Run:
             np.savez(place, **batch)  # type: ignore[arg-type]
         self.kept_batches[kind] += 1
 
-    def _evaluate(self, params: Params) -> None:
+    def _evaluation_is_due(self) -> bool:
+        due = self.step == self.config.steps or self.step % self.config.evaluation.every == 0
+        return due and len(self.heldout_rows) > 0 and (self.heldout is None or self.heldout[0] != self.step)
+
+    def _evaluate(self, state: TrainState) -> None:
+        """Scores held-out rows, if this step is to be scored and has not been."""
         config = self.config
-        rows, size = self.heldout_rows, config.batch_size // config.accumulation
-        if not len(rows):
+        if not self._evaluation_is_due():
             return
-        batches = Batches(rows, size, shard_index=self.shard[0], shard_count=self.shard[1], pad_last=True)
+        batches = Batches(
+            self.heldout_rows,
+            config.batch_size // config.accumulation,
+            shard_index=self.shard[0],
+            shard_count=self.shard[1],
+            reading=dataclasses.replace(config.reading, workers=0),  # starting them takes longer than these few rows
+            pad_last=True,
+        )
         sums = np.zeros(3)
-        for number, batch in enumerate(batches):
-            if number == config.evaluation.batches:
-                break
-            arrays = {
-                name: self._spread(batch[name]) for name in ("input_ids", "labels", "segment_ids") if name in batch
-            }
-            found = jax.device_get(self.evaluate_step(params, arrays))
-            sums += [found["loss"], found["correct"], found["targets"]]
-        batches.close()
+        try:
+            for batch in itertools.islice(batches, config.evaluation.batches):
+                arrays = {
+                    name: self._spread(batch[name]) for name in ("input_ids", "labels", "segment_ids") if name in batch
+                }
+                found = jax.device_get(self.evaluate_step(state.params, arrays))
+                sums += [found["loss"], found["correct"], found["targets"]]
+        except DataError as error:
+            self._stop_at_bad_row(state, error, f"held-out rows at step {self.step}")
+        finally:
+            batches.close()
         assert self.reporter is not None
+        if not sums[2]:
+            self.reporter.say(f"WARNING: step {self.step}: no held-out row could be read, so there is no held-out loss")
+            return
         loss, accuracy = float(sums[0] / sums[2]), float(sums[1] / sums[2])
-        self.heldout = {"heldout_loss": loss, "heldout_accuracy": accuracy}
-        self.reporter.write({"step": self.step, **self.heldout, "heldout_targets": int(sums[2])})
+        self.heldout = (self.step, {"heldout_loss": loss, "heldout_accuracy": accuracy})
+        self.reporter.write({"step": self.step, **self.heldout[1], "heldout_targets": int(sums[2])})
         self.reporter.say(f"step {self.step}: held-out loss {loss:.4f}, accuracy {accuracy:.3f}")
         self.reporter.pause()
 
     def _save(self, state: TrainState) -> None:
         items = {"params": state.params, "training": _beside_params(state)}
-        meta = {"config": configs.to_dict(self.config), "data": self.batches.get_state()}
-        evaluated = self.heldout is not None and (
-            self.step % self.config.evaluation.every == 0 or self.step == self.config.steps
-        )
-        self.checkpoints.save(self.step, items, meta, self.heldout["heldout_loss"] if evaluated else None)  # type: ignore[index]
+        meta = {"config": configs.to_dict(self.config), "data": self.batches.get_state(), "heldout": self.heldout}
+        now = self.heldout is not None and self.heldout[0] == self.step
+        self.checkpoints.save(self.step, items, meta, self.heldout[1]["heldout_loss"] if now else None)  # type: ignore[index]
         assert self.reporter is not None
         self.reporter.pause()
 
     def finish(self, state: TrainState) -> None:
         """The last save, and pictures if the run is complete."""
         self.checkpoints.wait()
+        if self.step == self.config.steps:
+            self._evaluate(state)  # where a signal came in the last step
         if self.step not in self.checkpoints.steps():
             self._save(state)
         self.checkpoints.wait()
