@@ -3,7 +3,7 @@
     p_tj = exp(scale q_t . k_j - lse_t)                dv_j = sum_t p_tj do_t
     ds_tj = p_tj (do_t . v_j - delta_t)                dq_t = scale sum_j ds_tj k_j,   dk_j = scale sum_t ds_tj q_t
 
-Three kernels. ``dq`` goes over the tiles of queries as the forward pass does, and writes delta and lse for the others.
+Three kernels. ``dq`` goes over the tiles of queries as the forward pass does, and writes lse and delta for the others.
 ``dkv`` goes over tiles of keys, each through the queries that see it: once over the list of retained keys (into float32
 lists) and the columns of a cache, and once over all keys with their windows, which adds what the list holds for a key,
 rounds once, and takes dscores = sum_n dv v from the sum.
@@ -40,7 +40,7 @@ from pallas_kernels.window_attention.triton_tiles import (
 def _dq_kernel(
     q, k, v,
     begin, counts, index, expiry, never, cache_k, cache_v, cache_position, cache_expiry, cache_survey,
-    o, lse, do, dlse, T, U, window, together, dq, delta_rows, lse2_rows,
+    o, lse, do, dlse, T, U, window, together, dq, terms,
     H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr,
     SEGMENTS: tl.constexpr, RETAINED: tl.constexpr, EVEN: tl.constexpr, LSE_GRADIENT: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -65,8 +65,9 @@ def _dq_kernel(
     delta = tl.where(seen, delta, 0.0)
     # In powers of two; a query that saw nothing gets a number that makes every p of it zero.
     lse2 = tl.where(seen, log_sum * 1.4426950408889634, 1e30)
-    tl.store(delta_rows + (b * H + head) * T + t, delta, mask=t < T)
-    tl.store(lse2_rows + (b * H + head) * T + t, lse2, mask=t < T)
+    pair = terms + ((b * H + head) * T + t) * 2
+    tl.store(pair, lse2, mask=t < T)
+    tl.store(pair + 1, delta, mask=t < T)
 
     begins, begin_low, begin_high = query_begins(begin + b * U, i, U, SEGMENTS)
     acc = tl.zeros((QUERIES, N_BLOCK), tl.float32)
@@ -91,25 +92,25 @@ def backward(
     dlse: jax.Array | None,
 ) -> Gradients:
     """The gradients of every differentiable operand."""
-    dq, delta, lse2 = _call_dq(case, operands, o, lse, plan, do, dlse)
+    dq, terms = _call_dq(case, operands, o, lse, plan, do, dlse)
     lists: tuple[Any, ...] = (None, None)
     if plan["retained"] is not None:
-        lists = call_dkv(case, operands, plan, do, delta, lse2, lists, "retained")[:2]
-    dk, dv, dscores = call_dkv(case, operands, plan, do, delta, lse2, lists, "window")
+        lists = call_dkv(case, operands, plan, do, terms, lists, "retained")[:2]
+    dk, dv, dscores = call_dkv(case, operands, plan, do, terms, lists, "window")
     columns: tuple[Any, ...] = (None, None)
     if case.C:
-        columns = call_dkv(case, operands, plan, do, delta, lse2, (None, None), "cache")[:2]
+        columns = call_dkv(case, operands, plan, do, terms, (None, None), "cache")[:2]
     return Gradients(dq, dk, dv, dscores if case.scores else None, *columns)
 
 
 def _call_dq(
     case: Case, operands: Operands, o: jax.Array, lse: jax.Array, plan: dict[str, Any], do: jax.Array, dlse: Any
 ) -> tuple[jax.Array, ...]:
-    """(dq, delta [B,H,T], lse in powers of two [B,H,T])."""
+    """(dq, terms [B,H,T,2]: lse in powers of two, and delta)."""
     tiles = tiles_for(case, "dq")
     heads = case.B * case.H
     together = heads_together(heads, "dq")
-    rows = jax.ShapeDtypeStruct((case.B, case.H, case.T), jnp.float32)
+    terms = jax.ShapeDtypeStruct((case.B, case.H, case.T, 2), jnp.float32)
     return triton_call(
         _dq_kernel,
         operands.q,
@@ -124,7 +125,7 @@ def _call_dq(
         case.U,
         window_of(case),
         together,
-        out_shape=(jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype), rows, rows),
+        out_shape=(jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype), terms),
         grid=grid_of(heads, -(-case.T // tiles.queries), together),
         num_warps=tiles.warps,
         num_stages=tiles.stages,

@@ -21,28 +21,36 @@ from pallas_kernels.window_attention.triton_tiles import (
     window_of,
 )
 
+# Tiles of queries (of all the heads of a group) that a program goes through for a tile of retained keys, about at most.
+STEPS = tl.constexpr(64) if tl is not None else 64
+
 
 @jit
 def _add_queries(
-    keys, values, position, low, span, q, do, delta_rows, lse2_rows, begin, head, t_first, masked, T, U, dk, dv,
+    keys, values, position, low, span, q, do, terms, begin, head, t_first, masked, T, U, dk, dv,
     H: tl.constexpr, N: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr, SEGMENTS: tl.constexpr,
     QUERIES: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv with one more tile of queries of one head (numbered over the batch), from t_first on to T."""
+    """dk and dv with one more tile of queries of one head (of the batch row's), from t_first on to T."""
     t = t_first + tl.arange(0, QUERIES)
     row = t
     if masked:
         row = tl.minimum(t, T - 1)
-    start = (head // H).to(tl.int64) * T * H + head % H
-    q_tile = load_rows(q + start * N, row, H * N, None, N, N_BLOCK, False)
-    do_tile = load_rows(do + start * V, row, H * V, None, V, V_BLOCK, False)
-    lse2 = tl.load(lse2_rows + head * T + row)
-    delta = tl.load(delta_rows + head * T + row)
+    q_tile = load_rows(q + head * N, row, H * N, None, N, N_BLOCK, False)
+    do_tile = load_rows(do + head * V, row, H * V, None, V, V_BLOCK, False)
+    # Both terms of 64 queries are one load of a number for each of 128 threads. With fewer numbers than threads, Triton
+    # would load them in the layout of the product: 32 copies of four bytes by every thread.
+    n = tl.arange(0, 2 * QUERIES)
+    pair = t_first + n // 2
+    if masked:
+        pair = tl.minimum(pair, T - 1)
+    both = tl.load(terms + (head * T + pair) * 2 + n % 2)
+    lse2, delta = tl.split(tl.reshape(both, (QUERIES, 2)))
     logits = tl.dot(keys, tl.trans(q_tile), input_precision=PRECISION)
     p = tl.exp2(logits * SCALE - lse2[None, :])
     if masked:
         i = U - T + t
-        mask = ((i[None, :] - low[:, None]).to(tl.uint32) < span[:, None]) & (t < T)[None, :]
+        mask = (i[None, :] - low[:, None]).to(tl.uint32) < span[:, None]
         if SEGMENTS:
             begins = tl.load(begin + i, mask=t < T, other=2**30)
             mask = mask & (begins[None, :] <= position[:, None])
@@ -110,27 +118,43 @@ def _intervals(
 
 
 @jit
-def _split(n, tiles, HEADS: tl.constexpr):
-    """(head of the group, tile) number n.
+def _parts(count, T, U, GROUP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """(tiles, parts) of a list of ``count`` retained keys: every tile's queries go to as many programs.
 
-    The loads of a loop's first rounds are issued before it, masked where there is no such round. Division by zero tiles
-    would be undefined, from which the compiler concludes that there are some, and drops the mask.
+    Few retained keys of a long row are few tiles that many queries see. Parts of the gradients lie one behind the other
+    in the list's own array, so there are as many as it has room for, and no more than leave STEPS tiles of queries to each.
     """
-    if HEADS == 1:
-        return 0, n
-    else:
-        tiles = tl.maximum(tiles, 1)
-        return n // tiles, n % tiles
+    tiles = tl.cdiv(tl.maximum(count, 1), KEYS)
+    room = tl.maximum(U // (tiles * KEYS), 1)
+    return tiles, tl.minimum(room, tl.cdiv(tl.cdiv(T, QUERIES) * GROUP, STEPS))
+
+
+@jit
+def _share(n, part, parts):
+    """(first, end) of a part's share of 0..n."""
+    share = tl.cdiv(n, parts)
+    return tl.minimum(part * share, n), tl.minimum(part * share + share, n)
+
+
+@jit
+def _following(other, tile, tiles, HEADS: tl.constexpr):
+    """The (head of the group, tile) after another one. Divisions would be as long as a quarter of a tile's products."""
+    tile += 1
+    if HEADS > 1:
+        last = tile == tiles
+        other += tl.where(last, 1, 0)
+        tile = tl.where(last, 0, tile)
+    return other, tile
 
 
 @jit
 def _gradients(
-    keys, values, position, low, high, i_first, i_end, whole, whole_end, b, h,
-    q, do, delta_rows, lse2_rows, begin, T, U, dk, dv,
+    keys, values, position, low, high, i_first, i_end, whole, whole_end, part, parts, b, h,
+    q, do, terms, begin, T, U, dk, dv,
     H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr, SEGMENTS: tl.constexpr,
     QUERIES: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of keys: every head of the group goes through the queries that see one of them."""
+    """dk and dv of a tile of keys: a part of what every head of the group adds, through the queries that see one."""
     # From query indices to query numbers t, in tiles: masked, whole from whole to whole_end, masked to the end.
     skip = U - T
     first = tl.maximum(i_first - skip, 0)
@@ -140,24 +164,31 @@ def _gradients(
     whole_tiles = tl.maximum(tl.minimum(whole_end - skip, end_t) - whole, 0) // QUERIES
     whole_end = whole + whole_tiles * QUERIES
     masked_tiles = before + tl.cdiv(tl.maximum(end_t - whole_end, 0), QUERIES)
-    span = span_of(low, high)
-    begin_row = begin + b * U
+    span = span_of(low, tl.minimum(high, U))  # so that no query behind the last one is seen
+    begin += b * U
+    q += b * T * H * N
+    do += b * T * H * V
+    terms += b * T * H * 2
     # One loop over the heads of the group and their tiles: nested ones would spill registers.
-    head = b * H + h * (H // K)
-    for n in range(0, (H // K) * masked_tiles):
-        other, tile = _split(n, masked_tiles, H // K)
+    head = (h * (H // K)).to(tl.int32)
+    start, end = _share((H // K) * masked_tiles, part, parts)
+    other, tile = start // tl.maximum(masked_tiles, 1), start % tl.maximum(masked_tiles, 1)
+    for _ in range(start, end):
         t_first = tl.where(tile < before, first + tile * QUERIES, whole_end + (tile - before) * QUERIES)
         dk, dv = _add_queries(
-            keys, values, position, low, span, q, do, delta_rows, lse2_rows, begin_row, head + other, t_first, True,
+            keys, values, position, low, span, q, do, terms, begin, head + other, t_first, True,
             T, U, dk, dv, H, N, V, SCALE, SEGMENTS, QUERIES, N_BLOCK, V_BLOCK, PRECISION,
         )  # fmt: skip
-    for n in range(0, (H // K) * whole_tiles):
-        other, tile = _split(n, whole_tiles, H // K)
+        other, tile = _following(other, tile, masked_tiles, H // K)
+    start, end = _share((H // K) * whole_tiles, part, parts)
+    other, tile = start // tl.maximum(whole_tiles, 1), start % tl.maximum(whole_tiles, 1)
+    for _ in range(start, end):
         dk, dv = _add_queries(
-            keys, values, position, low, span, q, do, delta_rows, lse2_rows, begin_row, head + other,
+            keys, values, position, low, span, q, do, terms, begin, head + other,
             whole + tile * QUERIES, False,
             T, U, dk, dv, H, N, V, SCALE, SEGMENTS, QUERIES, N_BLOCK, V_BLOCK, PRECISION,
         )  # fmt: skip
+        other, tile = _following(other, tile, whole_tiles, H // K)
     return dk * (SCALE * 0.6931471805599453), dv
 
 
@@ -165,7 +196,7 @@ def _gradients(
 def _dkv_kernel(
     q, k, v,
     begin, counts, index, expiry, never, cache_k, cache_v, cache_position, cache_expiry, cache_survey,
-    ends, do, delta_rows, lse2_rows, listed_dk, listed_dv, T, U, window, together, dk, dv, dscores,
+    ends, do, terms, listed_dk, listed_dv, T, U, window, together, dk, dv, dscores,
     H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr,
     SEGMENTS: tl.constexpr, RETAINED: tl.constexpr, EVEN: tl.constexpr, SCORES: tl.constexpr, KIND: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -175,6 +206,12 @@ def _dkv_kernel(
     group = group.to(tl.int64)
     b = group // K
     h = group % K
+    part = 0
+    parts = 1
+    if KIND == "retained":
+        list_tiles, parts = _parts(tl.load(counts + group * U + U - 1), T, U, H // K, QUERIES, KEYS)
+        part = tile % parts
+        tile = tile // parts
     c_first = tile * KEYS
     c = c_first + tl.arange(0, KEYS)
     count, row, position, low, high, i_first, i_end, whole, whole_end = _intervals(
@@ -193,15 +230,15 @@ def _dkv_kernel(
         keys = load_rows(keys_head, row, K * N, exists, N, N_BLOCK, True)
         values = load_rows(values_head, row, K * V, exists, V, V_BLOCK, True)
         dk_tile, dv_tile = _gradients(
-            keys, values, position, low, high, i_first, i_end, whole, whole_end, b, h,
-            q, do, delta_rows, lse2_rows, begin, T, U,
+            keys, values, position, low, high, i_first, i_end, whole, whole_end, part, parts, b, h,
+            q, do, terms, begin, T, U,
             tl.zeros((KEYS, N_BLOCK), tl.float32), tl.zeros((KEYS, V_BLOCK), tl.float32),
             H, K, N, V, SCALE, SEGMENTS, QUERIES, N_BLOCK, V_BLOCK, PRECISION,
         )  # fmt: skip
         n = tl.arange(0, N_BLOCK)[None, :]
         m = tl.arange(0, V_BLOCK)[None, :]
         if KIND == "retained":
-            slot = (group * U + c)[:, None]
+            slot = (group * U + part * list_tiles * KEYS + c)[:, None]
             tl.store(dk + slot * N + n, dk_tile, mask=exists[:, None] & (n < N))
             tl.store(dv + slot * V + m, dv_tile, mask=exists[:, None] & (m < V))
         elif KIND == "cache":
@@ -214,9 +251,16 @@ def _dkv_kernel(
             if RETAINED:
                 place = tl.load(counts + group * U + c, mask=exists, other=0)
                 listed = place > tl.load(counts + group * U + c - 1, mask=exists & (c > 0), other=0)
-                slot = (group * U + place - 1)[:, None]
-                dk_tile += tl.load(listed_dk + slot * N + n, mask=listed[:, None] & (n < N), other=0.0)
-                dv_tile += tl.load(listed_dv + slot * V + m, mask=listed[:, None] & (m < V), other=0.0)
+                list_tiles, parts = _parts(tl.load(counts + group * U + U - 1), T, U, H // K, QUERIES, KEYS)
+                listed = listed[:, None]
+                dk_parts = tl.zeros((KEYS, N_BLOCK), tl.float32)
+                dv_parts = tl.zeros((KEYS, V_BLOCK), tl.float32)
+                for part in range(0, parts):
+                    slot = (group * U + part * list_tiles * KEYS + place - 1)[:, None]
+                    dk_parts += tl.load(listed_dk + slot * N + n, mask=listed & (n < N), other=0.0)
+                    dv_parts += tl.load(listed_dv + slot * V + m, mask=listed & (m < V), other=0.0)
+                dk_tile += dk_parts
+                dv_tile += dv_parts
             if SCORES:
                 products = dv_tile * values.to(tl.float32)
                 tl.store(dscores + (b * U + c) * K + h, tl.sum(products, 1), mask=exists)
@@ -230,8 +274,7 @@ def call_dkv(
     operands: Operands,
     plan: dict[str, Any],
     do: jax.Array,
-    delta: jax.Array,
-    lse2: jax.Array,
+    terms: jax.Array,
     lists: tuple[Any, ...],
     kind: str,
 ) -> tuple[jax.Array, ...]:
@@ -252,8 +295,7 @@ def call_dkv(
         *plan_arguments(operands, plan),
         plan["bounds"].end if plan["bounds"] is not None else None,
         do,
-        delta,
-        lse2,
+        terms,
         *lists,
         case.T,
         case.U,
