@@ -2,7 +2,7 @@
 
 ``pallas_dq`` goes over tiles of queries, ``pallas_dkv`` over tiles of keys: those of the call with their windows, and
 those of the list (a cache's columns, then the retained keys). What the list holds for a key of the call is added to it
-in float32 before the one rounding, and dscores = sum_n dv v comes from that sum.
+in float32 before the one rounding, and dscores = sum_n dv v comes from that sum: without a list, within the kernel.
 """
 
 from __future__ import annotations
@@ -44,20 +44,23 @@ def differentiate(
     queries = pallas_dkv.QueryRows(q, do8, lse2, delta)
     low, high = _window_intervals(case, known, dkv_tiles.warpgroups * 64)
     keys = pallas_dkv.Keys(k, v, low, high)
-    exact = known.kept is not None or case.scores
-    dtype = jnp.float32 if exact else k.dtype
-    dk, dv = pallas_dkv.call_dkv(case, dkv_tiles, keys, queries, False, dtype, interpreted)
+    dtype, scores = (k.dtype, case.scores) if known.kept is None else (jnp.float32, False)
+    dk, dv, *own_scores = pallas_dkv.call_dkv(case, dkv_tiles, keys, queries, False, dtype, scores, interpreted)
     dk, dv = dk[:, : case.U], dv[:, : case.U]
     columns: tuple[Any, ...] = (None, None)
     if known.list is not None:
         S = known.list.k.shape[2]
         keys = pallas_dkv.Keys(known.list.k, known.list.v, known.list.low[:, :, :S], known.list.high[:, :, :S])
-        listed = pallas_dkv.call_dkv(case, dkv_tiles, keys, queries, True, jnp.float32, interpreted)
+        listed = pallas_dkv.call_dkv(case, dkv_tiles, keys, queries, True, jnp.float32, False, interpreted)
         if case.C:
             columns = tuple(x[:, :, : case.C].swapaxes(1, 2).astype(k.dtype) for x in listed)
         if known.kept is not None:
             dk, dv = (x + _spread(case, known, y) for x, y in zip((dk, dv), listed, strict=True))
-    dscores = jnp.sum(dv * operands.v.astype(jnp.float32), axis=-1) if case.scores else None
+    dscores = None
+    if own_scores:
+        dscores = own_scores[0][:, :, : case.U].swapaxes(1, 2)
+    elif case.scores:
+        dscores = jnp.sum(dv * operands.v.astype(jnp.float32), axis=-1)
     return Gradients(dq, dk.astype(k.dtype), dv.astype(v.dtype), dscores, *columns)
 
 

@@ -170,10 +170,10 @@ class _Gradients:
     ):
         self.case, self.tiles, self.wanted, self.items, self.warpgroup = case, tiles, wanted, items, warpgroup
         self.keys, _, _, _, *self.out_refs = refs
-        (k_smems, v_smems, *self.buffers, p_smems), (kv_full, *full), used = scratch
+        (k_smems, v_smems, *self.buffers, score_smems, p_smems), (kv_full, *full), used = scratch
         self.full, self.used = tuple(full), used
         self.k_smem, self.v_smem, self.kv_full = (x.at[warpgroup] for x in (k_smems, v_smems, kv_full))
-        self.p_smem = None if p_smems is None else p_smems.at[warpgroup]
+        self.score_smem, self.p_smem = (None if x is None else x.at[warpgroup] for x in (score_smems, p_smems))
 
     def first_key(self, tile):
         return pl.multiple_of(tile * (self.tiles.warpgroups * ROWS) + self.warpgroup * ROWS, ROWS)
@@ -260,8 +260,14 @@ class _Gradients:
 
     def store(self, b, h, tile, asked_for, carry) -> None:
         dk, dv = carry
+        if self.score_smem is not None:
+            values = plgpu.load(self.v_smem, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+            self.score_smem[...] = (dv * values).sum(axis=1)
+            plgpu.commit_smem()
+            rows = self.out_refs[-1].at[b, h, pl.ds(self.first_key(tile), ROWS)]
+            plgpu.copy_smem_to_gmem(self.score_smem, rows)
         results = [x for x in (None if dk is None else dk * self.case.scale, dv) if x is not None]
-        for ref, result, smem in zip(self.out_refs, results, (self.k_smem, self.v_smem)[: len(results)], strict=True):
+        for ref, result, smem in zip(self.out_refs, results, (self.k_smem, self.v_smem), strict=False):
             rows = self.items.rows_of(ref, b, h, self.first_key(tile))
             if ref.dtype == jnp.float32:
 
@@ -278,7 +284,7 @@ class _Gradients:
 
 def _kernel(case: Case, tiles: KeyTiles, wanted: Any, listed: bool, sizes: Any, refs: Any, *scratch: Any) -> None:
     _, queries, plan_ref, used_ref, *_ = refs
-    (_, _, *buffers, _), (_, *full), used = scratch
+    (_, _, *buffers, _, _), (_, *full), used = scratch
     warpgroup = jax.lax.axis_index("wg")
     items = _KeyItems(case, plan_ref, used_ref, sizes[0], sizes[1], listed)
 
@@ -294,23 +300,25 @@ def _kernel(case: Case, tiles: KeyTiles, wanted: Any, listed: bool, sizes: Any, 
 
 
 def call_dkv(
-    case: Case, tiles: KeyTiles, keys: Keys, queries: QueryRows, listed: bool, dtype: Any, interpreted: bool
-) -> tuple[Array, Array]:
+    case: Case, tiles: KeyTiles, keys: Keys, queries: QueryRows, listed: bool, dtype: Any, scores: bool,
+    interpreted: bool,
+) -> tuple[Array, ...]:  # fmt: skip
     """(dk, dv) as the keys lie, rounded to ``dtype``; in float32 padded to whole tiles.
+
+    With ``scores`` also dscores [B,K,U], padded to whole tiles.
 
     Of a list, slots that neither hold a key nor lie in the cache's part are left unwritten. T and U are multiples of 8
     here, unlike those of ``case``.
     """
     if tiles.together:
-        return _call(case, tiles, keys, queries, listed, dtype, interpreted, (True, True))
-    (dk,) = _call(case, tiles, keys, queries, listed, dtype, interpreted, (True, False))
-    (dv,) = _call(case, tiles, keys, queries, listed, dtype, interpreted, (False, True))
-    return dk, dv
+        return _call(case, tiles, keys, queries, listed, dtype, scores, interpreted, (True, True))
+    dk = _call(case, tiles, keys, queries, listed, dtype, False, interpreted, (True, False))
+    return *dk, *_call(case, tiles, keys, queries, listed, dtype, scores, interpreted, (False, True))
 
 
 def _call(
-    case: Case, tiles: KeyTiles, keys: Keys, queries: QueryRows, listed: bool, dtype: Any, interpreted: bool,
-    wanted: tuple[bool, bool],
+    case: Case, tiles: KeyTiles, keys: Keys, queries: QueryRows, listed: bool, dtype: Any, scores: bool,
+    interpreted: bool, wanted: tuple[bool, bool],
 ) -> Any:  # fmt: skip
     W, QUERIES, stages = tiles.warpgroups, tiles.queries, tiles.stages
     plan, used = plan_keys(case, tiles, keys.low, keys.high)
@@ -324,6 +332,8 @@ def _call(
             shape[2 if listed else 1] = key_tiles * W * ROWS
         if want:
             shapes.append(jax.ShapeDtypeStruct(tuple(shape), dtype))
+    if scores:
+        shapes.append(jax.ShapeDtypeStruct((case.B, case.K, key_tiles * W * ROWS), jnp.float32))
     given = queries.q.dtype
 
     def entry(*refs):
@@ -339,6 +349,7 @@ def _call(
                 plgpu.SMEM((stages, QUERIES, case.V), given, transforms=SWIZZLED),
                 plgpu.SMEM((stages, QUERIES), jnp.float32),
                 plgpu.SMEM((stages, QUERIES), jnp.float32),
+                plgpu.SMEM((W, ROWS), jnp.float32) if scores else None,
                 plgpu.SMEM((W, ROWS, QUERIES), given, transforms=SWIZZLED) if interpreted else None,
             ),
             (

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int32
 
 from pallas_kernels.window_attention.api import Case, Operands
@@ -126,12 +127,14 @@ class QueryPlan(NamedTuple):
 
 def plan_queries(case: Case, known: Known, keys: int, warpgroups: int) -> QueryPlan:
     """The plan for tiles of ``warpgroups`` x 64 queries that meet tiles of ``keys`` keys."""
+    # What depends on no data is worked out before the program runs, not by small kernels within it.
+    xp: Any = jnp if any(x is not None for x in known) else np
     W, size = window_of(case), warpgroups * ROWS
     tiles = -(-case.T // size)
-    i_first = case.U - case.T + jnp.arange(tiles, dtype=jnp.int32) * size
-    i_last = jnp.minimum(i_first + size, case.U) - 1
-    unit_first = i_first[:, None] + jnp.arange(warpgroups, dtype=jnp.int32) * ROWS
-    low = high = jnp.zeros((case.B, tiles), jnp.int32)
+    i_first = case.U - case.T + xp.arange(tiles, dtype=xp.int32) * size
+    i_last = xp.minimum(i_first + size, case.U) - 1
+    unit_first = i_first[:, None] + xp.arange(warpgroups, dtype=xp.int32) * ROWS
+    low = high = xp.zeros((case.B, tiles), xp.int32)
     begin = None
     if known.bounds is not None:
         edge = ((0, 0), (0, tiles * size - case.T))
@@ -139,13 +142,13 @@ def plan_queries(case: Case, known: Known, keys: int, warpgroups: int) -> QueryP
         each = begin.reshape(case.B, tiles, size)
         low, high = each.min(2), jnp.where(each < PADDING, each, 0).max(2)
     empty = low == PADDING
-    low = jnp.where(empty, 0, low)
-    first = jnp.maximum(jnp.maximum(i_first - W + 1, low), 0) // 8 * 8
+    low = xp.where(empty, 0, low)
+    first = xp.maximum(xp.maximum(i_first - W + 1, low), 0) // 8 * 8
     window_n = -(-(i_last + 1 - first) // keys)
     shape = (case.B, case.K, tiles)
-    none = jnp.zeros(shape, jnp.int32)
+    none = xp.zeros(shape, xp.int32)
     cache_n, list_n, list_first = none, none, none
-    cache_whole = list_whole = jnp.zeros((*shape, warpgroups), jnp.int32)
+    cache_whole = list_whole = xp.zeros((*shape, warpgroups), xp.int32)
     if known.cache is not None:
         used, seen_by_all, document = (known.cache[:, :, None, n] for n in range(3))
         cache_n = jnp.where(low[:, None] == document, -(-used // keys), 0)
@@ -168,8 +171,8 @@ def plan_queries(case: Case, known: Known, keys: int, warpgroups: int) -> QueryP
         list_n = jnp.where(end > start, -(-(end - start) // keys), 0)
         list_whole = jnp.where(whole[..., None], count((unit_first - W)[None, None]), 0) + cached_slots(case)
         list_first = start + cached_slots(case)
-    numbers = [jnp.where(empty[:, None], 0, jnp.broadcast_to(x, shape)) for x in (cache_n, list_n, window_n[:, None])]
-    places = [jnp.broadcast_to(x, shape) for x in (list_first, first[:, None], high[:, None])]
+    numbers = [xp.where(empty[:, None], 0, xp.broadcast_to(x, shape)) for x in (cache_n, list_n, window_n[:, None])]
+    places = [xp.broadcast_to(x, shape) for x in (list_first, first[:, None], high[:, None])]
     columns = [numbers[0], numbers[1], places[0], numbers[2], places[1], places[2]]
-    rows = jnp.concatenate([jnp.stack(columns, axis=-1), cache_whole, list_whole], axis=-1)
-    return QueryPlan(rows, begin)
+    rows = xp.concatenate([xp.stack(columns, axis=-1), cache_whole, list_whole], axis=-1)
+    return QueryPlan(jnp.asarray(rows, jnp.int32), begin)

@@ -21,8 +21,10 @@ from pallas_kernels.window_attention.triton_tiles import (
     window_of,
 )
 
-# Tiles of queries (of all the heads of a group) that a program goes through for a tile of retained keys, about at most.
-STEPS = tl.constexpr(64) if tl is not None else 64
+# How many tiles of queries (of all the heads of a group) make another program for a tile of retained keys worth its
+# sums, which are read again, and how many programs share a tile at most: measured on an H200.
+STEPS = 128
+PARTS = 16
 
 
 @jit
@@ -118,15 +120,23 @@ def _intervals(
 
 
 @jit
-def _parts(count, T, U, GROUP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """(tiles, parts) of a list of ``count`` retained keys: every tile's queries go to as many programs.
+def _parts(count, U, most, KEYS: tl.constexpr):
+    """(tiles, parts) of a list of ``count`` retained keys: the queries of each tile go to as many programs.
 
-    Few retained keys of a long row are few tiles that many queries see. Parts of the gradients lie one behind the other
-    in the list's own array, so there are as many as it has room for, and no more than leave STEPS tiles of queries to each.
+    Few retained keys of a long row are few tiles, each with many queries. The parts of the gradients lie one behind the
+    other in the list's own array, so there are as many as it has room for.
     """
     tiles = tl.cdiv(tl.maximum(count, 1), KEYS)
-    room = tl.maximum(U // (tiles * KEYS), 1)
-    return tiles, tl.minimum(room, tl.cdiv(tl.cdiv(T, QUERIES) * GROUP, STEPS))
+    return tiles, tl.minimum(tl.maximum(U // (tiles * KEYS), 1), most)
+
+
+@jit
+def _sum_parts(gradients, slot, stride, parts, listed, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """What the list holds for keys, zero for those that it does not list."""
+    total = tl.zeros((slot.shape[0], BLOCK), tl.float32)
+    for part in range(0, tl.where(tl.max(listed.to(tl.int32), 0) > 0, parts, 0)):
+        total += load_rows(gradients, slot + part * stride, SIZE, listed, SIZE, BLOCK, True)
+    return total
 
 
 @jit
@@ -196,7 +206,7 @@ def _gradients(
 def _dkv_kernel(
     q, k, v,
     begin, counts, index, expiry, never, cache_k, cache_v, cache_position, cache_expiry, cache_survey,
-    ends, do, terms, listed_dk, listed_dv, T, U, window, together, dk, dv, dscores,
+    ends, do, terms, listed_dk, listed_dv, T, U, window, together, most, dk, dv, dscores,
     H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr,
     SEGMENTS: tl.constexpr, RETAINED: tl.constexpr, EVEN: tl.constexpr, SCORES: tl.constexpr, KIND: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -209,7 +219,7 @@ def _dkv_kernel(
     part = 0
     parts = 1
     if KIND == "retained":
-        list_tiles, parts = _parts(tl.load(counts + group * U + U - 1), T, U, H // K, QUERIES, KEYS)
+        list_tiles, parts = _parts(tl.load(counts + group * U + U - 1), U, most, KEYS)
         part = tile % parts
         tile = tile // parts
     c_first = tile * KEYS
@@ -251,16 +261,11 @@ def _dkv_kernel(
             if RETAINED:
                 place = tl.load(counts + group * U + c, mask=exists, other=0)
                 listed = place > tl.load(counts + group * U + c - 1, mask=exists & (c > 0), other=0)
-                list_tiles, parts = _parts(tl.load(counts + group * U + U - 1), T, U, H // K, QUERIES, KEYS)
-                listed = listed[:, None]
-                dk_parts = tl.zeros((KEYS, N_BLOCK), tl.float32)
-                dv_parts = tl.zeros((KEYS, V_BLOCK), tl.float32)
-                for part in range(0, parts):
-                    slot = (group * U + part * list_tiles * KEYS + place - 1)[:, None]
-                    dk_parts += tl.load(listed_dk + slot * N + n, mask=listed & (n < N), other=0.0)
-                    dv_parts += tl.load(listed_dv + slot * V + m, mask=listed & (m < V), other=0.0)
-                dk_tile += dk_parts
-                dv_tile += dv_parts
+                list_tiles, parts = _parts(tl.load(counts + group * U + U - 1), U, most, KEYS)
+                slot = group * U + place - 1
+                stride = list_tiles * KEYS
+                dk_tile += _sum_parts(listed_dk, slot, stride, parts, listed, N, N_BLOCK)
+                dv_tile += _sum_parts(listed_dv, slot, stride, parts, listed, V, V_BLOCK)
             if SCORES:
                 products = dv_tile * values.to(tl.float32)
                 tl.store(dscores + (b * U + c) * K + h, tl.sum(products, 1), mask=exists)
@@ -301,6 +306,7 @@ def call_dkv(
         case.U,
         window_of(case),
         together,
+        min(PARTS, -(-(-(-case.T // tiles.queries) * case.H // case.K) // STEPS)),
         out_shape=(
             jax.ShapeDtypeStruct(shapes[0], dtype),
             jax.ShapeDtypeStruct(shapes[1], dtype),
