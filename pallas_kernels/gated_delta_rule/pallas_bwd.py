@@ -22,7 +22,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule import pallas_tiles as t
-from pallas_kernels.gated_delta_rule.pallas_scan import bring_all
+from pallas_kernels.gated_delta_rule.pallas_scan import bring_all, reads_published
 from pallas_kernels.gated_delta_rule.pallas_tiles import BLOCK_V, CHUNK, COLUMNS, SQUARE, WGMMA
 
 
@@ -68,12 +68,12 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
             m.dstates_s.at[half][...] = low
 
         def load_rows():
-            if size < 256 and m.dstates is not None:
+            if not reads_published(size) and m.dstates is not None:
                 publish_gradient()
             rows = (plgpu.load(m.factors_s.at[slot, x], layout=COLUMNS) for x in (t.READ_K, t.READ_Q, t.WRITE))
             return plgpu.load(do.T, layout=WGMMA), *rows, m.factors_s[slot, t.CARRY, 0]
 
-        if size == 256:  # too many registers: the product reads the published copy
+        if reads_published(size):
             publish_gradient()
             plgpu.commit_smem()
             low = m.dstates_s.at[half]

@@ -31,6 +31,11 @@ def stages_for(head_size: int) -> int:
     return {64: 4, 128: 3, 256: 2}[head_size]
 
 
+def reads_published(head_size: int) -> bool:
+    """Whether the products with a state read its copy in shared memory."""
+    return head_size == 256
+
+
 def _slot(step: Any, count: int) -> Any:
     return jax.lax.rem(step, jnp.int32(count))
 
@@ -70,17 +75,22 @@ def advance(
     *,
     dtype: Any,
     value_weight: Any = None,
-    publish_state: Callable[[jax.Array], None] | None = None,
+    publish_state: Callable[[jax.Array], Any] | None = None,
     publish_r: Callable[[jax.Array], None] | None = None,
 ) -> jax.Array:
     """The state after a chunk from that before it: three products, each of which needs the one before.
 
-    The state and r are given away while products run. ``value_weight`` is a number by which the values count.
+    The state and r are given away while products run. ``value_weight`` is a number by which the values count. A state
+    of 256 columns takes too many registers to be an operand: the first product reads the copy that ``publish_state``
+    returns.
     """
     k, inverse = m.k_s.at[slot], m.inverse_s.at[slot]
     shape, tokens = (state.shape[0], state.shape[1]), (BLOCK_V, CHUNK)
     room_state, room = getattr(m, "spare_state", None), getattr(m, "spare", None)
     low = state.astype(dtype)
+    if reads_published(shape[1]):
+        assert publish_state is not None
+        low, publish_state = publish_state(low), None
 
     def during_first():
         if publish_state is not None:
@@ -115,6 +125,7 @@ def _carry_state(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) ->
             m.states_s[...] = low
             plgpu.commit_smem()
             plgpu.barrier_arrive(m.state_ready)
+            return m.states_s
 
         def publish_r(r):
             pl.when(n > 0)(lambda: plgpu.barrier_wait(m.r_read))
