@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ import pytest
 from flax import nnx
 
 from lte_jax import LTE, NSA, FullAttention, GatedDeltaNet, LanguageModel, ModelConfig, WindowAttention
+from lte_jax.decode import decode_step, decode_weights, layer_caches
 from lte_jax.generate import generate
+from pallas_kernels.triton_launch import TARGET
 
 pytestmark = pytest.mark.gpu
 
@@ -71,3 +74,14 @@ def test_greedy_is_the_best_of_a_full_pass(name, rows, dtype):
         assert np.max(asked.max(-1) - drawn) <= BOUNDS[dtype]
         np.testing.assert_allclose(drawn, one.log_probs, atol=BOUNDS[dtype], rtol=0)
     assert len({token for one in found for token in one.tokens}) > rows, "the model says one thing only"
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_step_is_one_graph(name):
+    """Its kernels are all of the kind that XLA takes into command buffers: a launch for each would cost more than it."""
+    model = build(name, "bfloat16")
+    tokens, caches = jnp.zeros(1, jnp.int32), layer_caches(model.init_cache(1, LENGTH))
+    step = jax.jit(lambda weights, tokens, caches: decode_step(model, weights, tokens, caches))
+    lowered = step.lower(decode_weights(model), tokens, caches).as_text()
+    assert set(re.findall(r"custom_call @(\w+)\(", lowered)) == {TARGET}
+    assert lowered.count(f"custom_call @{TARGET}(") > 4 * len(PATTERNS[name])
