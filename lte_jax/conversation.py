@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lte_jax.decode import decode_weights, layer_caches, stacked_cache
-from lte_jax.generate import Generation, Loop, Rows, decode_steps, pad_left, read_chunk
+from lte_jax.decode import decode_weights, stacked_cache
+from lte_jax.generate import Generation, Rows, begin_loop, decode_steps, pad_left, read_chunk
 from lte_jax.inputs import check_tokens
 from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel
@@ -78,8 +78,7 @@ class Conversation:
         logits = self._read(tokens, self._reading)
         self._reading = "streaming"
         rows, said = Rows(1, *self._options, on_tokens), 0
-        keys = jax.vmap(jax.random.key)(jnp.asarray([self._seed], jnp.uint32))
-        loop = Loop(layer_caches(self._cache), logits, None, keys)
+        loop = begin_loop(self._cache, logits, [self._seed])
         while said < max_new_tokens and not rows.done():
             before = jax.tree.map(jnp.copy, loop.cache)
             loop, new, log_probs = decode_steps(

@@ -102,10 +102,7 @@ def generate(
         cache = sharding.put(cache, mesh, _cache_specs(cache, mesh))
     logits, cache = read_prompt(graph, state, ids, mask, cache, reading=reading, chunk=chunk, mesh=mesh)
     seen = _seen(ids, mask, model.config.vocab_size) if sampling.repetition_penalty != 1.0 else None
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-    if mesh is not None:
-        seen, keys = sharding.put((seen, keys), mesh, sharding.by_rows(mesh))
-    loop = Loop(cache=layer_caches(cache), logits=logits, seen=seen, keys=keys)
+    loop = begin_loop(cache, logits, seeds, seen, mesh)
     for call in range(calls):
         loop, tokens, log_probs = decode_steps(graph, state, weights, loop, sampling=sampling, steps=steps, mesh=mesh)
         wanted = max_new_tokens - call * steps
@@ -172,6 +169,22 @@ class Loop:
     logits: jax.Array
     seen: jax.Array | None
     keys: jax.Array
+
+
+def begin_loop(
+    cache: ModelCache,
+    logits: jax.Array,
+    seeds: Sequence[int],
+    seen: jax.Array | None = None,
+    mesh: Mesh | None = None,
+) -> Loop:
+    """What the first step reads, after a prompt."""
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    loop = Loop(cache=layer_caches(cache), logits=logits, seen=seen, keys=keys)
+    # Placed as the loop itself leaves it: otherwise its second call would compile anew.
+    if mesh is not None:
+        return sharding.put(loop, mesh, sharding.by_rows(mesh))
+    return jax.device_put(loop, logits.sharding) if logits.committed else loop
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("reading", "mesh"), donate_argnames="cache")

@@ -157,8 +157,12 @@ def rows_mesh(devices: int) -> Mesh | None:
 
 
 def by_rows(mesh: Mesh, before: int = 0) -> PartitionSpec:
-    """Rows over all devices, each with whole weights; ``before`` dimensions come before that of the rows."""
-    return PartitionSpec(*(None,) * before, tuple(mesh.axis_names))
+    """Rows over all devices, each with whole weights; ``before`` dimensions come before that of the rows.
+
+    Axes of one device are left out, as they are where a program leaves its results: it would compile anew for those.
+    """
+    axes = tuple(name for name, size in mesh.shape.items() if size > 1)
+    return PartitionSpec(*(None,) * before, axes[0] if len(axes) == 1 else axes or None)
 
 
 def over_rows(function: Any, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Any:
