@@ -34,11 +34,10 @@ def _rotate(x, o, at, valid, cos, sin, HALF: tl.constexpr):
 
 
 @jit
-def _tap(recent, k, v, b, place, h, inside, B: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
-    """Inputs [rows, 2N] of the sequences b at the places of the remembered and (place 12) the new one."""
+def _tap(recent, k, v, b, place, h, inside, c, B: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
+    """Channels c of the inputs of the sequences b at the places of the remembered and (place 12) the new one."""
     PAST: tl.constexpr = 12
-    c = tl.arange(0, 2 * N)[None, :]
-    b, place = b[:, None], place[:, None]
+    b, place, c = b[:, None], place[:, None], c[None, :]
     valid = inside[:, None] & (b < B)
     old = tl.load(recent + ((b * PAST + place) * K + h) * 2 * N + c, mask=valid & (place < PAST), other=0.0)
     new = tl.load(k + (b * K + h) * N + c, mask=valid & (place == PAST) & (c < N), other=0.0)
@@ -55,16 +54,16 @@ def _moved(x, TAP: tl.constexpr, ROWS: tl.constexpr):
 
 
 @jit
-def _weights(weight, head, TAP: tl.constexpr, I: tl.constexpr, O: tl.constexpr, dtype):
-    i, o = tl.arange(0, I)[:, None], tl.arange(0, O)[None, :]
-    return tl.load(weight + ((head * 3 + TAP) * I + i) * O + o).to(dtype)
+def _weights(weight, head, i, TAP: tl.constexpr, I: tl.constexpr, O: tl.constexpr, dtype):
+    """The rows i of a tap's weight [I, O]."""
+    return tl.load(weight + ((head * 3 + TAP) * I + i[:, None]) * O + tl.arange(0, O)[None, :]).to(dtype)
 
 
 @jit
 def _inputs_kernel(
     q, k, v, position, cos, sin, _recent, w1, b1, w2, b2, w3, b3, w, bias, active, q_out, k_out, score, recent,
     B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
-    SHARED: tl.constexpr, SIGMOID: tl.constexpr, ACTIVE: tl.constexpr,
+    PART: tl.constexpr, SHARED: tl.constexpr, SIGMOID: tl.constexpr, ACTIVE: tl.constexpr,
 ):  # fmt: skip
     ROOM: tl.constexpr = 8
     PAST: tl.constexpr = 12
@@ -84,18 +83,23 @@ def _inputs_kernel(
     y1 = tl.load(b1 + head * (C // 2) + tl.arange(0, C // 2))[None, :].to(tl.float32)
     for tap in tl.static_range(3):
         index = 2 * (place + tap)
-        x = _tap(recent, k, v, b, index, h, (place < 5) & (at - PAST + index >= 0), B, K, N)
-        y1 += tl.dot(x, _weights(w1, head, tap, C, C // 2, dtype), input_precision="tf32x3")
+        inside = (place < 5) & (at - PAST + index >= 0)
+        for start in tl.static_range(0, C, PART):
+            c = start + tl.arange(0, PART)
+            x = _tap(recent, k, v, b, index, h, inside, c, B, K, N)
+            y1 += tl.dot(x, _weights(w1, head, c, tap, C, C // 2, dtype), input_precision="tf32x3")
     real = ((place < 5) & (at - PAST + 2 * (place + 1) >= 0))[:, None]
     x1 = tl.where(real, _silu(y1), 0.0).to(dtype)
     y2 = tl.load(b2 + head * (C // 4) + tl.arange(0, C // 4))[None, :].to(tl.float32)
+    i = tl.arange(0, C // 2)
     for tap in tl.static_range(3):
-        y2 += tl.dot(_moved(x1, tap, ROWS), _weights(w2, head, tap, C // 2, C // 4, dtype), input_precision="tf32x3")
+        y2 += tl.dot(_moved(x1, tap, ROWS), _weights(w2, head, i, tap, C // 2, C // 4, dtype), input_precision="tf32x3")
     real = ((place < 3) & (at - PAST + 2 * (place + 2) >= 0))[:, None]
     x2 = tl.where(real, _silu(y2), 0.0).to(dtype)
     y3 = tl.load(b3 + head * (C // 8) + tl.arange(0, C // 8))[None, :].to(tl.float32)
+    i = tl.arange(0, C // 4)
     for tap in tl.static_range(3):
-        y3 += tl.dot(_moved(x2, tap, ROWS), _weights(w3, head, tap, C // 4, C // 8, dtype), input_precision="tf32x3")
+        y3 += tl.dot(_moved(x2, tap, ROWS), _weights(w3, head, i, tap, C // 4, C // 8, dtype), input_precision="tf32x3")
     x3 = _silu(y3).to(dtype).to(tl.float32)
     z = tl.sum(x3 * tl.load(w + head * (C // 8) + tl.arange(0, C // 8))[None, :].to(tl.float32), 1)
     z += tl.load(bias + head).to(tl.float32)
@@ -117,7 +121,7 @@ def _inputs_kernel(
     move = tl.arange(0, ROWS // ROOM * SLOTS)
     b = first + move // SLOTS
     slot = move % SLOTS
-    kept = _tap(recent, k, v, b, slot + 1, h, slot < PAST, B, K, N)
+    kept = _tap(recent, k, v, b, slot + 1, h, slot < PAST, tl.arange(0, C), B, K, N)
     moves = (slot < PAST) & (b < B)
     if ACTIVE:
         moves = moves & (tl.load(active + b, mask=b < B, other=0) != 0)
@@ -136,7 +140,6 @@ def check(case: Case) -> None:
     require(N in (64, 128) and halved, f"heads of {N}, channels {case.channels}; it halves twice 64 or 128: {fix}")
     alike = case.dtype in FLOATS and case.recent_dtype == case.dtype
     require(alike, f"k is {case.dtype}, recent {case.recent_dtype}; it takes one float dtype: {fix}")
-    require(N == 64 or case.dtype != "float32", f"float32 with heads of {N}; in float32 it takes heads of 64: {fix}")
     check_installed("lte_inputs")
 
 
@@ -144,7 +147,11 @@ def step(operands: Operands, active: jax.Array | None, *, method: str) -> Result
     q, k, v, position, cos, sin, recent, convolutions, weight, bias = operands
     B, K, N = k.shape
     H = q.shape[1]
-    rows = 16 if B <= 8 and k.dtype != jnp.float32 else 64  # threefold products of 16 rows spill thousands of bytes
+    # In float32 threefold products spill least in 64 rows of 64-wide heads; those of 128 would then need more shared
+    # memory than there is, even with the first convolution's channels in parts.
+    full = k.dtype == jnp.float32
+    rows = 64 if (N == 64 if full else B > 8) else 16
+    part = 64 if full and N == 128 else 2 * N
     flags = None if active is None else active.astype(jnp.int8)
     parts = [array for convolution in convolutions for array in convolution[:2]]
     arguments = (q, k, v, position, cos, sin, recent, *parts, weight, bias, flags)
@@ -158,5 +165,5 @@ def step(operands: Operands, active: jax.Array | None, *, method: str) -> Result
         ),
         grid=(ceil_div(B, rows // ROOM), K), num_warps=4, num_stages=1, input_output_aliases={6: 3},
         B=B, H=H, K=K, N=N, ROWS=rows, GROUP=1 << (H // K - 1).bit_length(), SHARED=weight.shape[0] == 1,
-        SIGMOID=method == "sigmoid", ACTIVE=active is not None,
+        PART=part, SIGMOID=method == "sigmoid", ACTIVE=active is not None,
     ))  # fmt: skip
