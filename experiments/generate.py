@@ -40,6 +40,7 @@ def define_flags() -> None:
     flags.DEFINE_string("prompts_file", None, 'Prompts: one a line, or JSON lines with "prompt" (*.jsonl).')
     flags.DEFINE_bool("interactive", False, "A conversation: each line typed is continued; /new begins anew.")
     flags.DEFINE_string("output", None, "Where the answers to a file of prompts go, as JSON lines; default the screen.")
+    flags.DEFINE_bool("log_probs", False, "With --output: each answer's token ids and their log-probabilities too.")
     flags.DEFINE_integer("max_new_tokens", 128, "At most so many tokens a prompt.")
     flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token.")
     flags.DEFINE_integer("top_k", 0, "Draw among the k most likely tokens; 0 is no limit.")
@@ -107,42 +108,58 @@ class Speaker:
             mesh=self.mesh,
         )
 
-    def say(self, prompt: Sequence[int], write: Callable[[str], Any]) -> tuple[Generation, str]:
-        """Continues one prompt, writing text as it comes; also returns a line about its speed."""
-        show = Show(self, write)
+    def say(self, prompt: Sequence[int], write: Callable[[str], Any], before: str = "") -> tuple[Generation, str]:
+        """Continues one prompt, writing text as it comes, after ``before``; also returns a line about its speed."""
+        show = Show(self, write, before)
         (generation,) = self.answer([prompt], on_tokens=show.on_tokens)
         show.finish()
         return generation, f"{len(prompt)} tokens in, {show.clock}; ended by {generation.finish_reason}"
 
 
 class Show:
-    """Writes one answer's text as its tokens come, up to a stop string, and counts them."""
+    """Writes one answer's text as its tokens come, up to a stop string, and counts them.
 
-    def __init__(self, speaker: Speaker, write: Callable[[str], Any]):
+    ``before`` is written with the first of them: not at all before a request that is refused.
+    """
+
+    def __init__(self, speaker: Speaker, write: Callable[[str], Any], before: str = ""):
         self._stream, self._filter = speaker.tokenizer.stream(), StopFilter(speaker.settings.stop)
         self._vocabulary, self._write, self.clock = speaker.tokenizer.vocab_size, write, Clock()
+        self._before = before
+
+    def _begin(self) -> None:
+        self._write(self._before)
+        self._before = ""
 
     def on_tokens(self, row: int, tokens: list[int]) -> None:
-        self.clock.count(len(tokens))
+        self._begin()
+        self.clock.count(row, len(tokens))
         for token in tokens:
             if token < self._vocabulary:  # a model's vocabulary may be padded
                 self._write(self._filter.push(self._stream.push(token)))
 
     def finish(self) -> None:
+        self._begin()
         self._write(self._filter.push(self._stream.finish()) + self._filter.finish())
 
 
 class Clock:
-    """Counts tokens; the first batch of them, which waits for compilation and the prompt, is told apart."""
+    """Counts tokens; the first that come, which wait for compilation and the prompt, are told apart."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
+        self._row = 0
         self._times: list[float] = []
         self._counts: list[int] = []
 
-    def count(self, tokens: int) -> None:
-        self._times.append(time.perf_counter())
-        self._counts.append(tokens)
+    def count(self, row: int, tokens: int) -> None:
+        """The rows of one call come in order and at once: together they are one entry."""
+        if self._counts and row > self._row:
+            self._counts[-1] += tokens
+        else:
+            self._times.append(time.perf_counter())
+            self._counts.append(tokens)
+        self._row = row
 
     def __str__(self) -> str:
         if not self._counts:
@@ -179,10 +196,12 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def answer_file(speaker: Speaker, path: str, output: str | None, batch_size: int) -> str:
+def answer_file(speaker: Speaker, path: str, output: str | None, batch_size: int, log_probs: bool = False) -> str:
     """Answers every prompt of a file; returns a line about the speed."""
     if batch_size < 1:
         raise ValueError(f"--batch_size={batch_size}: it must be at least 1")
+    if output is not None and not Path(output).parent.is_dir():
+        raise ValueError(f"--output={output}: there is no folder {Path(output).parent}")
     prompts = read_prompts(path)
     encoded = [speaker.encode(prompt) for prompt in prompts]
     clock, partial = Clock(), Path(f"{output}.partial")
@@ -190,9 +209,13 @@ def answer_file(speaker: Speaker, path: str, output: str | None, batch_size: int
     with tqdm(total=len(prompts), unit="prompt", disable=None) as bar:
         for start in range(0, len(prompts), batch_size):
             batch = encoded[start : start + batch_size]
-            for row, found in enumerate(speaker.answer(batch, start, lambda _, tokens: clock.count(len(tokens)))):
+            answers = speaker.answer(batch, start, lambda row, tokens: clock.count(row, len(tokens)))
+            for row, found in enumerate(answers):
                 text, ended = found.text, found.finish_reason
-                records.append({"prompt": prompts[start + row], "text": text, "finish_reason": ended})
+                record: dict[str, Any] = {"prompt": prompts[start + row], "text": text, "finish_reason": ended}
+                if log_probs:
+                    record |= {"tokens": found.tokens, "log_probs": found.log_probs}
+                records.append(record)
                 if output is None:
                     tqdm.write(f"{prompts[start + row]}{text}\n")
             bar.update(len(batch))
@@ -265,6 +288,8 @@ def _run() -> None:
         raise ValueError("give one of --prompt, --prompts_file and --interactive")
     if FLAGS.output is not None and FLAGS.prompts_file is None:
         raise ValueError("--output is for --prompts_file; redirect the screen otherwise")
+    if FLAGS.log_probs and FLAGS.output is None:
+        raise ValueError("--log_probs is for --output, whose lines hold them")
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.repetition_penalty)
     settings = Settings(
         FLAGS.max_new_tokens, sampling, FLAGS.seed, tuple(FLAGS.stop), FLAGS.add_bos, FLAGS.reading, FLAGS.chunk
@@ -282,10 +307,11 @@ def _run() -> None:
         _write("each line is continued; /new begins anew, Ctrl-D ends\n> ")
         converse(speaker, sys.stdin, _write)
     elif FLAGS.prompts_file is not None:
-        print(answer_file(speaker, FLAGS.prompts_file, FLAGS.output, FLAGS.batch_size), file=sys.stderr)
+        print(
+            answer_file(speaker, FLAGS.prompts_file, FLAGS.output, FLAGS.batch_size, FLAGS.log_probs), file=sys.stderr
+        )
     else:
-        _write(FLAGS.prompt)
-        _, speed = speaker.say(speaker.encode(FLAGS.prompt), _write)
+        _, speed = speaker.say(speaker.encode(FLAGS.prompt), _write, before=FLAGS.prompt)
         print(f"\n[{speed}]", file=sys.stderr)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.generate import Settings, Speaker, answer_file, converse, load_speaker
+from experiments.generate import Clock, Settings, Speaker, answer_file, converse, load_speaker
 from lte_jax import (
     LTE,
     NSA,
@@ -25,7 +25,7 @@ from lte_jax import (
     restore,
 )
 from lte_jax.data.tokenizer import known_text, load_tokenizer
-from lte_jax.generate import Generation, StopFilter, generate, read_chunk
+from lte_jax.generate import Generation, StopFilter, decode_steps, generate, read_chunk
 from lte_jax.sampling import Sampling, draw
 from lte_jax.sharding import MeshConfig, make_mesh
 
@@ -175,6 +175,17 @@ def test_stop_strings_cost_as_much_at_the_end_of_a_text_as_at_its_start():
     assert sorted(asked)[-len(LENGTHS) - 1] <= 2, "at each token, two tokens are"
 
 
+@pytest.mark.parametrize("devices", [0, 1, 2])
+def test_the_loop_is_compiled_once(devices):
+    """Of a model that is bound to no device (0), to one as after a restore (1), and of a mesh."""
+    graph, state = nnx.split(build())
+    model = nnx.merge(graph, jax.device_put(state, jax.devices()[0])) if devices else build()
+    mesh = make_mesh(MeshConfig(), jax.devices()[:2]) if devices == 2 else None
+    known = decode_steps._cache_size()
+    generate(model, prompts((3, 9)), max_new_tokens=9, steps_per_call=3, mesh=mesh)
+    assert decode_steps._cache_size() == known + 1
+
+
 def test_tokens_stream_to_the_caller_as_they_come():
     pieces: list[tuple[int, list[int]]] = []
     found = run(build(), on_tokens=lambda row, tokens: pieces.append((row, tokens)))
@@ -271,6 +282,27 @@ def test_the_program_streams_what_the_engine_says():
     assert len(written) > 2 and f"6 tokens in, {NEW} out" in speed and "tokens/s" in speed
 
 
+def test_a_refused_request_writes_nothing():
+    written: list[str] = []
+    with pytest.raises(ValueError, match="max_new_tokens=-1"):
+        speaker(max_new_tokens=-1).say([256], written.append, before="the prompt")
+    assert not written
+    speaker().say([256], written.append, before="the prompt")
+    assert written[0] == "the prompt" and "the prompt" not in "".join(written[1:])
+
+
+def test_rows_that_come_at_once_are_one_measurement(monkeypatch):
+    times = iter([0.0, 2.0, 3.0, 5.0])  # the start, and three calls
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    clock = Clock()
+    for row in (0, 1, 2):
+        clock.count(row, 8)
+    assert str(clock) == "24 out, the first after 2.00 s"
+    for row, tokens in ((0, 8), (2, 4), (0, 6)):  # row 1 has ended; then the next batch begins
+        clock.count(row, tokens)
+    assert str(clock) == "42 out, the first after 2.00 s, then 6.0 tokens/s"
+
+
 def test_ids_beyond_the_tokenizer_are_no_text():
     assert known_text(load_tokenizer("bytes"))([104, 300, 105, 257]) == "hi"  # a vocabulary may be padded
 
@@ -285,6 +317,10 @@ def test_a_file_of_prompts_does_not_depend_on_the_batch(tmp_path):
         answers.append([json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()])
     assert answers[0] == answers[1] and [record["prompt"] for record in answers[0]] == ["one", "and two", "three"]
     assert not (tmp_path / "out.jsonl.partial").exists()
+    answer_file(drawing, str(tmp_path / "prompts.txt"), str(tmp_path / "out.jsonl"), 2, log_probs=True)
+    record = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[1])
+    (own,) = drawing.answer([drawing.encode("and two")], first=1)
+    assert record.pop("tokens") == own.tokens and record["log_probs"] == pytest.approx(own.log_probs, abs=1e-5)
 
 
 def test_a_conversation_goes_on_and_begins_anew(monkeypatch):
@@ -338,6 +374,9 @@ def test_bad_files_and_folders_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             answer_file(speaker(), str(tmp_path / name), None, 2)
+    (tmp_path / "one.txt").write_text("one\n")
+    with pytest.raises(ValueError, match="there is no folder"):
+        answer_file(speaker(), str(tmp_path / "one.txt"), str(tmp_path / "none" / "out.jsonl"), 2)
     restore.save_model(build(), tmp_path / "run")
     with pytest.raises(ValueError, match="holds no tokenizer: name one with --tokenizer"):
         load_speaker(str(tmp_path / "run"), Settings())
