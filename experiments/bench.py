@@ -58,7 +58,10 @@ def define_flags() -> None:
     flags.DEFINE_string("lock", None, "A file to hold while timing: several processes then compile side by side.")
     flags.DEFINE_bool("write", False, "Write JSON and page into --results.")
     flags.DEFINE_string(
-        "json", None, "Also write this run's rows into this file, for --merge (of --model: add lines, for --lines)."
+        "json",
+        None,
+        "Also write this run's rows into this file, for --merge (of --model: add lines, for --lines, and leave out the "
+        "cases that it holds, so that a killed run goes on).",
     )
     flags.DEFINE_string("merge", None, "Time nothing: put the rows of a file written by --json into --results.")
     flags.DEFINE_bool("unverified", False, "Time kernels whose tests are not green; nothing can be written then.")
@@ -139,14 +142,26 @@ def _models() -> None:
     lengths = _numbers("lengths") if FLAGS.lengths else ((32, 64) if tiny else LENGTHS)
     small = {"chunk": 16, "steps": 4} if tiny else {}
     implementation = FLAGS.implementations[0] if FLAGS.implementations else None
+    old = [line for line in _written() if line["who"] == "ours"]
     plans = [
-        Plan(name, size, lengths, _numbers("batches"), prompts=FLAGS.prompts, implementation=implementation, **small)
+        Plan(
+            name,
+            size,
+            lengths,
+            _numbers("batches"),
+            prompts=FLAGS.prompts,
+            implementation=implementation,
+            done=frozenset((x["length"], x["batch"]) for x in old if (x["model"], x["size"]) == (name, size)),
+            **small,
+        )
         for size in sizes
         for name in FLAGS.model
     ]
     about = report.environment(FLAGS.commit or gate.commit())
     run = f"{about['hardware']}, {about['date'][:10]}, {about['commit']}"
     for plan in plans:
+        if not plan.cases():
+            continue
         bench = Bench(plan)
         bench.compile()
         bench.allocate()
@@ -158,6 +173,14 @@ def _models() -> None:
                     with Path(FLAGS.json).open("a") as file:
                         file.write(line + "\n")
             del bench
+
+
+def _written() -> list[dict]:
+    """The lines of --json, if it is there."""
+    from experiments.benchmarks import model_page
+
+    there = FLAGS.json is not None and Path(FLAGS.json).is_file() and Path(FLAGS.json).read_text()
+    return model_page.read_lines(FLAGS.json) if there else []
 
 
 @contextlib.contextmanager

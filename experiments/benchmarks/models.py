@@ -44,6 +44,7 @@ class Plan:
       chunk: tokens of a row that are read at a time. steps: tokens drawn in one call of the loop.
       rounds: calls of the loop whose median counts.
       prompts: time the prompts of batches too; a single one is read in any case.
+      done: lengths and batches that are known already, and are left out.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Plan:
     rounds: int = 3
     prompts: bool = True
     implementation: str | None = None
+    done: frozenset[tuple[int, int]] = frozenset()
 
     def __post_init__(self) -> None:
         for value, known, flag in ((self.name, NAMES, "model"), (self.size, SIZES, "sizes")):
@@ -65,6 +67,11 @@ class Plan:
             raise ValueError(f"--lengths={wrong[0]}: it must be a multiple of --chunk={self.chunk}")
         if min(self.batches, default=0) < 1:
             raise ValueError(f"--batches={self.batches}: each must be at least 1")
+
+    def cases(self) -> list[tuple[int, list[int]]]:
+        """What is to be timed: lengths, each with its batches."""
+        wanted = [(n, [batch for batch in self.batches if (n, batch) not in self.done]) for n in self.lengths]
+        return [(length, batches) for length, batches in wanted if batches]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +155,11 @@ class Bench:
     def compile(self, workers: int = 4) -> None:
         """All programs, several at a time; nothing is allocated. What cannot be compiled leaves its reason."""
         wanted: dict[Any, tuple[str, int, Any]] = {}
-        for length in self.plan.lengths:
-            for batch in {1, *self.plan.batches}:
+        for length, batches in self.plan.cases():
+            for batch in {1, *batches}:
                 cache = self._shape_of_cache(batch, length)
                 kinds = ["prompt"] if batch == 1 or self.plan.prompts else []
-                for kind in [*kinds, *(["token"] if batch in self.plan.batches else [])]:
+                for kind in [*kinds, *(["token"] if batch in batches else [])]:
                     wanted[self._key(kind, batch, cache)] = (kind, batch, cache)
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             compiling = {}
@@ -180,13 +187,13 @@ class Bench:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """A line for each length and batch, as it is known. ``compile`` and ``allocate`` come before."""
-        for length in self.plan.lengths:
+        for length, batches in self.plan.cases():
             single = self._find("prompt", 1, length)
             if not isinstance(single, Program):
-                yield from (self._line(length, batch, {"missing": single}) for batch in self.plan.batches)
+                yield from (self._line(length, batch, {"missing": single}) for batch in batches)
                 continue
             prompt_time, logits, cache = self._read_whole(single, 1, length)
-            for batch in self.plan.batches:
+            for batch in batches:
                 yield self._line(length, batch, self._time(length, batch, prompt_time, logits, cache))
             del logits, cache
 

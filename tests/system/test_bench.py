@@ -224,10 +224,27 @@ def test_whole_models_are_timed_at_every_length_and_batch(monkeypatch):
         assert row["prompt"] > 0 and row["token"] > 0 and row["who"] == "ours"
         assert row["token_bytes"] > row["weights_bytes"] + row["cache_bytes"]
     assert rows[1]["cache_bytes"] == 3 * rows[0]["cache_bytes"] == 3 * rows[2]["cache_bytes"]
+    known = frozenset({(16, 1), (16, 3), (48, 1)})
+    assert models.Plan("lalte", "tiny", (16, 48), (1, 3), chunk=16, done=known).cases() == [(48, [3])]
     with pytest.raises(ValueError, match="--model=gdm: there is gdn, gdn_swa"):
         models.Plan("gdm", "0.4B")
     with pytest.raises(ValueError, match="--lengths=5000: it must be a multiple of --chunk=4096"):
         models.Plan("gdn", "0.4B", lengths=(5000,))
+
+
+def test_a_killed_table_goes_on(tmp_path):
+    command = [sys.executable, "-m", "experiments.bench", "--model=gdn", "--lengths=16,32", "--commit=x"]
+    path = tmp_path / "cost.jsonl"
+
+    def run(batches: str) -> list[dict]:
+        subprocess.run([*command, f"--batches={batches}", f"--json={path}"], check=True, capture_output=True)
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    first = run("2")
+    assert [(line["length"], line["batch"]) for line in first] == [(16, 2), (32, 2)]
+    path.write_text(json.dumps(first[0]) + "\n")  # the second was not reached
+    again = run("2")
+    assert again[0] == first[0] and len(again) == 2 and again[1]["length"] == 32
 
 
 def test_costs_of_models_make_a_page_and_the_newest_line_counts(tmp_path):
