@@ -78,7 +78,7 @@ def test_greedy_is_the_best_of_a_full_pass(name, rows, dtype):
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_a_step_is_one_graph(name):
-    """Its kernels are all of the kind that XLA takes into command buffers: a launch for each would cost more than it."""
+    """Its kernels are all of the kind that XLA takes into command buffers: a launch of each would cost more than it."""
     model = build(name, "bfloat16")
     tokens, caches = jnp.zeros(1, jnp.int32), layer_caches(model.init_cache(1, LENGTH))
     step = jax.jit(lambda weights, tokens, caches: decode_step(model, weights, tokens, caches))
