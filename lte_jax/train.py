@@ -20,7 +20,7 @@ import numpy as np
 
 from lte_jax import configs, memory, metrics, plots, restore, runs, sharding
 from lte_jax.checkpoint import Checkpoints
-from lte_jax.data import Batches, DataError
+from lte_jax.data import Batches, DataError, UnreadableError
 from lte_jax.experiment import ExperimentConfig, step_config
 from lte_jax.profiling import Stopwatch, Trace
 from lte_jax.signals import Signals
@@ -233,7 +233,9 @@ class _Run:
         if jax.process_count() == 1 and self.step not in self.checkpoints.steps():
             self._save(state)
             self.checkpoints.wait()
-        raise DataError(f"{where}: {error}. Or leave such rows out with --set reading.bad_rows=skip") from error
+        skippable = self.config.reading.bad_rows == "stop" and not isinstance(error, UnreadableError)
+        advice = ". Or leave such rows out with --set reading.bad_rows=skip" if skippable else ""
+        raise type(error)(f"{where}: {error}{advice}") from error
 
     def _run_step(self, state: TrainState, batch: Batch, interrupted: bool) -> tuple[TrainState, dict[str, Any]]:
         local = {name: batch[name] for name in ("input_ids", "labels", "segment_ids") if name in batch}

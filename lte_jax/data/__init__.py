@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lte_jax.data.mixture import Mixture, Part
 from lte_jax.data.needles import TextNeedles
-from lte_jax.data.packing import IGNORE, DataError, Packing
+from lte_jax.data.packing import IGNORE, DataError, Packing, UnreadableError
 from lte_jax.data.pipeline import Batches, Reading
 from lte_jax.data.shards import PackedRows
 from lte_jax.data.tasks import MQAR, Copying, MQARMix, SymbolNeedles
@@ -32,4 +32,5 @@ __all__ = [
     "SymbolNeedles",
     "Text",
     "TextNeedles",
+    "UnreadableError",
 ]

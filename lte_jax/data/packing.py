@@ -25,6 +25,10 @@ class DataError(ValueError):
     """Data or settings that cannot be used; the message is one line: the value, the rule, the fix."""
 
 
+class UnreadableError(DataError):
+    """A file that the system could not read, though it may be whole; ``bad_rows=skip`` does not pass over it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Packing:
     """How documents become rows.

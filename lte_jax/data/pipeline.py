@@ -7,7 +7,6 @@ together: restoring is immediate and may change the number of shards, workers, o
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -21,7 +20,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from lte_jax.data.packing import IGNORE, DataError, Row
+from lte_jax.data.packing import IGNORE, DataError, Row, UnreadableError
 
 
 def mix_seed(*seeds: int) -> int:
@@ -29,18 +28,25 @@ def mix_seed(*seeds: int) -> int:
     return int(np.random.SeedSequence(seeds).generate_state(1)[0])
 
 
+FREE_BAD_ROWS = 16
+"""So many damaged rows may be left out whatever their share: one of the first few rows is no large share."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Reading:
     """How batches are read ahead: in ``workers`` processes if there are any, each with ``threads`` threads.
 
     ``ahead`` batches wait in memory (per worker). Nothing of this changes the batches or their order, but for
-    ``bad_rows``: a row that cannot be read stops the run, or becomes one that asks nothing, said loudly.
+    ``bad_rows``: a damaged row stops the run, or becomes one that asks nothing, said loudly. Of the rows read since a
+    start, at most the share ``bad_share`` may be left out so, and always the first ``FREE_BAD_ROWS``; one more stops
+    the run. A row that the system cannot read, though it may be whole, always does.
     """
 
     threads: int = 2
     workers: int = 0
     ahead: int = 4
     bad_rows: Literal["stop", "skip"] = "stop"
+    bad_share: float = 0.01
 
     def check(self) -> None:
         for name, least in (("threads", 0), ("workers", 0), ("ahead", 1)):
@@ -48,6 +54,8 @@ class Reading:
                 raise DataError(f"{name}={getattr(self, name)}: it must be at least {least}; raise it")
         if self.bad_rows not in ("stop", "skip"):
             raise DataError(f"bad_rows={self.bad_rows!r}: unknown; use 'stop' or 'skip'")
+        if not 0 <= self.bad_share <= 1:
+            raise DataError(f"bad_share={self.bad_share}: it must lie in [0, 1]; change it")
 
 
 def endless(rows: grain.MapDataset, seed: int, batch_size: int | None = None) -> grain.MapDataset:
@@ -130,10 +138,11 @@ class _ShardRows(grain.MapDataset):
         shard_index: int,
         shard_count: int,
         pad_last: bool,
-        skip_bad: bool,
+        reading: Reading,
     ):
         super().__init__(parent)
-        self._skip_bad = skip_bad
+        self._reading = reading
+        self._left_out: list[int] = []  # appended to by threads; each worker process has its own
         self._first, self._batch_size = first, batch_size
         self._local = batch_size // shard_count
         self._offset = shard_index * self._local
@@ -151,20 +160,37 @@ class _ShardRows(grain.MapDataset):
         row = self._first + batch * self._batch_size + self._offset + inside
         if row >= self._total:
             return blank(self._parent[self._total - 1])
-        if not self._skip_bad:
+        if self._reading.bad_rows == "stop":
             return self._parent[row]
         try:
             return self._parent[row]
+        except UnreadableError:
+            raise
         except DataError as error:
-            print(f"WARNING: row {row} of the training order is left out: {error}", flush=True)
+            self._left_out.append(row)
+            self._check_share(index + 1, error)
+            print(f"WARNING: row {row} of the reading order is left out: {error}", flush=True)
             return blank(self._whole_row(row))
+
+    def _check_share(self, rows: int, error: DataError) -> None:
+        seen = -(-rows // max(self._reading.workers, 1))
+        count, share = len(self._left_out), self._reading.bad_share
+        if count > max(FREE_BAD_ROWS, share * seen):
+            raise DataError(
+                f"{count} of {seen} rows cannot be read, more than reading.bad_share={share} allows; copy the data "
+                f"again, or raise it. The last one: {error}"
+            ) from error
 
     def _whole_row(self, bad: int) -> Row:
         """A row that can be read, for its shapes: the next one in the order."""
         for row in range(bad + 1, bad + 101):
-            with contextlib.suppress(DataError):
+            try:
                 return self._parent[row % self._total]
-        raise DataError(f"row {bad} of the training order and the next 100 cannot be read; copy the shards again")
+            except UnreadableError:
+                raise
+            except DataError:
+                continue
+        raise DataError(f"row {bad} of the reading order and the next 100 cannot be read; copy the shards again")
 
 
 def blank(row: Row) -> Row:
@@ -254,7 +280,7 @@ class Batches(Iterator[Row]):
             self._shard_index,
             self._shard_count,
             self._pad_last,
-            self._reading.bad_rows == "skip",
+            self._reading,
         )
         options = grain.ReadOptions(num_threads=self._reading.threads, prefetch_buffer_size=self._reading.ahead)
         batches = rows.batch(local, drop_remainder=True).to_iter_dataset(options)

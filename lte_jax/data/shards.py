@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import os
-import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 
 from lte_jax.data.packing import DataError, Row, row_of_segments, with_labels
 from lte_jax.data.pipeline import endless, split_rows
-from lte_jax.data.sources import open_records, read_records
+from lte_jax.data.readers import FILES
 from lte_jax.data.tasks import Split
 
 MANIFEST = "manifest.json"
@@ -124,18 +123,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 class ShardRows:
-    """Random access to the rows of several shards, in the manifest's order, with labels.
-
-    Files are opened when first read, one reader per file and process; threads take turns on it.
-    """
+    """Random access to the rows of several shards, in the manifest's order, with labels."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], length: int, pad_id: int, *, verify: bool):
         self._folder, self._shards, self._length, self._pad_id = folder, list(shards), length, pad_id
         self._starts = [0, *itertools.accumulate(shard.rows for shard in shards)]
-        self._readers: dict[int, Any] = {}
-        self._lock = threading.Lock()
-        for shard in shards:
-            check_shard(folder, shard, verify=verify)
+        self._written = [check_shard(folder, shard, verify=verify) for shard in shards]
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -143,35 +136,27 @@ class ShardRows:
     def __getitem__(self, index: int) -> Row:
         number = bisect.bisect_right(self._starts, index) - 1
         path = self._folder / self._shards[number].name
-        with self._lock:
-            if number not in self._readers:
-                self._readers[number] = open_records(path)
-            at = index - self._starts[number]
-            (record,) = read_records(self._readers[number], path, at, at + 1)
+        record = FILES.read(path, index - self._starts[number], self._written[number])
         return with_labels(row_of_segments(decode_row(record), self._length, self._pad_id))
-
-    def __getstate__(self) -> dict[str, Any]:  # readers and locks stay behind when a worker process gets a copy
-        return {**self.__dict__, "_readers": {}, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
 
     def __repr__(self) -> str:
         return f"ShardRows({self._folder}, {len(self._shards)} shards, {len(self)} rows)"
 
 
-def check_shard(folder: Path, shard: Shard, *, verify: bool) -> None:
-    """Raises DataError unless the file is there with its size and, if ``verify``, its checksum."""
+def check_shard(folder: Path, shard: Shard, *, verify: bool) -> int:
+    """When the file was written; DataError unless it is there with its size and, if ``verify``, its checksum."""
     path = folder / shard.name
     if not path.is_file():
         raise DataError(f"{path}: the shard is missing; copy it again or prepare the folder again")
-    if path.stat().st_size != shard.size:
+    found = path.stat()
+    if found.st_size != shard.size:
         raise DataError(
-            f"{path}: {path.stat().st_size} bytes, but the manifest says {shard.size}; "
+            f"{path}: {found.st_size} bytes, but the manifest says {shard.size}; "
             "copy it again or prepare the folder again"
         )
     if verify and file_digest(path) != shard.sha256:
         raise DataError(f"{path}: its checksum differs from the manifest's; copy it again or prepare the folder again")
+    return found.st_mtime_ns
 
 
 @dataclasses.dataclass(frozen=True)

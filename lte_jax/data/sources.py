@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from lte_jax.data.packing import DataError
+from lte_jax.data.readers import open_records, read_records
 
 Kind = Literal["text", "jsonl", "parquet", "array_record"]
 
@@ -103,30 +104,6 @@ def read_documents(
         yield from (text for text in reader[unit.kind](unit, field, undecodable) if text)
     except OSError as error:
         raise DataError(f"{unit.path}: cannot be read ({error.strerror or error}); give a readable file") from error
-
-
-def open_records(path: Path | str):
-    """A random-access reader of an ArrayRecord file (sequential reads are cached by the operating system)."""
-    from array_record.python import array_record_module
-
-    try:
-        reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
-    except (ValueError, RuntimeError, OSError) as error:
-        raise DataError(f"{path}: not an ArrayRecord file ({str(error)[:100]}); write it again") from error
-    if not reader.ok():  # the reader of a damaged file says 0 records and raises nothing
-        raise DataError(f"{path}: not a whole ArrayRecord file; copy or write it again")
-    return reader
-
-
-def read_records(reader, path: Path | str, start: int, stop: int) -> list[bytes]:
-    """Records [start, stop) of an open file, or DataError where it is damaged."""
-    try:
-        records = reader.read(start, stop)
-    except (ValueError, RuntimeError, IndexError) as error:
-        raise DataError(f"{path}: records from {start} on are damaged; copy or write the file again") from error
-    if len(records) != stop - start:
-        raise DataError(f"{path}: records from {start} on are missing; copy or write the file again")
-    return records
 
 
 def _units_of(file: Path, kind: Kind, size: int, unit_bytes: int) -> list[Unit]:

@@ -94,7 +94,7 @@ def test_a_bad_record_stops_the_run_saved_and_may_be_left_out(tmp_path, monkeypa
     print(f"\ncontinued and finished in {time.monotonic() - began:.1f} s")
     targets = {record["step"]: record["targets"] for record in read_metrics(tmp_path / "run")}
     assert targets[5] == targets[4] * 7 / 8 and targets[6] == targets[4]
-    assert "row 37 of the training order is left out" in capfd.readouterr().out
+    assert "row 37 of the reading order is left out" in capfd.readouterr().out
 
 
 def test_damaged_shards_are_left_out_row_by_row_the_same_in_every_process(tmp_path):
