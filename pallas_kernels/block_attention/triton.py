@@ -1,4 +1,4 @@
-"""Block attention in triton.language, through jax-triton: the forward pass and the cached form.
+"""Block attention in triton.language: the forward pass and the cached form.
 
 Two kernels: ``triton_select`` has the first one. The second reads, for a tile of query tokens with all heads of one KV
 head, each block that any of its tokens selected once, and masks the tokens that did not; where few heads read a KV

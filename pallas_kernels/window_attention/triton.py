@@ -1,4 +1,4 @@
-"""Window attention with retained columns in triton.language, through jax-triton: the forward pass.
+"""Window attention with retained columns in triton.language: the forward pass.
 
 A program owns a tile of queries of one head and streams its keys (``triton_tiles``) past it with an online softmax.
 """
