@@ -235,7 +235,8 @@ def compile_call(call: Call, capability: int = 90) -> CompiledKernel:
 def _assemble(ptx: str, capability: int) -> tuple[int, int]:
     """(registers, bytes spilled) per thread, from the report of the assembler that comes with Triton."""
     target = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
-    ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
+    name = "ptxas-blackwell" if capability >= 100 else "ptxas"
+    ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
