@@ -38,6 +38,13 @@ class Size:
         columns = "" if self.kept is None else f", {self.kept} retained per head"
         return f"B {self.B}, T {self.T}, H {self.H}, K {self.K}, N {self.N}, window {self.W}{columns}"
 
+    def seen(self) -> float:
+        """Keys that a query sees, on average, if the retained ones lie evenly: the work for each token."""
+        window = min(self.W, self.T)
+        far = self.T - window
+        beyond = (self.kept or 0) / self.T * far * (far + 1) / (2 * self.T)
+        return window - window * (window - 1) / (2 * self.T) + beyond
+
 
 def cases(tiny: bool) -> list[Case]:
     """Prompts, training at several shares of kept tokens, long rows with grouped heads, and decode steps."""
@@ -59,7 +66,12 @@ def cases(tiny: bool) -> list[Case]:
         size = dataclasses.replace(base, B=batch, T=tokens, H=heads, K=kv_heads, kept=budget)
         named[f"long-{tokens}"] = (size, True)
     found = [
-        Case(name, f"{size}, {'forward + backward' if backward else 'forward'}", size.dtype, _bind(size, backward))
+        Case(
+            name,
+            f"{size}, {size.seen():.0f} keys a query, {'forward + backward' if backward else 'forward'}",
+            size.dtype,
+            _bind(size, backward),
+        )
         for name, (size, backward) in named.items()
     ]
     many, few = (

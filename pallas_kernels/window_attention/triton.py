@@ -18,16 +18,12 @@ from pallas_kernels.window_attention.triton_plan import make_plan, plan_argument
 from pallas_kernels.window_attention.triton_tiles import (
     LANES,
     capability,
-    grid_of,
-    heads_together,
+    launch,
     load_rows,
-    options,
     own_tile,
     query_begins,
-    retains,
     spacious,
     stream,
-    tiles_for,
     window_of,
 )
 
@@ -83,9 +79,7 @@ def _forward_kernel(
 def forward(case: Case, operands: Operands) -> Any:
     """((o, lse), plan): plan holds the document bounds, the list of retained keys and the survey of the cache."""
     plan = make_plan(case, operands)
-    tiles = tiles_for(case, "forward")
-    heads = case.B * case.H
-    together = heads_together(heads, "forward" if retains(case) else "window")
+    together, launched = launch(case, "forward", case.T)
     outputs = (
         jax.ShapeDtypeStruct((case.B, case.T, case.H, case.V), operands.v.dtype),
         jax.ShapeDtypeStruct((case.B, case.T, case.H), jnp.float32),
@@ -101,10 +95,7 @@ def forward(case: Case, operands: Operands) -> Any:
         window_of(case),
         together,
         out_shape=outputs,
-        grid=grid_of(heads, -(-case.T // tiles.queries), together),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        **options(case, tiles),
+        **launched,
     )
     return result, plan
 

@@ -24,14 +24,11 @@ from pallas_kernels.window_attention.api import Case, Gradients, Operands
 from pallas_kernels.window_attention.triton_dkv import call_dkv
 from pallas_kernels.window_attention.triton_plan import plan_arguments
 from pallas_kernels.window_attention.triton_tiles import (
-    grid_of,
-    heads_together,
+    launch,
     load_rows,
-    options,
     own_tile,
     query_begins,
     stream,
-    tiles_for,
     window_of,
 )
 
@@ -107,9 +104,7 @@ def _call_dq(
     case: Case, operands: Operands, o: jax.Array, lse: jax.Array, plan: dict[str, Any], do: jax.Array, dlse: Any
 ) -> tuple[jax.Array, ...]:
     """(dq, terms [B,H,T,2]: lse in powers of two, and delta)."""
-    tiles = tiles_for(case, "dq")
-    heads = case.B * case.H
-    together = heads_together(heads, "dq")
+    together, launched = launch(case, "dq", case.T)
     terms = jax.ShapeDtypeStruct((case.B, case.H, case.T, 2), jnp.float32)
     return triton_call(
         _dq_kernel,
@@ -126,9 +121,6 @@ def _call_dq(
         window_of(case),
         together,
         out_shape=(jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype), terms),
-        grid=grid_of(heads, -(-case.T // tiles.queries), together),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
         LSE_GRADIENT=dlse is not None,
-        **options(case, tiles),
+        **launched,
     )

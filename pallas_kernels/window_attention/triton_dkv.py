@@ -11,13 +11,10 @@ from pallas_kernels.triton_call import jit, tl, triton_call
 from pallas_kernels.window_attention.api import Case, Operands
 from pallas_kernels.window_attention.triton_plan import plan_arguments
 from pallas_kernels.window_attention.triton_tiles import (
-    grid_of,
-    heads_together,
+    launch,
     load_rows,
-    options,
     own_tile,
     span_of,
-    tiles_for,
     window_of,
 )
 
@@ -284,14 +281,13 @@ def call_dkv(
     kind: str,
 ) -> tuple[jax.Array, ...]:
     """(dk, dv, dscores) of the keys, of the list of retained keys (float32, in its order), or of a cache's columns."""
-    tiles = tiles_for(case, "dkv")
-    together = heads_together(case.B * case.K, "dkv")
+    length = case.C if kind == "cache" else case.U
+    together, launched = launch(case, "dkv", length)
+    steps = -(-case.T // launched["QUERIES"]) * (case.H // case.K)
     scores = kind == "window" and case.scores
-    dtype = jnp.float32 if kind == "retained" else operands.k.dtype
-    if kind == "retained":
-        shapes = [(case.B, case.K, case.U, size) for size in (case.N, case.V)]
-    else:
-        shapes = [(case.B, case.C if kind == "cache" else case.U, case.K, size) for size in (case.N, case.V)]
+    listed = kind == "retained"
+    shapes = [(case.B, case.K, length, n) if listed else (case.B, length, case.K, n) for n in (case.N, case.V)]
+    dtype = jnp.float32 if listed else operands.k.dtype
     return triton_call(
         _dkv_kernel,
         operands.q,
@@ -306,16 +302,13 @@ def call_dkv(
         case.U,
         window_of(case),
         together,
-        min(PARTS, -(-(-(-case.T // tiles.queries) * case.H // case.K) // STEPS)),
+        min(PARTS, -(-steps // STEPS)),
         out_shape=(
             jax.ShapeDtypeStruct(shapes[0], dtype),
             jax.ShapeDtypeStruct(shapes[1], dtype),
             jax.ShapeDtypeStruct((case.B, case.U, case.K) if scores else (1,), jnp.float32),
         ),
-        grid=grid_of(case.B * case.K, -(-shapes[0][2 if kind == "retained" else 1] // tiles.keys), together),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
         SCORES=scores,
         KIND=kind,
-        **options(case, tiles),
+        **launched,
     )

@@ -10,7 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.benchmarks import authors_model, clock, gate, model_page, models, operations, report, training
+from experiments.benchmarks import (
+    authors_model,
+    clock,
+    gate,
+    model_page,
+    models,
+    operations,
+    report,
+    training,
+    window_attention,
+)
 from experiments.benchmarks.cases import Options
 from experiments.benchmarks.peers import PEERS, PeerMissing, authors_file
 
@@ -52,6 +62,14 @@ def test_tiny_shapes_run_with_xla(operation, patterns, outputs):
     assert whole["copy_gbps"] > 0 and whole["bytes"] > 0 and step["contenders"][0]["calls"] > 0
     assert whole["missing"], "without a GPU every peer says why it is missing"
     assert all(reason for reason in whole["missing"].values())
+
+
+@pytest.mark.parametrize("T, window, kept", [(10, 4, 10), (10, 4, None), (7, 9, 3)])
+def test_the_work_of_a_query_is_the_mean_row_of_the_mask(T, window, kept):
+    size = window_attention.Size(1, T, 1, 1, 64, window, kept)
+    near = [min(i + 1, window) for i in range(T)]
+    far = [max(i + 1 - window, 0) for i in range(T)]
+    assert size.seen() == pytest.approx((sum(near) + (kept or 0) / T * sum(far)) / T)
 
 
 def test_cases_have_names_of_their_own_and_patterns_must_match():
