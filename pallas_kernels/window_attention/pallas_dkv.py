@@ -29,6 +29,7 @@ from pallas_kernels.window_attention.pallas_stream import (
     LOG2_E,
     SWIZZLED,
     add_product,
+    persistent,
     program_count,
     skip_steps,
     take_registers,
@@ -361,14 +362,5 @@ def _call(
             collective_axes="wg",
         )
 
-    kernel = plgpu.kernel(
-        entry,
-        out_type=tuple(shapes),
-        grid=(programs,),
-        grid_names=("programs",),
-        num_threads=W + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpreted else None,
-    )
-    return kernel(*keys, *queries, plan, used)
+    out_type = tuple(shapes)
+    return persistent(entry, out_type, programs, W, interpreted)(*keys, *queries, plan, used)

@@ -27,6 +27,7 @@ from pallas_kernels.window_attention.pallas_stream import (
     add_product,
     copy_keys,
     flatten,
+    persistent,
     program_count,
     skip_steps,
     take_registers,
@@ -174,14 +175,5 @@ def call_dq(
             collective_axes="wg",
         )
 
-    kernel = plgpu.kernel(
-        entry,
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        grid=(programs,),
-        grid_names=("programs",),
-        num_threads=W + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpreted else None,
-    )
-    return kernel(*arrays)
+    out_type = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    return persistent(entry, out_type, programs, W, interpreted)(*arrays)

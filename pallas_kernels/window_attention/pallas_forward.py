@@ -34,6 +34,7 @@ from pallas_kernels.window_attention.pallas_stream import (
     copy_keys,
     flatten,
     fold,
+    persistent,
     program_count,
     skip_steps,
     take_registers,
@@ -204,17 +205,8 @@ def call_forward(
             collective_axes="wg",
         )
 
-    kernel = plgpu.kernel(
-        entry,
-        out_type=(
-            jax.ShapeDtypeStruct((*q.shape[:3], case.V), q.dtype),
-            jax.ShapeDtypeStruct((case.B, case.H, q_tiles * W * ROWS), jnp.float32),
-        ),
-        grid=(programs,),
-        grid_names=("programs",),
-        num_threads=W + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpreted else None,
+    out_type = (
+        jax.ShapeDtypeStruct((*q.shape[:3], case.V), q.dtype),
+        jax.ShapeDtypeStruct((case.B, case.H, q_tiles * W * ROWS), jnp.float32),
     )
-    return kernel(*arrays)
+    return persistent(entry, out_type, programs, W, interpreted)(*arrays)

@@ -95,6 +95,20 @@ def program_count(items: int, heads: int) -> int:
     return next(n for n in range(min(PROGRAMS, items), 0, -1) if gcd(n, heads) == 1)
 
 
+def persistent(entry: Any, out_type: Any, programs: int, warpgroups: int, interpreted: bool) -> Any:
+    """The kernel of ``programs`` programs that compute with so many warpgroups and copy with one more."""
+    return plgpu.kernel(
+        entry,
+        out_type=out_type,
+        grid=(programs,),
+        grid_names=("programs",),
+        num_threads=warpgroups + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpreted else None,
+    )
+
+
 def copy_keys(items: Items, tiles: Tiles, k_ref, v_ref, key_list: KeyList | None, buffers, full, used) -> None:
     """The copying warpgroup: brings every step's keys and values, as soon as their buffers are free."""
     k_smem, v_smem = buffers

@@ -307,8 +307,8 @@ TILES = {
 }
 
 
-# The same for Ampere, Ada and consumer Blackwell: compiled for 8.0, 8.9 and 12.0 without a spilled byte, in the 99 KB of
-# shared memory that most of them have; never run.
+# The same for Ampere, Ada and consumer Blackwell, in the 99 KB of shared memory that most of them have: compiled for 8.0,
+# 8.9 and 12.0 without a spilled byte, and never run.
 SMALL_TILES = {
     ("forward", 64): Tiles(64, 64, 4, 3),
     ("forward", 128): Tiles(64, 32, 8, 2),
@@ -369,7 +369,7 @@ def options(case: Case, tiles: Tiles) -> dict[str, Any]:
 
 
 def launch(case: Case, name: str, length: int) -> tuple[int, dict[str, Any]]:
-    """(heads that go together, how ``triton_call`` launches a pass) over tiles of ``length`` queries, or keys for "dkv"."""
+    """(heads that go together, how ``triton_call`` launches a pass) over ``length`` queries, or keys for "dkv"."""
     tiles = tiles_for(case, name)
     heads, size = (case.B * case.K, tiles.keys) if name == "dkv" else (case.B * case.H, tiles.queries)
     together = heads_together(heads, "window" if name == "forward" and not retains(case) else name)
