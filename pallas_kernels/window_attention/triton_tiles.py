@@ -307,8 +307,8 @@ TILES = {
 }
 
 
-# The same for Ampere, Ada and consumer Blackwell, in the 99 KB of shared memory that most of them have: compiled for 8.0,
-# 8.9 and 12.0 without a spilled byte, and never run.
+# The same for Ampere, Ada and consumer Blackwell, in the 99 KB of shared memory that most of them have: compiled for
+# 8.0, 8.9 and 12.0 without a spilled byte, and never run.
 SMALL_TILES = {
     ("forward", 64): Tiles(64, 64, 4, 3),
     ("forward", 128): Tiles(64, 32, 8, 2),
