@@ -163,9 +163,10 @@ def _models() -> None:
         if not plan.cases():
             continue
         bench = Bench(plan)
-        bench.compile()
-        bench.allocate()
-        with _turn(FLAGS.turns):
+        with _turn(FLAGS.turns, fcntl.LOCK_SH):  # the compiler tries products on the GPU: nobody measures meanwhile
+            bench.compile()
+            bench.allocate()
+        with _turn(FLAGS.turns, fcntl.LOCK_EX):
             for row in bench.rows():
                 line = json.dumps({**row, "run": run})
                 print(line, flush=True)
@@ -184,13 +185,13 @@ def _written() -> list[dict]:
 
 
 @contextlib.contextmanager
-def _turn(path: str | None) -> Iterator[None]:
-    """Waits for the others that hold a lock on the file, then holds it."""
+def _turn(path: str | None, kind: int) -> Iterator[None]:
+    """Holds a lock on the file, with others (LOCK_SH) or alone (LOCK_EX)."""
     if path is None:
         yield
         return
     with Path(path).open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, kind)
         yield
 
 
