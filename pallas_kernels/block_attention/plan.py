@@ -26,7 +26,7 @@ class Union(NamedTuple):
 
 
 class Readers(NamedTuple):
-    """For each block the tokens that selected it, ascending, cut into pieces of a limited number of tokens.
+    """For each block the tokens that selected it, cut into pieces of a limited number of tokens.
 
     Piece j of a row and head is the entries ``entry[begin[j] : end[j]]`` and belongs to the block that begins at
     ``first[j]``. The pieces of block i are ``pieces[i]`` up to ``pieces[i + 1]``. An entry is token M + slot, where the
@@ -76,25 +76,16 @@ def ordinals(layout: Layout, block_size: int, packed: bool) -> Int32[Array, "B T
 def readers(
     indices: Int32[Array, "B T K M"], layout: Layout, block_size: int, packed: bool, most_tokens: int
 ) -> Readers:
-    """Lists in pieces of at most ``most_tokens`` tokens. Needs (blocks + 1) * T below 2**32."""
+    """Lists in pieces of at most ``most_tokens`` tokens."""
     B, T, K, M = indices.shape
     blocks = block_bound(T, block_size, packed)
     ordinal = ordinals(layout, block_size, packed)
     own = ordinal - layout.position // block_size  # the ordinal of the document's block 0
-    token = jnp.arange(T, dtype=jnp.uint32)[:, None, None]
-    key = (own[:, :, None, None] + indices).astype(jnp.uint32) * jnp.uint32(T) + token
-    key = jnp.where(indices >= 0, key, jnp.uint32((blocks + 1) * T - 1)).transpose(0, 2, 1, 3).reshape(B * K, T * M)
-    entry = jnp.broadcast_to(jnp.arange(T * M, dtype=jnp.int32), (B * K, T * M))
-    if B * K * (blocks + 1) * T < 2**32:
-        # One long sort of unlike ranges of keys is a radix sort on a GPU, sorts of rows are many passes.
-        range_start = jnp.arange(B * K, dtype=jnp.uint32)[:, None] * jnp.uint32((blocks + 1) * T)
-        key, entry = _sort((key + range_start).reshape(-1), entry.reshape(-1))
-        key = key.reshape(B * K, T * M) - range_start
-    else:
-        key, entry = _sort(key, entry)
-    key, entry = key.reshape(B, K, T * M), entry.reshape(B, K, T * M)
+    block = jnp.where(indices >= 0, own[:, :, None, None] + indices, blocks)
+    block, entry = _by_block(block.transpose(0, 2, 1, 3).reshape(B * K, T * M), blocks)
+    block, entry = block.reshape(B, K, T * M), entry.reshape(B, K, T * M)
     size = jnp.sum(indices >= 0, axis=(1, 3), dtype=jnp.int32)
-    offset = _offsets((key // jnp.uint32(T)).astype(jnp.int32), size, blocks)
+    offset = _offsets(block, size, blocks)
     count = offset[..., 1:] - offset[..., :-1]
     ends = jnp.cumsum(-(-count // most_tokens), axis=-1, dtype=jnp.int32)
     pieces = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends], axis=-1)
@@ -123,10 +114,20 @@ def readers(
     return Readers(entry, first, begin, end, pieces)
 
 
-def _sort(key: Array, entry: Array) -> tuple[Array, Array]:
-    """In the order of the keys, of which only those of no entry are equal."""
-    key, entry = jax.lax.sort((key, entry), num_keys=1, is_stable=False)
-    return key, entry
+def _by_block(block: Int32[Array, "R E"], blocks: int) -> tuple[Int32[Array, "R E"], Int32[Array, "R E"]]:
+    """The blocks of each row in order, and the places in the row that they come from.
+
+    One long sort: on a GPU a radix sort, which takes as many passes as a key has bytes, and of few bytes where blocks
+    are few. Equal keys come in an order that is the same each time, and that is all that is asked of it.
+    """
+    R, E = block.shape
+    ranges = blocks + 1
+    keys = R * ranges
+    dtype = jnp.uint16 if keys <= 2**16 else jnp.uint32
+    row = jnp.arange(R, dtype=jnp.int32)[:, None] * ranges
+    place = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32), (R, E))
+    key, place = jax.lax.sort(((block + row).astype(dtype).reshape(-1), place.reshape(-1)), num_keys=1, is_stable=False)
+    return key.astype(jnp.int32).reshape(R, E) - row, place.reshape(R, E)
 
 
 def _offsets(block: Int32[Array, "B K E"], size: Int32[Array, "B K"], blocks: int) -> Int32[Array, "B K I"]:

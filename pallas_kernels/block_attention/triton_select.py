@@ -72,25 +72,47 @@ def total(flags):
 
 
 @jit
+def _next_bit(bits, bound, reach, unit, wanted: tl.constexpr):
+    trial = bound | unit
+    count = total(bits >= trial[None, :, None])
+    keep = count >= wanted
+    return tl.where(keep, trial, bound), tl.where(keep, count, reach)
+
+
+@jit
+def _next_two_bits(bits, bound, reach, unit, wanted: tl.constexpr):
+    """Two bits with one sum over threads, of three counts below 1024."""
+    one, two, three = bound | unit, bound | (unit * 2), bound | (unit * 3)
+    count = (bits >= one[None, :, None]).to(tl.int32) + ((bits >= two[None, :, None]).to(tl.int32) << 10)
+    count = tl.sum(tl.sum(count + ((bits >= three[None, :, None]).to(tl.int32) << 20), 2), 0)
+    n1, n2, n3 = count & 1023, (count >> 10) & 1023, count >> 20
+    bound = tl.where(n3 >= wanted, three, tl.where(n2 >= wanted, two, tl.where(n1 >= wanted, one, bound)))
+    reach = tl.where(n3 >= wanted, n3, tl.where(n2 >= wanted, n2, tl.where(n1 >= wanted, n1, reach)))
+    return bound, reach
+
+
+@jit
 def largest_bound(bits, wanted: tl.constexpr):
-    """The largest number that at least ``wanted`` of each token's bits reach, found from its highest bits down."""
-    first = tl.full([bits.shape[1]], 1 << 30, tl.int32)
-    bound = tl.where(total(bits >= first[None, :, None]) >= wanted, first, 0)
-    if bits.shape[2] <= 4 and bits.shape[0] * bits.shape[2] < 1024:
-        # Sums over threads take the time: two bits with one, of three counts with ten bits each.
-        for i in range(15):
-            unit = 1 << (28 - 2 * i)
-            one, two, three = bound | unit, bound | (unit * 2), bound | (unit * 3)
-            count = (bits >= one[None, :, None]).to(tl.int32) + ((bits >= two[None, :, None]).to(tl.int32) << 10)
-            count = tl.sum(tl.sum(count + ((bits >= three[None, :, None]).to(tl.int32) << 20), 2), 0)
-            bound = tl.where((count & 1023) >= wanted, one, bound)
-            bound = tl.where(((count >> 10) & 1023) >= wanted, two, bound)
-            bound = tl.where((count >> 20) >= wanted, three, bound)
-    else:
-        for i in range(30):
-            trial = bound | (1 << (29 - i))
-            bound = tl.where(total(bits >= trial[None, :, None]) >= wanted, trial, bound)
-    return bound
+    """(bound, reach) for each token: ``reach`` of its bits are at least ``bound``, as many as wanted if they can be.
+
+    The bound's bits are found from the highest down, until no token has too many: most need half of them. More than are
+    wanted reach it where some are equal, fewer where there are no more.
+    """
+    PAIRS: tl.constexpr = bits.shape[2] <= 4 and bits.shape[0] * bits.shape[2] < 1024
+    bound = tl.zeros([bits.shape[1]], tl.int32)
+    bound, reach = _next_bit(bits, bound, total(bits >= 0), 1 << 30, wanted)
+    unit = 1 << 29
+    if PAIRS:
+        unit = 1 << 28
+    while (unit > 0) & (tl.max(reach, 0) > wanted):
+        for _ in tl.static_range(3):
+            if PAIRS:
+                bound, reach = _next_two_bits(bits, bound, reach, unit, wanted)
+                unit = unit >> 2
+            else:
+                bound, reach = _next_bit(bits, bound, reach, unit, wanted)
+                unit = unit >> 1
+    return bound, reach
 
 
 @jit
@@ -100,9 +122,9 @@ def chosen(bits, number, wanted: tl.constexpr):
     bits and number, in the form of ``columns``: the bits of importances, which order as integers do, as they are not
     negative; -1 is no candidate. Counts alone, where a sort would move every number.
     """
-    bound = largest_bound(bits, wanted)
+    bound, reach = largest_bound(bits, wanted)
     take = bits >= bound[None, :, None]
-    if tl.max(total(take), 0) > wanted:  # more are equal than are wanted, which is rare
+    if tl.max(reach, 0) > wanted:  # more are equal than are wanted, which is rare
         above, at = bits > bound[None, :, None], bits == bound[None, :, None]
         left, end = wanted - total(above), tl.zeros_like(bound)
         for i in range(24):
@@ -216,17 +238,19 @@ def _select_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Block means read at a time, programs, most numbers that a thread holds, warps and stages."""
+    """Block means read at a time, programs, numbers that a thread holds where ``lanes`` threads to a token are enough,
+    warps and stages."""
 
     blocks: int = 64
     programs: int = 1056
     held: int = 32
+    lanes: int = 128
     warps: int = 4
     stages: int = 2
 
 
 TILES = Tiles()
-MANY = Tiles(warps=8)  # for tiles of 8 tokens and more, where selection takes the time
+MANY = Tiles(blocks=32, held=8)  # for tiles of 8 tokens and more, where selection takes the time
 
 
 def select(
@@ -241,7 +265,7 @@ def select(
     programs = min(tiles, ceil_div(chosen_tiles.programs, case.B * case.K))
     # A token's own block may be incomplete, and so in no table; where documents are packed it counts behind its base.
     C_BLOCK = power_of_2(C + 1 if case.segment_ids or case.U % case.block_size else C, 32)
-    lanes = min(32, max(C_BLOCK // chosen_tiles.held, power_of_2(32 * chosen_tiles.warps // TOKENS)))
+    lanes = min(chosen_tiles.lanes, max(C_BLOCK // chosen_tiles.held, power_of_2(32 * chosen_tiles.warps // TOKENS)))
     *results, _ = triton_call(
         _select_kernel,
         *(q, pooled_k, pooled_v, layout.position, layout.base, case.T, C, tiles),
