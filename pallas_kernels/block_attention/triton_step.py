@@ -143,16 +143,19 @@ def _select(
     """Writes the numbers of the selected blocks, ascending; -1 fills up. The keys are read twice: for the logsumexp of
     each query, and for the importances that it scales."""
     g = tl.arange(0, ROWS)
-    m = tl.full([ROWS], -1e30, tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
+    # Each place of a chunk has a softmax of its own: threads wait for one another once, behind the loop.
+    tops = tl.full([ROWS, CHUNK], -1e30, tl.float32)
+    weights = tl.zeros([ROWS, CHUNK], tl.float32)
     for start in tl.range(0, old, CHUNK, num_stages=AHEAD):
         number = start + tl.arange(0, CHUNK)
         keys = load_keys(pooled_k, number, old, K, N, N_BLOCK).to(queries.dtype)
         logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * SCALE
         logits = tl.where((number < old)[None, :], logits, float("-inf"))
-        m_new = tl.maximum(m, tl.max(logits, 1))
-        l = l * tl.exp2(m - m_new) + tl.sum(tl.exp2(logits - m_new[:, None]), 1)
-        m = m_new
+        higher = tl.maximum(tops, logits)
+        weights = weights * tl.exp2(tops - higher) + tl.exp2(logits - higher)
+        tops = higher
+    m = tl.max(tops, 1)
+    l = tl.sum(weights * tl.exp2(tops - m[:, None]), 1)
     if (t >= 0) & ((t + 1) % S == 0) & (old < C):
         mean_k = _mean(k, _token(new_k, k, row, N, N_BLOCK), t, S, K, N, N_BLOCK)
         m_new, p, fade = _one_logit(queries, mean_k, m, SCALE)
