@@ -25,8 +25,9 @@ from pallas_kernels.block_attention.triton_dq import queries_backward
 from pallas_kernels.block_attention.triton_gather import gathered_backward
 from pallas_kernels.block_attention.triton_tiles import (
     gathers_backward,
-    load_heads,
+    load_gradients,
     load_keys,
+    load_piece,
     piece_size,
     shared_constants,
     slots,
@@ -95,9 +96,7 @@ def _pieces_kernel(
         do += batch * T * (H * V)
         lse += batch * T * H
         delta += batch * T * H
-        key = tl.load(first + piece) + tl.arange(0, S)
-        keys = load_keys(k + (batch * T * K + head) * N, key, T, K, N, N_BLOCK)
-        values = load_keys(v + (batch * T * K + head) * V, key, T, K, V, V_BLOCK)
+        key, keys, values = load_piece(k, v, first, piece, batch, head, T, K, N, V, S, N_BLOCK, V_BLOCK)
         gk = tl.zeros([S, N_BLOCK], tl.float32)
         gv = tl.zeros([S, V_BLOCK], tl.float32)
         row = tl.arange(0, TOKENS * HEADS)
@@ -106,10 +105,9 @@ def _pieces_kernel(
             place = i + row // HEADS
             exists = (place < stop) & (row % HEADS < G)
             token = tl.load(reader + place, mask=exists, other=0) // M
-            queries = load_heads(q, token, query_head, exists, H, N, N_BLOCK)
-            cotangent = load_heads(do, token, query_head, exists, H, V, V_BLOCK)
-            log_sum = tl.load(lse + token * H + query_head, mask=exists, other=0.0)
-            row_delta = tl.load(delta + token * H + query_head, mask=exists, other=0.0)
+            queries, cotangent, log_sum, row_delta = load_gradients(
+                q, do, lse, delta, token, query_head, exists, H, N, V, N_BLOCK, V_BLOCK
+            )
             mask = exists[None, :] & (key[:, None] <= token[None, :])
             gk, gv = _add_dkv(queries, cotangent, log_sum, row_delta, keys, values, mask, gk, gv, SCALE, PRECISION)
         _store_partial(dk, dv, piece * S + tl.arange(0, S), gk * GRADIENT_SCALE, gv, N, V, N_BLOCK, V_BLOCK)
@@ -188,10 +186,9 @@ def _means_kernel(
         token, query_head, exists = tile_rows(i, T, head, TOKENS, HEADS, G)
         row_base = tl.load(base + batch * T + token, mask=exists, other=0)
         row_end = row_base + (tl.load(position + batch * T + token, mask=exists, other=-1) + 1) // S
-        queries = load_heads(q, token, query_head, exists, H, N, N_BLOCK)
-        cotangent = load_heads(do, token, query_head, exists, H, V, V_BLOCK)
-        log_sum = tl.load(lse + token * H + query_head, mask=exists, other=0.0)
-        row_delta = tl.load(delta + token * H + query_head, mask=exists, other=0.0)
+        queries, cotangent, log_sum, row_delta = load_gradients(
+            q, do, lse, delta, token, query_head, exists, H, N, V, N_BLOCK, V_BLOCK
+        )
         mask = exists[None, :] & (entry[:, None] >= row_base[None, :]) & (entry[:, None] < row_end[None, :])
         gk, gv = _add_dkv(queries, cotangent, log_sum, row_delta, keys, values, mask, gk, gv, SCALE, PRECISION)
     row = ((batch * K + head) * tl.num_programs(1) + part) * (tl.num_programs(0) * BLOCKS) + entry

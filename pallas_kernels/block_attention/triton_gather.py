@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.block_attention.plan import Readers
 from pallas_kernels.block_attention.triton_tiles import (
+    load_gradients,
     load_heads,
-    load_keys,
+    load_piece,
     power_of_2,
     shared_constants,
     slots,
@@ -69,9 +70,7 @@ def _parts_kernel(
         q += batch * T * (H * N)
         o += batch * T * (H * M) * V
         lse += batch * T * (H * M)
-        key = tl.load(first + piece) + tl.arange(0, S)
-        keys = load_keys(k + (batch * T * K + head) * N, key, T, K, N, N_BLOCK)
-        values = load_keys(v + (batch * T * K + head) * V, key, T, K, V, V_BLOCK)
+        key, keys, values = load_piece(k, v, first, piece, batch, head, T, K, N, V, S, N_BLOCK, V_BLOCK)
         row = tl.arange(0, TOKENS * HEADS)
         for i in range(at, stop, TOKENS):
             token, query_head, part, exists = part_rows(reader, i + row // HEADS, stop, head, K, G, M, HEADS)
@@ -139,18 +138,15 @@ def _pieces_dq_kernel(
         lse += batch * T * H
         delta += batch * T * H
         dq += batch * T * (H * M) * N
-        key = tl.load(first + piece) + tl.arange(0, S)
-        keys = load_keys(k + (batch * T * K + head) * N, key, T, K, N, N_BLOCK)
-        values = load_keys(v + (batch * T * K + head) * V, key, T, K, V, V_BLOCK)
+        key, keys, values = load_piece(k, v, first, piece, batch, head, T, K, N, V, S, N_BLOCK, V_BLOCK)
         gk = tl.zeros([N_BLOCK, S], tl.float32)
         gv = tl.zeros([V_BLOCK, S], tl.float32)
         row = tl.arange(0, TOKENS * HEADS)
         for i in range(at, stop, TOKENS):
             token, query_head, part, exists = part_rows(reader, i + row // HEADS, stop, head, K, G, M, HEADS)
-            queries = load_heads(q, token, query_head, exists, H, N, N_BLOCK)
-            cotangent = load_heads(do, token, query_head, exists, H, V, V_BLOCK)
-            log_sum = tl.load(lse + token * H + query_head, mask=exists, other=0.0)
-            row_delta = tl.load(delta + token * H + query_head, mask=exists, other=0.0)
+            queries, cotangent, log_sum, row_delta = load_gradients(
+                q, do, lse, delta, token, query_head, exists, H, N, V, N_BLOCK, V_BLOCK
+            )
             logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * SCALE
             mask = exists[:, None] & (key[None, :] <= token[:, None])
             p = tl.exp2(tl.where(mask, logits - log_sum[:, None], float("-inf")))

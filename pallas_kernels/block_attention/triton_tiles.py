@@ -46,6 +46,29 @@ def load_keys(base, token, end, K: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.c
 
 
 @jit
+def load_gradients(
+    q, do, lse, delta, token, head, exists, H: tl.constexpr, N: tl.constexpr, V: tl.constexpr, N_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What gradients of keys need of each row of a tile: (query, cotangent, logsumexp, delta)."""
+    queries = load_heads(q, token, head, exists, H, N, N_BLOCK)
+    cotangent = load_heads(do, token, head, exists, H, V, V_BLOCK)
+    log_sum = tl.load(lse + token * H + head, mask=exists, other=0.0)
+    return queries, cotangent, log_sum, tl.load(delta + token * H + head, mask=exists, other=0.0)
+
+
+@jit
+def load_piece(
+    k, v, first, piece, batch, head, T, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, S: tl.constexpr,
+    N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The block of a piece (``plan.Readers``): (index of each key, keys, values)."""
+    key = tl.load(first + piece) + tl.arange(0, S)
+    keys = load_keys(k + (batch * T * K + head) * N, key, T, K, N, N_BLOCK)
+    return key, keys, load_keys(v + (batch * T * K + head) * V, key, T, K, V, V_BLOCK)
+
+
+@jit
 def visible_means(position, base, token, T, C, S: tl.constexpr, BLOCKS: tl.constexpr):
     """(first, end) of the table entries that each row sees, and (lowest, highest) for the tile, in steps of BLOCKS."""
     begin = tl.load(base + token, mask=token < T, other=0)
