@@ -238,19 +238,19 @@ def _select_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Block means read at a time, programs, numbers that a thread holds where ``lanes`` threads to a token are enough,
-    warps and stages."""
+    """Block means read at a time, programs, numbers that a thread holds in selecting as long as ``lanes`` threads to a
+    token are enough, warps and stages."""
 
-    blocks: int = 64
+    blocks: int = 32
     programs: int = 1056
-    held: int = 32
+    held: int = 8
     lanes: int = 128
     warps: int = 4
     stages: int = 2
 
 
 TILES = Tiles()
-MANY = Tiles(blocks=32, held=8)  # for tiles of 8 tokens and more, where selection takes the time
+MANY = Tiles(lanes=32)  # for tiles of 8 tokens and more
 
 
 def select(
@@ -265,7 +265,8 @@ def select(
     programs = min(tiles, ceil_div(chosen_tiles.programs, case.B * case.K))
     # A token's own block may be incomplete, and so in no table; where documents are packed it counts behind its base.
     C_BLOCK = power_of_2(C + 1 if case.segment_ids or case.U % case.block_size else C, 32)
-    lanes = min(chosen_tiles.lanes, max(C_BLOCK // chosen_tiles.held, power_of_2(32 * chosen_tiles.warps // TOKENS)))
+    shared = min(32, power_of_2(32 * chosen_tiles.warps // TOKENS))
+    lanes = max(shared, min(chosen_tiles.lanes, C_BLOCK // chosen_tiles.held))
     *results, _ = triton_call(
         _select_kernel,
         *(q, pooled_k, pooled_v, layout.position, layout.base, case.T, C, tiles),
