@@ -61,6 +61,20 @@ def _document(ids_ptr, t, first, first_id, T, PACKED: tl.constexpr, STATE: tl.co
 
 
 @jit
+def _before(
+    x_ptr, state_ptr, ids_ptr, start, first, first_id, T, inside,
+    D: tl.constexpr, PAST: tl.constexpr, PACKED: tl.constexpr, STATE: tl.constexpr,
+):  # fmt: skip
+    """The PAST inputs before row ``start``, float32, and their documents."""
+    past, seen = (), ()
+    for i in tl.static_range(PAST):
+        t = start - PAST + i
+        past += (_input(x_ptr, state_ptr, t, first, T, inside, D, PAST, STATE).to(tl.float32),)
+        seen += (_document(ids_ptr, t, first, first_id, T, PACKED, STATE),)
+    return past, seen
+
+
+@jit
 def _one_document(owns, seen, ROWS: tl.constexpr, PAST: tl.constexpr):
     """Whether some rows and those that they reach back to are of one document, so that nothing need be masked."""
     one = owns[0] != 0
@@ -131,13 +145,10 @@ def _forward(
     first, first_id = 0, 1
     if PACKED and STATE:
         first, first_id = tl.load(bounds_ptr + 4 * b), tl.load(bounds_ptr + 4 * b + 1)
-    weight, past, seen = (), (), ()
+    weight = ()
     for i in tl.static_range(TAPS):
         weight += (tl.load(weight_ptr + i * D, mask=inside, other=0.0).to(tl.float32),)
-    for i in tl.static_range(PAST):
-        t = start - PAST + i
-        past += (_input(x_ptr, state_ptr, t, first, T, inside, D, PAST, STATE).to(tl.float32),)
-        seen += (_document(ids_ptr, t, first, first_id, T, PACKED, STATE),)
+    past, seen = _before(x_ptr, state_ptr, ids_ptr, start, first, first_id, T, inside, D, PAST, PACKED, STATE)
     for offset in range(0, CHUNK, ROWS):
         begin = start + offset
         rows, owns = (), ()
@@ -147,17 +158,14 @@ def _forward(
             else:
                 rows += (_input(x_ptr, state_ptr, begin + i, first, T, inside, D, PAST, PACKED and STATE),)
             owns += (_document(ids_ptr, begin + i, 0, 1, T, PACKED, False),)
-        if PACKED:
-            if _one_document(owns, seen, ROWS, PAST):
-                past = _walk(rows, owns, past, seen, weight, y_ptr, begin, first, first_id, T, inside, D, TAPS, ROWS,
-                             SILU, False, FAST)  # fmt: skip
-            else:
-                past = _walk(rows, owns, past, seen, weight, y_ptr, begin, first, first_id, T, inside, D, TAPS, ROWS,
-                             SILU, True, FAST)  # fmt: skip
-            seen = _latest(owns, seen, begin, first, first_id, ROWS, PAST)
-        else:
+        if not PACKED or _one_document(owns, seen, ROWS, PAST):
             past = _walk(rows, owns, past, seen, weight, y_ptr, begin, first, first_id, T, inside, D, TAPS, ROWS,
                          SILU, False, FAST)  # fmt: skip
+        else:
+            past = _walk(rows, owns, past, seen, weight, y_ptr, begin, first, first_id, T, inside, D, TAPS, ROWS,
+                         SILU, True, FAST)  # fmt: skip
+        if PACKED:
+            seen = _latest(owns, seen, begin, first, first_id, ROWS, PAST)
 
 
 @jit
@@ -255,15 +263,13 @@ def _backward(
         first, first_id = tl.load(bounds_ptr + 4 * b), tl.load(bounds_ptr + 4 * b + 1)
     if PACKED and FINAL:
         last, last_id = tl.load(bounds_ptr + 4 * b + 2), tl.load(bounds_ptr + 4 * b + 3)
-    weight, past, seen, sums, dweight = (), (), (), (), ()
+    weight, sums, dweight = (), (), ()
     for i in tl.static_range(TAPS):
         weight += (tl.load(weight_ptr + i * D, mask=inside, other=0.0).to(tl.float32),)
         dweight += (tl.zeros((WIDTH,), tl.float32),)
-    for i in tl.static_range(PAST):
-        t = start - PAST + i
-        past += (_input(x_ptr, state_ptr, t, first, T, inside, D, PAST, STATE).to(tl.float32),)
+    for _ in tl.static_range(PAST):
         sums += (tl.zeros((WIDTH,), tl.float32),)  # of dx_t over the tokens so far
-        seen += (_document(ids_ptr, t, first, first_id, T, PACKED, STATE),)
+    past, seen = _before(x_ptr, state_ptr, ids_ptr, start, first, first_id, T, inside, D, PAST, PACKED, STATE)
     for offset in range(0, CHUNK, ROWS):
         begin = start + offset
         rows, drows, owns = (), (), ()
@@ -276,23 +282,18 @@ def _backward(
                 rows += (_input(x_ptr, state_ptr, t, first, T, inside, D, PAST, PACKED and STATE),)
                 drows += (tl.load(dy_ptr + t * D, mask=inside & (t < T), other=0.0),)
             owns += (_document(ids_ptr, t, 0, 1, T, PACKED, False),)
-        if PACKED:
-            if _one_document(owns, seen, ROWS, PAST):
-                past, sums, dweight = _walk_back(
-                    rows, drows, owns, past, seen, sums, dweight, weight, dx_ptr, dstate_ptr, dfinal_ptr, begin, start,
-                    first, first_id, last, last_id, T, inside, D, TAPS, ROWS, SILU, PACKED, STATE, FINAL, False, FAST,
-                )  # fmt: skip
-            else:
-                past, sums, dweight = _walk_back(
-                    rows, drows, owns, past, seen, sums, dweight, weight, dx_ptr, dstate_ptr, dfinal_ptr, begin, start,
-                    first, first_id, last, last_id, T, inside, D, TAPS, ROWS, SILU, PACKED, STATE, FINAL, True, FAST,
-                )  # fmt: skip
-            seen = _latest(owns, seen, begin, first, first_id, ROWS, PAST)
-        else:
+        if not PACKED or _one_document(owns, seen, ROWS, PAST):
             past, sums, dweight = _walk_back(
                 rows, drows, owns, past, seen, sums, dweight, weight, dx_ptr, dstate_ptr, dfinal_ptr, begin, start,
                 first, first_id, last, last_id, T, inside, D, TAPS, ROWS, SILU, PACKED, STATE, FINAL, False, FAST,
             )  # fmt: skip
+        else:
+            past, sums, dweight = _walk_back(
+                rows, drows, owns, past, seen, sums, dweight, weight, dx_ptr, dstate_ptr, dfinal_ptr, begin, start,
+                first, first_id, last, last_id, T, inside, D, TAPS, ROWS, SILU, PACKED, STATE, FINAL, True, FAST,
+            )  # fmt: skip
+        if PACKED:
+            seen = _latest(owns, seen, begin, first, first_id, ROWS, PAST)
     for i in tl.static_range(TAPS):
         tl.store(dweight_ptr + i * D, dweight[i], mask=inside)
     # The tokens after the stretch, which its last inputs reach; the weights' gradient of them is the next program's.

@@ -16,12 +16,12 @@ class Tile:
 
 
 # By kernel and whether there are documents: the fastest of those timed on an H200 at (8, 4096, 1024) bfloat16, all of 4
-# channels for each thread. With 8, the
-# forward pass needs so many registers that few warps fit.
+# channels for each thread. With 8, the forward pass needs so many registers that few warps fit; with 2, there are too
+# few bytes on their way.
 _CHOICES = {
     ("forward", False): Tile(512, 64, 8, 4),
     ("forward", True): Tile(512, 64, 8, 4),
-    ("backward", False): Tile(512, 128, 8, 4),
+    ("backward", False): Tile(1024, 128, 8, 8),
     ("backward", True): Tile(512, 64, 8, 4),
 }
 

@@ -14,7 +14,7 @@ from pallas_kernels.short_convolution import short_convolution, short_convolutio
 from tests.tolerances import assert_close
 
 BATCH, WIDTH = 3, 11
-WIDE = 133
+WIDE = 1061
 IDS = {
     "one_document": None,
     "documents": [[1] * 5 + [2] * 1 + [3] * 7, [4] * 2 + [5] * 2 + [1] * 9, [2] * 13],
@@ -111,8 +111,8 @@ def test_other_taps_without_activation(implementation, taps):
 @pytest.mark.parametrize("packed", [False, True])
 def test_edges_of_tiles(implementation, packed):
     """More tokens and channels than a tile of any kernel, neither a multiple of it, documents that end at its edges."""
-    tokens = 97
-    ids = [[1] * 31 + [2] * 2 + [3] * 64, [0] * 32 + [1] * 33 + [2] * 32, [1] * 64 + [0] * 30 + [4] * 3]
+    tokens = 137
+    ids = [[1] * 31 + [2] * 2 + [3] * 104, [0] * 32 + [1] * 33 + [2] * 72, [1] * 64 + [0] * 64 + [4] * 9]
     check(*make_inputs(tokens, width=WIDE), ids if packed else None, implementation)
 
 
