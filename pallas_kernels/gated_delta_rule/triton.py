@@ -272,11 +272,11 @@ def within_chunks(q, k, g, beta, runs, *, scale: float, normalize: bool) -> tupl
 def _launch_scan(q, k, v, inverse, scores, factors, initial, outputs, plan, *, ends, writes=False, states=False):
     B, T, K, N = k.shape
     H, V = v.shape[2:]
-    tile = choose("scan", N)
-    blocks, segments = ((V + N) // tile.block, plan.segments - 1) if ends else (V // tile.block, plan.segments)
+    columns, segments = (V + N, plan.segments - 1) if ends else (V, plan.segments)
+    tile = choose("scan", N, B * H * segments * columns)
     return triton_call(
         _scan_chunks, q, k, v, inverse, scores, factors, initial, T, plan.length, out_shape=outputs,
-        grid=(blocks, B * H, segments), num_warps=tile.warps, num_stages=tile.stages,
+        grid=(columns // tile.block, B * H, segments), num_warps=tile.warps, num_stages=tile.stages,
         H=H, K=K, N=N, V=V, BV=tile.block, INITIAL=initial is not None, SEGMENTS=plan.segments, ENDS=ends,
         WRITES=writes, STATES=states, EVEN=T % CHUNK == 0, PRECISION=precision(k.dtype),
     )  # fmt: skip

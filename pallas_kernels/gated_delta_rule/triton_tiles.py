@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+
 HEAD_SIZES = (64, 128, 256)
 
 
@@ -21,9 +23,26 @@ class Tile:
     stages: int
 
 
-def choose(kernel: str, head_size: int) -> Tile:
-    """The tile of a kernel: the fastest of those timed on an H200 at the benchmark's shapes."""
-    return _CHOICES[kernel, head_size]
+# Programs with which a wide block leaves less than half of an H200 idle; with fewer, narrow blocks are more programs.
+MANY = 64
+
+
+def choose(kernel: str, head_size: int, values: int = 0) -> Tile:
+    """The tile of a kernel: the fastest of those timed on an H200 at the benchmark's shapes.
+
+    ``values`` are all columns of values that the launch works on at once, of every head, row and segment.
+    """
+    wide = _WIDE.get((kernel, head_size))
+    return wide if wide and values >= MANY * wide.block and _hopper() else _CHOICES[kernel, head_size]
+
+
+def _hopper() -> bool:
+    """Whether kernels are made for Hopper, as where there is no GPU to ask: its products want 64 rows and 8 warps."""
+    device = jax.local_devices()[0]
+    return device.platform != "gpu" or device.compute_capability == "9.0"
+
+
+_WIDE = {("scan", 256): Tile(128, 8, 2)}
 
 
 _CHOICES = {

@@ -324,18 +324,22 @@ def test_split_over_segments(implementation):
 @pytest.mark.gpu
 @pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize(("size", "value_size"), [(64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512)])
-@pytest.mark.parametrize("kernels", ["triton", "pallas"])
+@pytest.mark.parametrize("kernels", ["triton", "triton, wide", "pallas"])
 def test_every_tile(monkeypatch, kernels, size, value_size, segments):
-    """Every choice of tile that ships, in one scan and in a split one."""
+    """Every choice of tile that ships, in one scan and in a split one; the wide ones are for many programs."""
+    tokens = 150 + segments
+    if kernels == "triton, wide":
+        monkeypatch.setattr(triton_tiles, "MANY", 1)
+        kernels, tokens = "triton", 155 + segments  # not a program that jit has kept
     monkeypatch.setattr(split, "plan", lambda _, chunks, wanted: split.Plan(segments, -(-chunks // segments)))
     shape = dict(batch=1, kv_heads=1, heads=2, size=size, value_size=value_size, dtype="bfloat16")
-    check(*make_inputs(150 + segments, decays=(0.01, 0.1, 20.0), **shape), kernels)
+    check(*make_inputs(tokens, decays=(0.01, 0.1, 20.0), **shape), kernels)
 
 
 # (block, warps, stages) of each kernel with which this whole file has passed on an H200, at every head size.
 CHECKED = {
     "within": {(64, 4, 1)},
-    "scan": {(32, 4, 2)},
+    "scan": {(32, 4, 2), (128, 8, 2)},
     "reverse_scan": {(64, 4, 2)},
     "pairs": {(64, 4, 3)},
     "gradients": {(64, 4, 1)},
@@ -345,7 +349,15 @@ CHECKED = {
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("kernel", CHECKED)
 def test_only_checked_tiles_are_chosen(kernel, size):
-    assert dataclasses.astuple(triton_tiles.choose(kernel, size)) in CHECKED[kernel]
+    for values in (size, 64 * 256, 2**20):
+        assert dataclasses.astuple(triton_tiles.choose(kernel, size, values)) in CHECKED[kernel]
+
+
+def test_wide_tiles_are_for_many_programs_on_hopper(monkeypatch):
+    narrow = triton_tiles.choose("scan", 256)
+    assert triton_tiles.choose("scan", 256, 64 * 128 - 128) == narrow != triton_tiles.choose("scan", 256, 64 * 128)
+    monkeypatch.setattr(triton_tiles, "_hopper", lambda: False)
+    assert triton_tiles.choose("scan", 256, 64 * 128) == narrow
 
 
 @pytest.mark.parametrize("programs", [1, 16, 33, 34, 128])

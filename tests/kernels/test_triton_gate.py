@@ -11,6 +11,7 @@ import pytest
 from pallas_kernels import triton_call
 from pallas_kernels.dispatch import UnsupportedCase, lowering_for_gpu
 from pallas_kernels.gated_delta_rule import triton as gated_delta_rule
+from pallas_kernels.gated_delta_rule import triton_tiles
 from tests.kernels import needs_triton
 
 # Spilled bytes per thread allowed to each kernel, by head size: what the compiler reported when its speed was measured.
@@ -80,6 +81,16 @@ def test_gated_delta_rule_compiles_without_further_spills(size, long):
             f"{kernel.name} at head size {size} spills {kernel.spill_bytes} bytes per thread "
             f"({kernel.registers} registers); {SPILLS[kernel.name, size]} are allowed"
         )
+
+
+@needs_triton
+@pytest.mark.exhaustive
+def test_the_wide_scan_compiles_without_further_spills(monkeypatch):
+    monkeypatch.setattr(triton_tiles, "MANY", 1)
+    calls = triton_call.record_calls(_forward_and_backward, *_arguments(256))
+    (scan,) = [triton_call.compile_call(call) for call in calls if call.kernel.__name__ == "_scan_chunks"]
+    assert "wgmma" in scan.ptx
+    assert scan.spill_bytes <= 480
 
 
 def test_without_triton_the_error_says_what_to_install(monkeypatch):
