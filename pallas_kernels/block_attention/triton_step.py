@@ -1,10 +1,10 @@
 """Block attention in triton.language: one token per sequence over a cache that is updated in place, in four launches.
 
-First: programs share the block means; each leaves its logits and its part of the compressed branch, and one writes the
-mean of the block that the token completes. Second: one program of each sequence and KV head selects, while others share
-the window and write the token. Third: programs share the selected blocks. Last: the parts are joined under the gates.
-Several programs work for one sequence, so that a single sequence fills the GPU too; and each launch runs little code,
-because the time of so short a one goes into fetching it.
+First: programs share the block means, each leaves its logits and its part of the compressed branch, and one writes the
+mean of the block that the token completes; others share the window, and one writes the token. Second: one program of
+each sequence and KV head selects. Third: programs share the selected blocks. Last: the parts are joined under the
+gates. Several programs work for one sequence, so that a single sequence fills the GPU too; and each launch runs little
+code, because the time of so short a one goes into fetching it.
 """
 
 from __future__ import annotations
@@ -68,38 +68,27 @@ def _mean(cache, token, t, S: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr,
 
 
 @jit
-def _one_more(queries, key, value, exists, acc, m, l, SCALE: tl.constexpr):
-    """One more key [N] of a softmax with its value, if it exists."""
+def _one_more(queries, key, value, acc, m, l, SCALE: tl.constexpr):
+    """One more key [N] of a softmax with its value."""
     logit = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1) * SCALE
-    logit = tl.where(exists, logit, float("-inf"))
     m_new = tl.maximum(m, logit)
     p, fade = tl.exp2(logit - m_new), tl.exp2(m - m_new)
     return acc * fade[:, None] + p[:, None] * value.to(tl.float32)[None, :], m_new, l * fade + p
 
 
 @jit
-def _means_kernel(
-    q, new_k, new_v, length, active, k, v, pooled_k_in, pooled_v_in, U, pooled_k, pooled_v, logits, sums, tops,
-    weights, C: tl.constexpr, MEANS_EACH: tl.constexpr, TILE: tl.constexpr, ACTIVE: tl.constexpr, K: tl.constexpr,
-    G: tl.constexpr, N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
-    N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+def _means(
+    queries, pooled_k, pooled_v, k, v, new_k, new_v, logits, sums, tops, weights, part, parts, row, t, old,
+    C: tl.constexpr, EACH: tl.constexpr, TILE: tl.constexpr, K: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
+    V: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, N_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Written in place: the pointers that end in _in are those of the outputs.
-    part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row = batch * K + head
-    t = _position(length, active, batch, U, ACTIVE)
-    old = tl.minimum(tl.maximum(t, 0) // S, C)
-    k += batch * U * (K * N) + head * N
-    v += batch * U * (K * V) + head * V
-    pooled_k += batch * C * (K * N) + head * N
-    pooled_v += batch * C * (K * V) + head * V
-    logits += row * (G * C)
-    queries = _group(q, row, G, N, ROWS, N_BLOCK)
+    """A part of the compressed branch, with its logits; writes the mean of the block that the token completes."""
     acc = tl.zeros([ROWS, V_BLOCK], tl.float32)
     m = tl.full([ROWS], -1e30, tl.float32)
     l = tl.zeros([ROWS], tl.float32)
-    first, g = part * MEANS_EACH, tl.arange(0, ROWS)
-    for start in range(first, tl.minimum(first + MEANS_EACH, old), TILE):
+    first, g = part * EACH, tl.arange(0, ROWS)
+    for start in range(first, tl.minimum(first + EACH, old), TILE):
         entry = start + tl.arange(0, TILE)
         keys = load_keys(pooled_k, entry, old, K, N, N_BLOCK).to(queries.dtype)
         values = load_keys(pooled_v, entry, old, K, V, V_BLOCK).to(queries.dtype)
@@ -111,23 +100,89 @@ def _means_kernel(
         l = l * fade + tl.sum(p, 1)
         acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
         m = m_new
-    if (t >= 0) & ((t + 1) % S == 0) & (old < C) & (old >= first) & (old < first + MEANS_EACH):
+    if (t >= 0) & ((t + 1) % S == 0) & (old < C) & (old >= first) & (old < first + EACH):
         n, w = tl.arange(0, N_BLOCK), tl.arange(0, V_BLOCK)
         mean_k = _mean(k, _token(new_k, k, row, N, N_BLOCK), t, S, K, N, N_BLOCK)
         mean_v = _mean(v, _token(new_v, v, row, V, V_BLOCK), t, S, K, V, V_BLOCK)
         tl.store(pooled_k + old * (K * N) + n, mean_k, mask=n < N)
         tl.store(pooled_v + old * (K * V) + w, mean_v, mask=w < V)
-        acc, m, l = _one_more(queries, mean_k, mean_v, True, acc, m, l, SCALE)
-    _leave(sums, tops, weights, acc, m, l, row * tl.num_programs(0) + part, G, V, V_BLOCK)
+        acc, m, l = _one_more(queries, mean_k, mean_v, acc, m, l, SCALE)
+    _leave(sums, tops, weights, acc, m, l, row * parts + part, G, V, V_BLOCK)
 
 
 @jit
-def _select(
-    logits, tops, weights, selected, scratch, current, C: tl.constexpr, C_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+def _window(
+    queries, k, v, new_k, new_v, sums, tops, weights, part, parts, row, t, WINDOW: tl.constexpr, EACH: tl.constexpr,
+    TILE: tl.constexpr, K: tl.constexpr, G: tl.constexpr, N: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr,
+    ROWS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A part of the window branch; writes the token."""
+    acc = tl.zeros([ROWS, V_BLOCK], tl.float32)
+    m = tl.full([ROWS], -1e30, tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    first = tl.maximum(t + 1 - WINDOW, 0) + part * EACH
+    for start in range(first, tl.minimum(first + EACH, t), TILE):
+        token = start + tl.arange(0, TILE)
+        keys = load_keys(k, token, t, K, N, N_BLOCK).to(queries.dtype)
+        values = load_keys(v, token, t, K, V, V_BLOCK).to(queries.dtype)
+        acc, m, l = online(queries, keys, values, (token < t)[None, :], acc, m, l, SCALE, PRECISION)
+    if (t >= first) & (t < first + EACH):
+        token_k, token_v = _token(new_k, k, row, N, N_BLOCK), _token(new_v, v, row, V, V_BLOCK)
+        n, w = tl.arange(0, N_BLOCK), tl.arange(0, V_BLOCK)
+        acc, m, l = _one_more(queries, token_k, token_v, acc, m, l, SCALE)
+        tl.store(k + t * (K * N) + n, token_k, mask=n < N)
+        tl.store(v + t * (K * V) + w, token_v, mask=w < V)
+    _leave(sums, tops, weights, acc, m, l, row * parts + part, G, V, V_BLOCK)
+
+
+@jit
+def _look_kernel(
+    q, new_k, new_v, length, active, k_in, v_in, pooled_k_in, pooled_v_in, U, k, v, pooled_k, pooled_v, position,
+    logits, c_sums, c_tops, c_weights, w_sums, w_tops, w_weights, C: tl.constexpr, MEANS: tl.constexpr,
+    MEANS_EACH: tl.constexpr, WINDOWS: tl.constexpr, WINDOWS_EACH: tl.constexpr, WINDOW: tl.constexpr,
+    TILE: tl.constexpr, ACTIVE: tl.constexpr, K: tl.constexpr, G: tl.constexpr, N: tl.constexpr, V: tl.constexpr,
+    S: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Written in place: the pointers that end in _in are those of the outputs.
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, head = row // K, row % K
+    t = _position(length, active, batch, U, ACTIVE)
+    old = tl.minimum(tl.maximum(t, 0) // S, C)
+    k += batch * U * (K * N) + head * N
+    v += batch * U * (K * V) + head * V
+    pooled_k += batch * C * (K * N) + head * N
+    pooled_v += batch * C * (K * V) + head * V
+    queries = _group(q, row, G, N, ROWS, N_BLOCK)
+    if part == 0:
+        tl.store(position + row, t)
+    if part < MEANS:
+        _means(
+            queries, pooled_k, pooled_v, k, v, new_k, new_v, logits + row * (G * C), c_sums, c_tops, c_weights, part,
+            MEANS, row, t, old, C, MEANS_EACH, TILE, K, G, N, V, S, SCALE, ROWS, N_BLOCK, V_BLOCK, PRECISION,
+        )  # fmt: skip
+    else:
+        _window(
+            queries, k, v, new_k, new_v, w_sums, w_tops, w_weights, part - MEANS, WINDOWS, row, t, WINDOW,
+            WINDOWS_EACH, TILE, K, G, N, V, SCALE, ROWS, N_BLOCK, V_BLOCK, PRECISION,
+        )  # fmt: skip
+
+
+@jit
+def _choose_kernel(
+    logits, tops, weights, position, selected, scratch, C: tl.constexpr, C_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     MEANS: tl.constexpr, MEANS_BLOCK: tl.constexpr, SAME: tl.constexpr, LANES: tl.constexpr, M: tl.constexpr,
-    G: tl.constexpr, ROWS: tl.constexpr,
+    G: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Writes the numbers of the selected blocks, ascending; -1 fills up."""
+    row = tl.program_id(0).to(tl.int64)
+    t = tl.load(position + row)
+    current = tl.where(t >= 0, t // S, -1)
+    logits += row * (G * C)
+    tops += row * (MEANS * G)
+    weights += row * (MEANS * G)
+    selected += row * M
+    scratch += row * C
     g, part = tl.arange(0, ROWS), tl.arange(0, MEANS_BLOCK)
     held = (part < MEANS)[:, None] & (g < G)[None, :]
     top = tl.load(tops + part[:, None] * G + g[None, :], mask=held, other=-1e30)
@@ -148,47 +203,6 @@ def _select(
     value = tl.load(scratch + number, mask=candidate & (number < C), other=0.0)
     pointer = selected + tl.zeros([SAME], tl.int32)
     store_chosen(pointer, value, number, current, tl.zeros_like(current) + M, candidate, G, M)
-
-
-@jit
-def _window_kernel(
-    q, new_k, new_v, length, active, logits, mean_tops, mean_weights, k_in, v_in, U, k, v, selected, position, scratch,
-    sums, tops, weights, C: tl.constexpr, C_BLOCK: tl.constexpr, CHUNK: tl.constexpr, MEANS: tl.constexpr,
-    MEANS_BLOCK: tl.constexpr, SAME: tl.constexpr, LANES: tl.constexpr, M: tl.constexpr, WINDOW: tl.constexpr,
-    WINDOW_EACH: tl.constexpr, TILE: tl.constexpr, ACTIVE: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
-    N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
-    N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row = batch * K + head
-    t = _position(length, active, batch, U, ACTIVE)
-    if part == 0:
-        tl.store(position + row, t)
-        parts = row * (MEANS * G)
-        _select(
-            logits + row * (G * C), mean_tops + parts, mean_weights + parts, selected + row * M, scratch + row * C,
-            tl.where(t >= 0, t // S, -1), C, C_BLOCK, CHUNK, MEANS, MEANS_BLOCK, SAME, LANES, M, G, ROWS,
-        )  # fmt: skip
-    else:
-        k += batch * U * (K * N) + head * N
-        v += batch * U * (K * V) + head * V
-        queries = _group(q, row, G, N, ROWS, N_BLOCK)
-        acc = tl.zeros([ROWS, V_BLOCK], tl.float32)
-        m = tl.full([ROWS], -1e30, tl.float32)
-        l = tl.zeros([ROWS], tl.float32)
-        first = tl.maximum(t + 1 - WINDOW, 0) + (part - 1) * WINDOW_EACH
-        for start in range(first, tl.minimum(first + WINDOW_EACH, t), TILE):
-            token = start + tl.arange(0, TILE)
-            keys = load_keys(k, token, t, K, N, N_BLOCK).to(queries.dtype)
-            values = load_keys(v, token, t, K, V, V_BLOCK).to(queries.dtype)
-            acc, m, l = online(queries, keys, values, (token < t)[None, :], acc, m, l, SCALE, PRECISION)
-        if (t >= first) & (t < first + WINDOW_EACH):
-            token_k, token_v = _token(new_k, k, row, N, N_BLOCK), _token(new_v, v, row, V, V_BLOCK)
-            n, w = tl.arange(0, N_BLOCK), tl.arange(0, V_BLOCK)
-            acc, m, l = _one_more(queries, token_k, token_v, True, acc, m, l, SCALE)
-            tl.store(k + t * (K * N) + n, token_k, mask=n < N)
-            tl.store(v + t * (K * V) + w, token_v, mask=w < V)
-        _leave(sums, tops, weights, acc, m, l, row * (tl.num_programs(0) - 1) + part - 1, G, V, V_BLOCK)
 
 
 @jit
@@ -314,62 +328,57 @@ def _step(
     blocks = {f"{name}_BLOCK": power_of_2(count) for name, count in sizes.items()}
     C_BLOCK = power_of_2(ceil_div(case.U, case.block_size), TILES.lanes)
     joins: dict[str, Any] = {**sizes, **blocks, **{name: constants[name] for name in ("G", "V", "V_BLOCK")}}
-    flags: dict[str, Any] = dict(TILE=tile, ACTIVE=active is not None, C=C)
-    chunk = min(C_BLOCK, max(32, TILES.chunk * 16 // constants["ROWS"]))
-    selection = dict(C_BLOCK=C_BLOCK, CHUNK=chunk, SAME=32 * TILES.warps // TILES.lanes, LANES=TILES.lanes, M=M)
-    selection |= {name: joins[name] for name in ("MEANS", "MEANS_BLOCK")}
-
-    def launch(kernel: Any, programs: int, arrays: Any, outputs: Any, aliases: dict[int, int], **options: Any) -> Any:
-        return triton_call(
-            kernel,
-            *arrays,
-            case.U,
-            out_shape=outputs,
-            grid=(programs, case.K, case.B),
-            num_warps=TILES.warps,
-            input_output_aliases=aliases,
-            **options,
-            **constants,
-        )
-
-    new = (q, k, v, cache.length, active)
-    logits = jax.ShapeDtypeStruct((case.B, case.H, C), jnp.float32)
-    pooled_k, pooled_v, logits, *compressed = launch(
-        _means_kernel,
-        counts[0],
-        (*new, *cache[:4]),
-        (*_like(cache.pooled_k, cache.pooled_v), logits, *_parts(case, counts[0])),
-        {7: 0, 8: 1},
+    row = (case.B, case.K)
+    position, chosen_blocks = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (row, (*row, M)))
+    k_all, v_all, pooled_k, pooled_v, position, logits, *parts = triton_call(
+        _look_kernel,
+        *(q, k, v, cache.length, active, *cache[:4], case.U),
+        out_shape=(
+            *(*_like(*cache[:4]), position, jax.ShapeDtypeStruct((case.B, case.H, C), jnp.float32)),
+            *(*_parts(case, counts[0]), *_parts(case, counts[1])),
+        ),
+        grid=(case.B * case.K, counts[0] + counts[1]),
+        num_warps=TILES.warps,
+        input_output_aliases={5: 0, 6: 1, 7: 2, 8: 3},
+        C=C,
+        MEANS=counts[0],
         MEANS_EACH=eaches[0],
-        **flags,
-    )
-    chosen_blocks = jax.ShapeDtypeStruct((case.B, case.K, M), jnp.int32)
-    position = jax.ShapeDtypeStruct((case.B, case.K), jnp.int32)
-    scratch = jax.ShapeDtypeStruct((case.B, case.K, C), jnp.float32)
-    k_all, v_all, selected, position, _, *windowed = launch(
-        _window_kernel,
-        1 + counts[1],
-        (*new, logits, *compressed[1:], cache.k, cache.v),
-        (*_like(cache.k, cache.v), chosen_blocks, position, scratch, *_parts(case, counts[1])),
-        {8: 0, 9: 1},
+        WINDOWS=counts[1],
+        WINDOWS_EACH=eaches[1],
         WINDOW=window,
-        WINDOW_EACH=eaches[1],
-        **selection,
-        **flags,
+        TILE=tile,
+        ACTIVE=active is not None,
+        **constants,
     )
-    looks = launch(
+    selected, _ = triton_call(
+        _choose_kernel,
+        *(logits, *parts[1:3], position),
+        out_shape=(chosen_blocks, jax.ShapeDtypeStruct((*row, C), jnp.float32)),
+        grid=(case.B * case.K,),
+        num_warps=TILES.warps,
+        C=C,
+        C_BLOCK=C_BLOCK,
+        CHUNK=min(C_BLOCK, max(32, TILES.chunk * 16 // constants["ROWS"])),
+        SAME=32 * TILES.warps // TILES.lanes,
+        LANES=TILES.lanes,
+        M=M,
+        **{name: joins[name] for name in ("MEANS", "MEANS_BLOCK")},
+        **{name: constants[name] for name in ("G", "S", "ROWS")},
+    )
+    looks = triton_call(
         _selected_kernel,
-        counts[2],
-        (q, k_all, v_all, selected, position),
-        _parts(case, counts[2]),
-        {},
+        *(q, k_all, v_all, selected, position, case.U),
+        out_shape=_parts(case, counts[2]),
+        grid=(counts[2], case.K, case.B),
+        num_warps=TILES.warps,
         M=M,
         SHARE=eaches[2],
         WIDTH=tile // case.block_size,
+        **constants,
     )
     o, length = triton_call(
         _join_kernel,
-        *(gates, cache.length, active, *compressed, *windowed, *looks),
+        *(gates, cache.length, active, *parts, *looks),
         out_shape=(jax.ShapeDtypeStruct((case.B, 1, case.H, case.V), q.dtype), *_like(cache.length)),
         grid=(case.B * case.H,),
         num_warps=TILES.join_warps,

@@ -23,7 +23,7 @@ SPILLS = {
 }
 KERNELS = {"_select_kernel", "_selected_kernel", "_dq_kernel", "_pieces_kernel", "_sum_kernel", "_means_kernel"}
 GATHERING = KERNELS - {"_selected_kernel", "_pieces_kernel"} | {"_parts_kernel", "_merge_kernel", "_pieces_dq_kernel"}
-STEP = {"_means_kernel", "_window_kernel", "_selected_kernel", "_join_kernel"}
+STEP = {"_look_kernel", "_choose_kernel", "_selected_kernel", "_join_kernel"}
 
 
 def _spec(*shape, dtype=jnp.bfloat16):
@@ -80,7 +80,7 @@ def test_long_rows_of_documents_are_not_refused():
     for function, inputs, kernel in (
         (whole, arrays(T), "_select_kernel"),
         (more, (*arrays(4096), cache), "_select_kernel"),
-        (more, (*arrays(1), cache), "_window_kernel"),
+        (more, (*arrays(1), cache), "_look_kernel"),
     ):
         assert kernel in {call.kernel.__name__ for call in triton_call.record_calls(function, *inputs)}
 
@@ -113,7 +113,7 @@ def test_compiles_without_further_spills(group, N, S, M, monkeypatch):
     assert {call.kernel.__name__ for call in whole} == KERNELS | GATHERING
     assert {call.kernel.__name__ for call in step} == STEP
     for kernel in map(triton_call.compile_call, [*whole, *step]):
-        if kernel.name not in ("_sum_kernel", "_merge_kernel", "_join_kernel"):
+        if kernel.name not in ("_sum_kernel", "_merge_kernel", "_choose_kernel", "_join_kernel"):
             assert "wgmma" in kernel.ptx or "mma.sync" in kernel.ptx, f"{kernel.name} does not use the tensor cores"
         assert kernel.shared_bytes <= 227 * 1024
         allowed = SPILLS.get((kernel.name, N, S), 0)
