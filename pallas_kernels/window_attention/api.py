@@ -68,6 +68,8 @@ __all__ = [
 ]
 
 OPERATION = Operation("window_attention", ("pallas", "triton", "xla"), fastest=("triton", "pallas", "xla"))
+# Where the kernels for Hopper were the faster ones on an H200: see fastest_order.
+HOPPER = Operation("window_attention", OPERATION.implementations, fastest=("pallas", "triton", "xla"))
 
 
 def window_attention(
@@ -125,8 +127,8 @@ def window_attention(
     """
     operands = Operands(q, k, v, scores, expiry, columns, segment_ids)
     case = check_call(operands, window, scale, return_lse)
-    module = OPERATION.select(implementation, case)
-    o, lse = _attention(module, case, operands)
+    modules = tuple(fastest_order(case, gradients).select(implementation, case) for gradients in (False, True))
+    o, lse = _attention(modules, case, operands)
     return (o, lse) if return_lse else o
 
 
@@ -215,6 +217,16 @@ def window_attention_update_step(
     return o, DecodeCache(*(x[0] for x in one))
 
 
+def fastest_order(case: Case, gradients: bool) -> Operation:
+    """The order in which implementations are tried, for a pass alone or one whose gradients are wanted too.
+
+    In rows of 1024 tokens and more, Pallas comes first for heads above 64, and for a window alone without gradients.
+    """
+    large = max(case.N, case.V) > 64
+    alone = case.window is not None and not (case.expiry or case.C or case.segment_ids or case.return_lse)
+    return HOPPER if case.T >= 1024 and (large or (alone and not gradients)) else OPERATION
+
+
 def row_delta(o: Array, lse: Array, do: Array, dlse: Array | None) -> Float32[Array, "B T H"]:
     """delta = sum_n do o - dlse, of d logit_tj = p_tj (do_t . v_j - delta_t); 0 where dlse counts for nothing seen."""
     delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1)
@@ -222,22 +234,25 @@ def row_delta(o: Array, lse: Array, do: Array, dlse: Array | None) -> Float32[Ar
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(module: ModuleType, case: Case, operands: Operands) -> tuple[Array, Array]:
-    (o, lse), _ = _call(module, "forward", case)(operands)
+def _attention(modules: tuple[ModuleType, ModuleType], case: Case, operands: Operands) -> tuple[Array, Array]:
+    """``modules``: who runs this where no gradients are wanted, and who runs it with them."""
+    (o, lse), _ = _call(modules[0], "forward", case)(operands)
     return o, lse
 
 
-def _attention_forward(module: ModuleType, case: Case, operands: Operands) -> Any:
-    (o, lse), residuals = _call(module, "forward", case)(operands)
+def _attention_forward(modules: tuple[ModuleType, ModuleType], case: Case, operands: Operands) -> Any:
+    (o, lse), residuals = _call(modules[1], "forward", case)(operands)
     # Named here, inside the rule, so that a remat policy that saves these names runs no forward kernel twice.
     o = checkpoint_name(o, "window_attention_out")
     lse, residuals = checkpoint_name((lse, residuals), "window_attention_residual")
     return (o, lse), (operands, o, lse, residuals)
 
 
-def _attention_backward(module: ModuleType, case: Case, saved: Any, cotangents: tuple[Array, Array]) -> tuple[Operands]:
+def _attention_backward(
+    modules: tuple[ModuleType, ModuleType], case: Case, saved: Any, cotangents: tuple[Array, Array]
+) -> tuple[Operands]:
     do, dlse = cotangents
-    gradients = _call(module, "backward", case)(*saved, do, dlse if case.return_lse else None)
+    gradients = _call(modules[1], "backward", case)(*saved, do, dlse if case.return_lse else None)
     columns = Columns(gradients.columns_k, gradients.columns_v, None, None) if case.C else None  # type: ignore[arg-type]
     return (Operands(gradients.q, gradients.k, gradients.v, gradients.scores, None, columns, None),)
 

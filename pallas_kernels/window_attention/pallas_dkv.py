@@ -33,6 +33,8 @@ from pallas_kernels.window_attention.pallas_stream import (
     program_count,
     skip_steps,
     take_registers,
+    turn,
+    turns,
 )
 
 
@@ -110,11 +112,11 @@ class _KeyItems:
         self.heads, self.program = case.B * case.K, jax.lax.axis_index("programs")
         # Later tiles meet no query; of those, only the first ``written`` must still be written.
         tiles = jnp.maximum(used_ref[0], written)
-        self.rounds = (tiles * self.heads - self.program + programs - 1) // programs
+        self.rounds = turns(tiles * self.heads, self.program, programs)
 
     def place(self, n):
         """(b, KV head, tile) of item n."""
-        item = self.program + n * self.programs
+        item = turn(n, self.program, self.programs)
         row = jax.lax.rem(item, jnp.int32(self.heads))
         b, h = jax.lax.div(row, jnp.int32(self.case.K)), jax.lax.rem(row, jnp.int32(self.case.K))
         return b, h, jax.lax.div(item, jnp.int32(self.heads))

@@ -63,6 +63,17 @@ class Steps:
         return pl.multiple_of(self.first + (step - self.listed) * self.keys, 8)
 
 
+def turn(n, program, programs: int):
+    """The item that a program takes as its n-th: back and forth, so that the longer one and the shorter one add up."""
+    return n * programs + jnp.where(jax.lax.rem(n, jnp.int32(2)) == 0, program, programs - 1 - program)
+
+
+def turns(items, program, programs: int):
+    """How many items a program takes."""
+    rounds = jax.lax.div(items, jnp.int32(programs))
+    return rounds + jnp.where(turn(rounds, program, programs) < items, 1, 0)
+
+
 class Items:
     """The tiles of queries that a program takes in turn; the longest ones, those of the last queries, first."""
 
@@ -70,11 +81,11 @@ class Items:
         self.case, self.plan, self.tiles, self.programs = case, plan_ref, tiles, programs
         self.heads = case.B * case.H
         self.program = jax.lax.axis_index("programs")
-        self.rounds = (tiles * self.heads - self.program + programs - 1) // programs
+        self.rounds = turns(jnp.int32(tiles * self.heads), self.program, programs)
 
     def place(self, n):
         """(b, head, KV head, tile) of this program's item n."""
-        item = self.program + n * self.programs
+        item = turn(n, self.program, self.programs)
         row = jax.lax.rem(item, jnp.int32(self.heads))
         head = jax.lax.rem(row, jnp.int32(self.case.H))
         h = jax.lax.div(head, jnp.int32(self.case.H // self.case.K))

@@ -21,7 +21,7 @@ from pallas_kernels.window_attention.triton_tiles import (
 # How many tiles of queries (of all the heads of a group) make another program for a tile of retained keys worth its
 # sums, which are read again, and how many programs share a tile at most: measured on an H200.
 STEPS = 128
-PARTS = 16
+PARTS = 8
 
 
 @jit
@@ -131,8 +131,11 @@ def _parts(count, U, most, KEYS: tl.constexpr):
 def _sum_parts(gradients, slot, stride, parts, listed, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """What the list holds for keys, zero for those that it does not list."""
     total = tl.zeros((slot.shape[0], BLOCK), tl.float32)
-    for part in range(0, tl.where(tl.max(listed.to(tl.int32), 0) > 0, parts, 0)):
-        total += load_rows(gradients, slot + part * stride, SIZE, listed, SIZE, BLOCK, True)
+    # Two at a time, so that one's way through memory is the other's too.
+    for first in range(0, tl.where(tl.max(listed.to(tl.int32), 0) > 0, parts, 0), 2):
+        for part in tl.static_range(2):
+            there = listed & (first + part < parts)
+            total += load_rows(gradients, slot + (first + part) * stride, SIZE, there, SIZE, BLOCK, True)
     return total
 
 

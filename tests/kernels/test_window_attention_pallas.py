@@ -18,6 +18,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from pallas_kernels.dispatch import UnsupportedCase
 from pallas_kernels.window_attention import (
     Columns,
+    api,
     pallas,
     pallas_dkv,
     pallas_dq,
@@ -50,7 +51,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setitem(pallas_forward.TILES, 64, pallas_stream.Tiles(2, 64, 2))
     monkeypatch.setitem(pallas_dq.TILES, 64, pallas_stream.Tiles(1, 64, 2))
     monkeypatch.setitem(pallas_dkv.TILES, 64, pallas_dkv.KeyTiles(1, 64, 2))
-    monkeypatch.setattr(pallas_stream, "PROGRAMS", 1)
+    monkeypatch.setattr(pallas_stream, "PROGRAMS", 3)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,25 @@ def test_other_cases_are_refused(change, words):
     pallas.check(CASE)
     with pytest.raises(UnsupportedCase, match=words):
         pallas.check(dataclasses.replace(CASE, **change))
+
+
+@pytest.mark.parametrize(
+    "change, passes, with_gradients",
+    [
+        ({}, "pallas", "triton"),
+        (dict(expiry=True), "triton", "triton"),
+        (dict(segment_ids=True), "triton", "triton"),
+        (dict(window=None), "triton", "triton"),
+        (dict(N=128, expiry=True), "pallas", "pallas"),
+        (dict(V=72, C=5), "pallas", "pallas"),
+        (dict(N=128, T=1023), "triton", "triton"),
+    ],
+)
+def test_the_fastest_comes_first(change, passes, with_gradients):
+    case = dataclasses.replace(CASE, **dict(T=1024, U=1024, N=64, V=64, window=99, C=0, expiry=False) | change)
+    case = dataclasses.replace(case, segment_ids="segment_ids" in change, return_lse=False)
+    assert api.fastest_order(case, False).fastest[0] == passes
+    assert api.fastest_order(case, True).fastest[0] == with_gradients
 
 
 def test_no_decode_step():
