@@ -296,14 +296,14 @@ class Tiles:
 # (pass, padded head size) -> tiles for 16-bit numbers; the rows were measured on an H200.
 TILES = {
     ("forward", 64): Tiles(64, 64, 4, 3),
-    ("forward", 128): Tiles(128, 64, 8, 3),
-    ("forward", 256): Tiles(64, 64, 4, 2),
+    ("forward", 128): Tiles(64, 64, 4, 3),
+    ("forward", 256): Tiles(128, 32, 8, 3),
     ("dq", 64): Tiles(64, 32, 4, 3),
     ("dq", 128): Tiles(64, 64, 4, 2),
-    ("dq", 256): Tiles(64, 32, 8, 2),
+    ("dq", 256): Tiles(64, 32, 8, 3),
     ("dkv", 64): Tiles(64, 64, 4, 3),
-    ("dkv", 128): Tiles(64, 64, 8, 2),
-    ("dkv", 256): Tiles(32, 64, 8, 2),
+    ("dkv", 128): Tiles(64, 64, 8, 3),
+    ("dkv", 256): Tiles(32, 64, 8, 3),
 }
 
 
