@@ -59,7 +59,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("inspect", False, "Show what LTE keeps of --text, or of a row of data: pictures and a page.")
     flags.DEFINE_integer("num_samples", 200, "For --own: how many samples of each length (or windows of text).")
     flags.DEFINE_integer("depths", 5, "For --own=needles: in how many ranges of depth needles are asked for.")
-    flags.DEFINE_string("text", None, "For --inspect, --own=positions and --own=bytes: a file or folder of text.")
+    flags.DEFINE_string("text", None, "Text for --inspect and --own=positions, bytes or needles: a file or folder.")
     flags.DEFINE_string("tokenizer", None, "'bytes', a tokenizer.json or its folder; default its own.")
     flags.DEFINE_string("include_path", None, "For tasks: a folder with further task files.")
     flags.DEFINE_integer("num_fewshot", None, "For tasks: examples before each question; default the task's.")
@@ -196,18 +196,18 @@ def evaluate_own(
     if name in ("positions", "bytes"):
         if text is None:
             raise ValueError(f"--own={name} needs --text, a file or folder of text")
-        length = lengths[0] if lengths else None
-        if name == "bytes":
-            result = own.bytes_perplexity(model, found, text, chosen, length=length)
-        else:
-            result = own.positions(model, found, text, chosen, length=length or model.config.max_length)
+        length = lengths[0] if lengths else model.config.max_length
+        task = own.positions if name == "positions" else own.bytes_perplexity
+        result = task(model, found, text, chosen, length=length)
     else:
         kinds = TASK_KINDS[name]
         saved = restore.read_settings(place, step)
-        kind = kind or next((k for k in kinds if saved.get("data", {}).get("kind") == k), None)
-        kind = kind or kinds[0]
+        kind = kind or next((k for k in kinds if saved.get("data", {}).get("kind") == k), kinds[0])
         if kind not in kinds:
             raise ValueError(f"--data={kind}: --own={name} takes {' or '.join(kinds)}")
+        if text is not None and kind != "TextNeedles":
+            raise ValueError(f"--text={text}: --own={name} on {kind} draws its own tokens; drop it")
+        assignments = [*assignments, *([] if text is None else [f"haystack={text}"])]
         same = saved if saved.get("data", {}).get("kind") == kind else {}
         data: Any = heldout.data_set(same, None if same else kind, assignments)
         if name == "needles":

@@ -110,7 +110,7 @@ def test_the_program_writes_numbers_and_a_picture(corpus, tmp_path, capsys):
     run, chosen = str(tmp_path / "run"), dict(num_samples=4, batch_size=4)
     record = evaluate_own(run, "copying", assignments=["length=64", "symbols=4"], **chosen)
     assert json.loads((tmp_path / "run" / "copying.json").read_text()) == json.loads(json.dumps(record))
-    evaluate_own(run, "needles", str(tmp_path / "n.json"), lengths=[128], depths=2, **chosen)
+    evaluate_own(run, "needles", str(tmp_path / "n.json"), lengths=[128], depths=2, text=str(corpus), **chosen)
     evaluate_own(run, "bytes", str(tmp_path / "b.json"), text=str(corpus), lengths=[40], **chosen)
     for path in (tmp_path / "run" / "copying.png", tmp_path / "n.png", tmp_path / "b.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -118,6 +118,7 @@ def test_the_program_writes_numbers_and_a_picture(corpus, tmp_path, capsys):
     for message, name, options in (
         ("needs --text", "bytes", {}),
         ("takes TextNeedles or SymbolNeedles", "needles", {"kind": "MQAR"}),
+        ("draws its own tokens; drop it", "copying", {"text": str(corpus)}),
         ("has no such length", "mqar", {"lengths": [7]}),
         ("num_samples=0", "copying", {"num_samples": 0}),
         ("below the model's vocab_size 260", "mqar", {"kind": "MQAR"}),
