@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -36,7 +37,8 @@ def compare(suite: Suite, workdir: Path) -> str:
     for run in suite.runs:
         model, _ = restore.load_model(workdir / run.name)
         rows = run.data.rows("heldout", batch_size=64)
-        scores[run.name] = score_batches(model, Batches(rows, 64, pad_last=True), reading="streaming", buckets=6)
+        with contextlib.closing(Batches(rows, 64, pad_last=True)) as batches:
+            scores[run.name] = score_batches(model, batches, reading="streaming", buckets=6)
     chance = getattr(suite.runs[0].data, "chance", None)
     picture = plots.accuracy_by_distance(
         workdir / "accuracy.png",

@@ -9,6 +9,7 @@ fits; "sliding" spends all bytes on a plain window. A run lies in a folder of it
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import sys
@@ -132,7 +133,8 @@ def sweep(
             trainer(config, workdir / config.name)
             model, _ = restore.load_model(workdir / config.name)
             rows = base.data.rows("heldout", batch_size=64)
-            scores = score_batches(model, Batches(rows, 64, pad_last=True), reading="streaming")
+            with contextlib.closing(Batches(rows, 64, pad_last=True)) as batches:
+                scores = score_batches(model, batches, reading="streaming")
             point = {name: getattr(setting, name) for name in ("rule", "window", "budget", "bytes")}
             records.append({**point, "seed": seed, "accuracy": scores.accuracy, "loss": scores.loss})
             say(f"{config.name}: accuracy {scores.accuracy:.4f}, loss {scores.loss:.4f}")

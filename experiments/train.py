@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -22,6 +23,9 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "The folder of the run: made, or continued.")
     flags.DEFINE_multi_string("set", [], "A setting: a.b=value. May be repeated.")
     flags.DEFINE_string("init_from", None, "Start from the weights of a run's folder or of a Hugging Face folder.")
+    flags.DEFINE_multi_string(
+        "allow_change", [], "A setting of the optimizer that a run may change when it goes on. May be repeated."
+    )
     flags.DEFINE_string("profile", None, "START:STEPS writes a trace of these steps into workdir/profile.")
     flags.DEFINE_bool("deterministic", False, "On a GPU: the same bits at every run, somewhat slower.")
     flags.DEFINE_bool("distributed", False, "Join the other processes of this launch (SLURM and Open MPI are found).")
@@ -98,12 +102,13 @@ def _train() -> bool:
     config = config.override(FLAGS.set) if isinstance(config, Suite) else configs.override(config, FLAGS.set)
     if jax.process_index() == 0:
         print(configs.to_json(config))
-    profile = _profile(FLAGS.profile)
+    options: dict[str, Any] = {"profile": _profile(FLAGS.profile), "init_from": FLAGS.init_from}
+    options["allow_change"] = FLAGS.allow_change
     workdir = Path(FLAGS.workdir)
     if not isinstance(config, Suite):
-        return train(config, workdir, init_from=FLAGS.init_from, profile=profile).finished
+        return train(config, workdir, **options).finished
     for run in config.runs:
-        result = train(run, workdir / run.name, init_from=FLAGS.init_from, profile=profile)
+        result = train(run, workdir / run.name, **options)
         if not result.finished or result.interrupted:  # a signal in a run's last save leaves the others to be done
             return False
     print(compare(config, workdir))

@@ -86,6 +86,9 @@ class Checkpoints:
         self._failure: BaseException | None = None
         if read_only and not self.folder.is_dir():
             raise CheckpointError(f"{self.folder}: no checkpoints there")
+        if not read_only and jax.process_index() == 0:
+            for doomed in self.folder.glob("deleted-*"):  # of a run that was killed while it deleted
+                shutil.rmtree(doomed, ignore_errors=True)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(

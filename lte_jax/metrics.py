@@ -129,6 +129,14 @@ class Reporter:
             speed["mfu"] = rate * self._flops / (jax.device_count() * self._peak)
         return speed
 
+    def changed(self, step: int, settings: Mapping[str, tuple[Any, Any]]) -> None:
+        """Writes which settings, name -> (before, after), the run has changed from this step on, once."""
+        record = {"step": step, "changed": {name: list(values) for name, values in settings.items()}}
+        if settings and self.active and record not in read_metrics(self._path.parent):
+            self.write(record)
+            for name, (before, after) in settings.items():
+                self.say(f"from step {step} on: {name} {before} -> {after}")
+
     def pause(self) -> None:
         """Leaves what follows (evaluation, a save) out of the next interval."""
         self._mark = None
@@ -164,7 +172,9 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 def _keep_until(path: Path, step: int) -> None:
     if path.is_file():
         kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial = path.with_name(f".{path.name}-partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.replace(path)  # a full disk or a kill leaves the old ones
 
 
 def _plain(value: Any) -> Any:

@@ -22,8 +22,15 @@ class Trace:
         self._running = False
 
     def check(self, done: int, total: int) -> None:
-        """Raises ValueError where a run that continues after step ``done`` never comes to the steps asked for."""
+        """Raises ValueError where a run that continues after step ``done`` never comes to the steps asked for.
+
+        A run that is finished traces nothing and says so: it may be one of several.
+        """
         if self._steps is None:
+            return
+        if done >= total:
+            print(f"--profile: this run has finished its {total} steps, so nothing is traced", flush=True)
+            self._steps = None
             return
         first, count = self._steps
         if first <= done or first + count - 1 > total:

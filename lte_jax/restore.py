@@ -7,6 +7,7 @@ read here, onto one device, whatever mesh wrote them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -146,7 +147,8 @@ def load_penalty(folder: str | os.PathLike[str], step: int | None = None) -> Sav
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         arguments = ocp.args.PyTreeRestore(wanted, partial_restore=True, **options)
         found = checkpointer.restore((path / TRAINING).absolute(), args=arguments)
-    expected = Checkpoints(place.checkpoints, read_only=True).read_meta(chosen)["checksums"][TRAINING]
+    with contextlib.closing(Checkpoints(place.checkpoints, read_only=True)) as checkpoints:
+        expected = checkpoints.read_meta(chosen)["checksums"][TRAINING]
     if any(expected.get(name) != value for name, value in checksums(found).items()):
         raise CheckpointError(f"{path}: the checksum of the penalty is wrong; take another step")
     schedule = configs.from_dict(PenaltyConfig, settings["penalty"], "penalty")

@@ -1,29 +1,36 @@
 """What does the folder of a run hold, and may this run use it?
 
     config.json       the resolved settings
-    metrics.jsonl     one record per logged step
+    metrics.jsonl     one record per logged step, per evaluation, and per change of a setting
     tokenizer/        the data's tokenizer, where it has one
     checkpoints/<step>
     *.png             pictures
+    .lock             held by process 0 of the launch that is at work here
 
-A folder belongs to one run: another config, or files of something else, are refused and never overwritten.
+A folder belongs to one run: another config, or files of something else, are refused and never overwritten. A setting of
+the optimiser may change when that is stated.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import socket
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from lte_jax import configs, restore
+from lte_jax.agreement import exchange
 from lte_jax.convert import WeightReport
 from lte_jax.data.tokenizer import load_tokenizer
+from lte_jax.metrics import read_metrics
 from lte_jax.model_config import ModelConfig
 from lte_jax.optim import OptimizerConfig
 from lte_jax.restore import CONFIG, TOKENIZER
@@ -32,37 +39,90 @@ from lte_jax.sharding import MeshConfig, make_mesh
 from lte_jax.step import Builder, ComputeConfig, Params, StepConfig
 
 FREE = (
-    *("mesh", "accumulation", "checkpoint", "evaluation", "reading"),
-    *("compute.remat", "compute.implementation", "log_every", "name"),
+    *("mesh", "accumulation", "checkpoint", "evaluation", "reading", "spikes", "optimizer.max_skipped"),
+    *("compute.remat", "compute.implementation", "compute.layers", "compute.chunk_tokens", "log_every", "name"),
 )
 """Settings that a run may change when it continues: they do not change what it learns, up to rounding, the draws of
-dropout (``accumulation``) and rows left out because they cannot be read (``reading.bad_rows``)."""
+dropout (``accumulation``), rows left out because they cannot be read (``reading.bad_rows``) and what becomes of loss
+spikes (``spikes``)."""
+
+STATED = ("optimizer",)
+"""Settings that a run may change besides where the change is stated (``--allow_change``); its metrics keep the step."""
+
+LOCK = ".lock"
 
 
 class RunError(ValueError):
     """A folder that this run may not use."""
 
 
-def claim(workdir: str | Path, config: dict[str, Any]) -> Path:
+def claim(workdir: str | Path, config: dict[str, Any], stated: Sequence[str] = ()) -> tuple[Path, IO[str] | None]:
     """Makes the folder, or takes up the run that it holds if that has the same settings.
 
+    Args:
+      stated: names of settings that may differ although they are not ``FREE``.
+
+    Returns:
+      The folder, and on process 0 the lock on it, which lasts until it is closed or the process ends.
+
     Raises:
-      RunError: it holds another run (the differing settings are named) or something else.
+      RunError: on every process, where the folder holds another run (the differing settings are named) or something
+        else, or another launch is at work in it.
     """
     folder = Path(workdir).absolute()
+    lock, failure = None, None
     if jax.process_index() == 0:
+        try:
+            lock = _take(folder, config, stated)
+        except (RunError, OSError) as error:
+            failure = error
+    answer = exchange("taken" if failure is None else str(failure))[0]
+    if failure is not None:
+        raise failure
+    if answer != "taken":
+        raise RunError(answer)
+    if jax.process_count() > 1:
+        check_same(read_config(folder), config, str(folder), stated)
+    return folder, lock
+
+
+def _take(folder: Path, config: dict[str, Any], stated: Sequence[str]) -> IO[str]:
+    others = [path.name for path in folder.iterdir() if path.name != LOCK] if folder.exists() else []
+    if others and not (folder / CONFIG).is_file():
+        raise RunError(f"{folder} is not empty and holds no {CONFIG} of a run: name another --workdir")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
+    try:
         if (folder / CONFIG).is_file():
-            check_same(read_config(folder), config, str(folder))
-        elif folder.exists() and any(folder.iterdir()):
-            raise RunError(f"{folder} is not empty and holds no {CONFIG} of a run: name another --workdir")
-        folder.mkdir(parents=True, exist_ok=True)
+            check_same(read_config(folder), config, str(folder), stated)
         partial = folder / f".{CONFIG}-{os.getpid()}"
         partial.write_text(json.dumps(config, indent=2) + "\n")
         partial.replace(folder / CONFIG)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("workdir")
-        check_same(read_config(folder), config, str(folder))
-    return folder
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        lock.flush()
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _lock(folder: Path) -> IO[str]:
+    """The kernel releases it when this process ends, however."""
+    lock = (folder / LOCK).open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another launch"
+        lock.close()
+        raise RunError(
+            f"{folder} is in use by {holder}: two launches would overwrite each other; wait until that one has ended, "
+            "stop it, or name another --workdir"
+        ) from None
+    except OSError as error:
+        print(f"WARNING: {folder}: its file system has no locks ({error.strerror}); start no second launch in it")
+    return lock
 
 
 def read_config(workdir: str | Path) -> dict[str, Any]:
@@ -76,17 +136,43 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
         raise RunError(f"{path} is damaged: {error}") from error
 
 
-def check_same(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
+def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ and are not ``FREE``: name -> (old, new)."""
+    return {key: values for key, values in configs.differences(old, new).items() if not _under(key, FREE)}
+
+
+def _under(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def check_stated(names: Sequence[str]) -> None:
+    """Raises RunError unless all are settings that a run may change when it says so."""
+    wrong = next((name for name in names if not _under(name, STATED)), None)
+    if wrong is not None:
+        raise RunError(
+            f"--allow_change={wrong}: a run may change only settings of {', '.join(STATED)}, such as "
+            "optimizer.learning_rate; name another --workdir for other settings"
+        )
+
+
+def check_same(old: dict[str, Any], new: dict[str, Any], where: str, stated: Sequence[str] = ()) -> None:
     """Raises RunError, naming them, where settings differ that must not."""
-    found = {
-        key: values
-        for key, values in configs.differences(old, new).items()
-        if not any(key == free or key.startswith(free + ".") for free in FREE)
-    }
+    found = {key: values for key, values in changes(old, new).items() if not _under(key, stated)}
     if found:
         named = ", ".join(f"{key} {before!r} -> {after!r}" for key, (before, after) in list(found.items())[:6])
         more = f" and {len(found) - 6} more" if len(found) > 6 else ""
-        raise RunError(f"{where} holds another run; differing: {named}{more}. Name another --workdir")
+        raise RunError(f"{where} holds another run; differing: {named}{more}. Name another --workdir{_way_on(found)}")
+
+
+def _way_on(found: dict[str, Any]) -> str:
+    if not all(_under(key, STATED) for key in found):
+        return ""
+    return f", or go on with the change from here: {' '.join(f'--allow_change={key}' for key in found)}"
+
+
+def changed_before(folder: Path) -> list[str]:
+    """The settings that this run has changed, as its metrics say."""
+    return [name for record in read_metrics(folder) for name in record.get("changed", ())]
 
 
 def save_tokenizer(folder: Path, data: Any) -> None:

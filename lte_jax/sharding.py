@@ -178,3 +178,10 @@ def put(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
         return tree
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731 - a PartitionSpec is a tuple, so a tree
     return jax.device_put(tree, jax.tree.map(lambda leaf: NamedSharding(mesh, leaf), specs, is_leaf=is_spec))
+
+
+def local_shard(place: jax.sharding.Sharding, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(index, count): which piece of the global batch this process loads, the rows that its devices hold."""
+    count = jax.process_count()
+    rows = [index[0].start or 0 for index in place.addressable_devices_indices_map(shape).values() if index]
+    return min(rows) // (shape[0] // count), count

@@ -60,6 +60,7 @@ def train(
     init_from: str | Path | None = None,
     profile: tuple[int, int] | None = None,
     devices: Sequence[jax.Device] | None = None,
+    allow_change: Sequence[str] = (),
 ) -> Result:
     """Trains from the newest checkpoint in ``workdir`` to the last step.
 
@@ -67,6 +68,7 @@ def train(
       init_from: folder of a run or of the authors' weights to start from, for a run that has no checkpoint yet.
       profile: (first step, how many) to trace into ``workdir/profile``.
       devices: default all.
+      allow_change: settings of the optimiser that a run may change when it goes on, such as "optimizer.learning_rate".
 
     Raises:
       ValueError: settings, data or a folder that cannot be used, before any step.
@@ -74,8 +76,9 @@ def train(
         read; in a single process, the steps until then are saved.
     """
     config.check()
+    runs.check_stated(allow_change)
     with Signals(ctrl_c=jax.process_count() == 1) as signals:
-        run = _Run(config, workdir, devices)
+        run = _Run(config, workdir, devices, allow_change)
         try:
             state = run.start(init_from)
             trace = Trace(run.folder / "profile", profile)
@@ -92,8 +95,14 @@ def train(
 class _Run:
     """One call of ``train``: its data, its compiled steps, its files."""
 
-    def __init__(self, config: ExperimentConfig, workdir: str | Path, devices: Sequence[jax.Device] | None):
-        self.config = config
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        workdir: str | Path,
+        devices: Sequence[jax.Device] | None,
+        allow_change: Sequence[str],
+    ):
+        self.config, self.allow_change = config, allow_change
         self.mesh = sharding.make_mesh(config.mesh, devices)
         self.say(sharding.device_table(self.mesh))
         rows = config.data.rows("train", batch_size=config.batch_size)
@@ -101,7 +110,7 @@ class _Run:
         self.place = sharding.batch_sharding(first["input_ids"], self.mesh)
         micro = config.batch_size // config.accumulation
         sharding.batch_sharding((micro, first["input_ids"][1]), self.mesh)
-        self.shard = _local_shard(self.place, first["input_ids"])
+        self.shard = sharding.local_shard(self.place, first["input_ids"])
         self.batches = Batches(
             rows, config.batch_size, shard_index=self.shard[0], shard_count=self.shard[1], reading=config.reading
         )
@@ -109,7 +118,7 @@ class _Run:
         self.heldout_rows = config.data.rows("heldout", batch_size=micro)
         self.builder = Builder(step_config(config, first["input_ids"][1]), self.mesh)
         self.abstract = self.builder.abstract_state()
-        self.folder = runs.claim(workdir, configs.to_dict(config))
+        self.folder, self.lock = runs.claim(workdir, configs.to_dict(config), allow_change)
         runs.save_tokenizer(self.folder, config.data)
         self.checkpoints = Checkpoints(
             self.folder / restore.CHECKPOINTS, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
@@ -155,9 +164,10 @@ class _Run:
         state = self.abstract
         wanted = {"params": state.params, "training": _beside_params(state)}
         settings = configs.to_dict(self.config)
+        stated = [*self.allow_change, *runs.changed_before(self.folder)]
         began = time.perf_counter()
         restored = self.checkpoints.restore(
-            wanted, check=lambda meta: runs.check_same(meta["config"], settings, f"checkpoint {meta['step']}")
+            wanted, check=lambda meta: runs.check_same(meta["config"], settings, f"checkpoint {meta['step']}", stated)
         )
         read = time.perf_counter()
         self.compile(self.first_shapes)
@@ -177,6 +187,8 @@ class _Run:
         else:
             state = self.builder.init_state()
         self.reporter = self._new_reporter()
+        if restored is not None:
+            self.reporter.changed(self.step, runs.changes(restored.meta["config"], settings))
         return state
 
     def _new_reporter(self) -> metrics.Reporter:
@@ -265,10 +277,11 @@ class _Run:
         if in_row >= self.config.optimizer.max_skipped:
             raise TrainingError(
                 f"the loss or gradient was not finite in {in_row} steps in a row, up to step {step}: training stops; "
-                "lower optimizer.learning_rate, or look at the batches in nonfinite-*.npz"
+                "look at the batches in nonfinite-*.npz, or go on with --set optimizer.learning_rate=(a lower one) "
+                "--allow_change=optimizer.learning_rate"
                 if not spike
                 else f"the loss was a spike in {in_row} steps in a row, up to step {step}: training stops; look at the "
-                "batches in spike-*.npz, raise spikes.sigmas or set spikes.skip=false"
+                "batches in spike-*.npz, or go on with a higher --set spikes.sigmas or with --set spikes.skip=false"
             )
 
     def _keep_batch(self, step: int, batch: Batch, numbers: dict[str, Any], kind: str, applied: bool) -> None:
@@ -367,6 +380,8 @@ class _Run:
         if self.reporter is not None:
             self.reporter.close()
         self.checkpoints.close()
+        if self.lock is not None:
+            self.lock.close()
 
 
 def _beside_params(state: TrainState) -> dict[str, Any]:
@@ -379,10 +394,3 @@ def _join_state(abstract: TrainState, items: dict[str, Any]) -> TrainState:
     leaves = jax.tree.leaves(items["training"])
     rest = jax.tree.unflatten(jax.tree.structure(_beside_params(abstract)), leaves)
     return TrainState(**{**rest, "params": items["params"]})
-
-
-def _local_shard(place: jax.sharding.Sharding, shape: tuple[int, ...]) -> tuple[int, int]:
-    """(index, count): which piece of the global batch this process loads, the rows that its devices hold."""
-    count = jax.process_count()
-    rows = [index[0].start or 0 for index in place.addressable_devices_indices_map(shape).values() if index]
-    return min(rows) // (shape[0] // count), count

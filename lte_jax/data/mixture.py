@@ -16,6 +16,7 @@ from lte_jax.data.pipeline import mix
 from lte_jax.data.shards import PackedRows
 from lte_jax.data.tasks import MQAR, Copying, Split, SymbolNeedles
 from lte_jax.data.text import Text
+from lte_jax.data.tokenizer import load_tokenizer
 
 Part = SymbolNeedles | TextNeedles | MQAR | Copying | Text | PackedRows
 """A data set whose rows are all of one length, and may therefore be mixed."""
@@ -33,11 +34,35 @@ class Mixture:
 
     @property
     def length(self) -> int:
+        self._check_parts()
         return self.parts[0].length
 
     @property
     def vocab_size(self) -> int:
+        self._check_parts()
         return max(part.vocab_size for part in self.parts)
+
+    @property
+    def tokenizer(self) -> str | None:
+        """That of the parts which have one, by the name of the first; None for tasks of symbols.
+
+        Raises:
+          DataError: two parts have tokenizers that give different ids.
+        """
+        return self._common_tokenizer()
+
+    def _common_tokenizer(self) -> str | None:
+        names = [name for part in self.parts if (name := getattr(part, "tokenizer", None)) is not None]
+        if len({load_tokenizer(name).fingerprint() for name in set(names)}) > 1:
+            raise DataError(
+                f"parts with tokenizers {', '.join(dict.fromkeys(names))}: one model reads the ids of one; prepare all "
+                "parts with the same"
+            )
+        return names[0] if names else None
+
+    def _check_parts(self) -> None:
+        if not self.parts:
+            raise DataError("parts=(): a mixture needs at least one data set; add one")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; each part carries its class name."""
@@ -62,8 +87,8 @@ class Mixture:
 
     def rows(self, split: Split = "train", *, batch_size: int | None = None) -> grain.MapDataset:
         """The rows of a split in training order: without end for "train", once for "heldout"."""
-        if not self.parts:
-            raise DataError("parts=(): a mixture needs at least one data set; add one")
+        self._check_parts()
+        self._common_tokenizer()
         lengths = [part.length for part in self.parts]
         if len(set(lengths)) > 1:
             raise DataError(f"parts of lengths {lengths}: rows of one batch have one length; give all parts the same")

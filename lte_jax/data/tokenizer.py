@@ -6,6 +6,7 @@ A tokenizer travels with a checkpoint: ``save(folder)`` copies what ``load_token
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -56,6 +57,9 @@ class Tokenizer(Protocol):
         """Text without special tokens."""
 
     def stream(self) -> Stream: ...
+
+    def fingerprint(self) -> str:
+        """The same for two tokenizers that give the same ids, wherever their files lie."""
 
     def save(self, folder: str | Path) -> None:
         """Writes into ``folder`` what ``load_tokenizer(folder)`` needs."""
@@ -121,6 +125,9 @@ class ByteTokenizer:
 
     def stream(self) -> Stream:
         return _ByteStream(self.vocab_size)
+
+    def fingerprint(self) -> str:
+        return BYTES
 
     def save(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -190,6 +197,12 @@ class FileTokenizer:
 
     def stream(self) -> Stream:
         return PieceStream(self.decode)
+
+    def fingerprint(self) -> str:
+        known = json.dumps(
+            [json.loads(self._tokenizer.to_str()), self.bos_id, self.eos_id, self.pad_id], sort_keys=True
+        )
+        return hashlib.sha256(known.encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)

@@ -253,6 +253,15 @@ def test_the_newest_and_the_best_stay(tmp_path):
     checkpoints.close()
 
 
+def test_what_a_killed_run_was_deleting_is_deleted_at_the_next_start(tmp_path):
+    save(tmp_path, [1])
+    (tmp_path / "deleted-0" / "params").mkdir(parents=True)
+    assert_is(restore(tmp_path), 1)
+    assert (tmp_path / "deleted-0").exists(), "a reader changes nothing"
+    assert_is(restore(tmp_path, read_only=False), 1)
+    assert names(tmp_path) == ["1"]
+
+
 def test_stray_folders_never_push_out_a_whole_step(tmp_path):
     save(tmp_path, [1])
     for stray in (5, 6, 7):
