@@ -26,8 +26,8 @@ pytestmark = needs_triton
 # Shared memory that one program may have, in KB, by compute capability.
 SHARED = {80: 163, 89: 99, 90: 227, 120: 99}
 # Spilled bytes per thread allowed on Hopper, by head size and kernel; 0 without an entry, and for every other GPU. With
-# documents and columns the kernel of keys spills some. Tiles that do not were slower on an H200, without either: heads of
-# 128, 32 x 64, 0.65 ms against 0.48; of 256, 32 x 32, 0.90 against 0.54.
+# documents and columns the kernel of keys spills some. Tiles that do not were slower on an H200, without either: 32 x
+# 64 for heads of 128, 0.65 ms against 0.48, and 32 x 32 for heads of 256, 0.90 against 0.54.
 SPILLS = {
     64: {"_dkv_kernel": 64},
     128: {"_dkv_kernel": 96},
