@@ -51,7 +51,9 @@ def of_another_model(folder: Path) -> None:
 
 def another_run(folder: Path) -> None:
     settings = configs.to_dict(tiny_experiment())
-    runs.claim(folder, settings)
+    lock = runs.claim(folder, settings)[1]
+    assert lock is not None
+    lock.close()
     try:
         runs.claim(folder, {**settings, "seed": 3})
     finally:
