@@ -99,14 +99,17 @@ def _gib(size: float) -> str:
 
 
 def _picture(lines: Iterable[Line], size: str, folder: Path) -> Path:
-    """Prompt time, time per token and memory over the tokens before, a row of panels for each batch."""
+    """Prompt time, time per token and memory over the tokens before: a row of panels for batches of several models."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     lines = [line for line in lines if line["size"] == size]
+    models = list(dict.fromkeys(line["model"] for line in lines))
     batches = sorted({line["batch"] for line in lines})
+    several = [b for b in batches if len({line["model"] for line in lines if line["batch"] == b}) > 1]
+    batches = several or batches
     figure, axes = plt.subplots(len(batches), 3, figsize=(13, 3.4 * len(batches)), squeeze=False)
     panels = (
         ("prompt (s)", lambda line: line.get("prompt")),
@@ -121,10 +124,12 @@ def _picture(lines: Iterable[Line], size: str, folder: Path) -> Path:
                 points = [(x["length"], value(x)) for x in mine if value(x) is not None]
                 if points:
                     style, name = ("o-", model) if who == "ours" else ("x", f"{model}, {who}")
-                    axis.plot(*zip(*sorted(points), strict=True), style, label=name, markersize=4)
+                    colour = f"C{models.index(model)}"  # the same in every panel, whoever is in it
+                    axis.plot(*zip(*sorted(points), strict=True), style, color=colour, label=name, markersize=4)
             axis.set(xscale="log", yscale="log", xlabel="tokens before", ylabel=label, title=f"batch {batch}")
-    next(axis for axis in axes.flat if axis.has_data()).legend(fontsize=7)
-    figure.suptitle(size)
+    found = {name: handle for axis in axes.flat for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(found.values(), found.keys(), loc="upper right", ncols=len(found), fontsize=8)
+    figure.suptitle(size, x=0.02, ha="left")
     figure.tight_layout()
     path = folder / f"inference_cost_{size}.png"
     figure.savefig(path, dpi=110)

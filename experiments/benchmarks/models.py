@@ -217,7 +217,7 @@ class Bench:
                 return {**found, "missing": token}
             return {**found, "token_bytes": token.bytes, **self._decode(token, rows, last, batch)}
         except jax.errors.JaxRuntimeError as error:
-            return {**found, "missing": str(error).splitlines()[0][:120]}
+            return {**found, "missing": _reason(error)}
 
     def _chunk(self, program: Program, batch: int, cache: Any, seed: int) -> tuple[jax.Array, Any]:
         ids = np.random.default_rng(seed).integers(0, self.config.vocab_size, (batch, self.plan.chunk), np.int32)
@@ -272,10 +272,15 @@ def _program(future: Any) -> Program | str:
     try:
         compiled = future.result()
     except jax.errors.JaxRuntimeError as error:  # memory that no device has
-        return str(error).splitlines()[0][:120]
+        return _reason(error)
     plan = compiled.memory_analysis()
     size = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes
     return Program(compiled, size)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).splitlines()[0]
+    return "out of memory" if text.startswith("RESOURCE_EXHAUSTED") else text[:120]
 
 
 def _repeat(cache: Any, batch: int) -> Any:
