@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from lte_jax import configs
+from lte_jax import configs, damage
 from lte_jax.checkpoint import CheckpointError, Checkpoints, DamagedError
 from lte_jax.checksums import checksums
 from lte_jax.convert import WeightReport, abstract_model, from_pretrained, read_penalty
@@ -262,10 +262,11 @@ def _saved_shapes(step: Path, item: str = PARAMS) -> Any:
     """An item's tree as it was saved, to be restored onto this process's first device."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            saved = checkpointer.metadata(step.absolute() / item).item_metadata.tree
-    except Exception as error:  # whatever orbax makes of damaged files
-        raise CheckpointError(f"{step}: {item} cannot be read ({type(error).__name__})") from error
+        # Not through a checkpointer, which makes None of every error.
+        saved = ocp.StandardCheckpointHandler().metadata((step / item).absolute()).tree
+    except Exception as error:
+        kind = CheckpointError if damage.proof(error) is None else DamagedError
+        raise kind(f"{step}: {item} cannot be read ({damage.first_line(error)})") from error
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), saved)
 
 
