@@ -11,9 +11,12 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
+
+if TYPE_CHECKING:
+    from experiments.suite import Suite
 
 FLAGS = flags.FLAGS
 
@@ -94,7 +97,7 @@ def _prepare() -> None:
 def _train() -> bool:
     import jax
 
-    from experiments.suite import Suite, compare
+    from experiments.suite import Suite
     from lte_jax import configs
     from lte_jax.train import train
 
@@ -107,11 +110,19 @@ def _train() -> bool:
     workdir = Path(FLAGS.workdir)
     if not isinstance(config, Suite):
         return train(config, workdir, **options).finished
-    for run in config.runs:
-        result = train(run, workdir / run.name, **options)
+    return _train_all(config, workdir, options)
+
+
+def _train_all(suite: Suite, workdir: Path, options: dict[str, Any]) -> bool:
+    """Trains and compares the runs of a suite; whether all is done."""
+    from experiments.suite import compare
+    from lte_jax import train
+
+    for run in suite.runs:
+        result = train.train(run, workdir / run.name, **options)
         if not result.finished or result.interrupted:  # a signal in a run's last save leaves the others to be done
             return False
-    print(compare(config, workdir))
+    print(compare(suite, workdir))
     return True
 
 

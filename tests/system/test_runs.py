@@ -13,12 +13,16 @@ import jax
 import pytest
 import tokenizers
 
+import experiments.suite
+import lte_jax.train
+from experiments import train as program
+from experiments.suite import Suite
 from lte_jax import configs, data, metrics, runs
 from lte_jax.data.tokenizer import load_tokenizer
 from lte_jax.metrics import read_metrics
 from lte_jax.profiling import Trace
 from lte_jax.spikes import SpikeConfig
-from lte_jax.train import _Run, train
+from lte_jax.train import Result, _Run, train
 from tests.system.test_signals import config, metas, send
 
 ONE = jax.devices()[:1]
@@ -111,6 +115,23 @@ def test_a_finished_run_of_several_is_not_traced_and_says_so(tmp_path, capfd):
     with trace.step(20):
         pass
     assert trace.after(24, None) is None and not list(tmp_path.iterdir())
+
+
+def test_a_signal_in_the_last_save_of_one_run_leaves_the_next_to_be_done(tmp_path, monkeypatch):
+    begun, signalled = [], []
+
+    def fake(run, folder, **options):
+        begun.append(folder.name)
+        assert options == {"allow_change": []}
+        return Result(folder, 3, finished=True, heldout=None, interrupted=folder.name in signalled)
+
+    monkeypatch.setattr(lte_jax.train, "train", fake)
+    monkeypatch.setattr(experiments.suite, "compare", lambda *_: begun.append("compare"))
+    runs_of = [dataclasses.replace(config(), name=name) for name in "ab"]
+    for name, done, expected in (("a", False, "a"), ("b", False, "a b"), ("none", True, "a b compare")):
+        begun[:], signalled[:] = [], [name]
+        assert program._train_all(Suite(tuple(runs_of)), tmp_path, {"allow_change": []}) == done
+        assert begun == expected.split()
 
 
 def test_a_mixture_of_texts_brings_its_tokenizer_to_the_run(tmp_path):
