@@ -17,7 +17,7 @@ import pytest
 
 from lte_jax import data, metrics, spikes
 from lte_jax.checkpoint import CheckpointConfig, CheckpointError, Checkpoints
-from lte_jax.data import DataError, corpus, pipeline
+from lte_jax.data import DataError, UnreadableError, corpus, pipeline
 from lte_jax.data.tasks import TaskRows
 from lte_jax.experiment import EvaluationConfig
 from lte_jax.metrics import read_metrics
@@ -88,8 +88,18 @@ def test_a_bad_record_stops_the_run_saved_and_may_be_left_out(tmp_path, monkeypa
     with pytest.raises(DataError, match=words):
         train(small(), tmp_path / "run", devices=ONE)
     assert steps_of(tmp_path / "run")[-1] == 4  # rows 32 to 39 are the batch of step 5
-    began = time.monotonic()
     config = small(reading=pipeline.Reading(bad_rows="skip"))
+
+    def unreadable(self, index):
+        if index == 37:
+            raise UnreadableError("shards/train-00003.array_record: cannot be read (Input/output error)")
+        return read(self, index)
+
+    with monkeypatch.context() as patch:  # what may be whole is not left out
+        patch.setattr(TaskRows, "__getitem__", unreadable)
+        with pytest.raises(UnreadableError, match=r"step 5: .*\(Input/output error\)$"):
+            train(config, tmp_path / "run", devices=ONE)
+    began = time.monotonic()
     assert train(config, tmp_path / "run", devices=ONE).finished
     print(f"\ncontinued and finished in {time.monotonic() - began:.1f} s")
     targets = {record["step"]: record["targets"] for record in read_metrics(tmp_path / "run")}
