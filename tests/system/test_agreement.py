@@ -14,12 +14,11 @@ def found():
 
 
 def test_the_loss_of_100_steps_with_kernels_in_float32_is_that_of_xla(found):
-    """Measured: 9e-5."""
+    """Measured at a rate of 1e-3: 9e-5."""
     kernels, xla = (np.array(found["curves"][name][:100]) for name in ("float32_kernels", "float32"))
     assert np.abs(kernels / xla - 1).max() < 5e-4
-    assert xla[-1] < 0.4 * xla[0]  # it has learnt something
+    assert found["curves"]["float32"][-1] < 0.6 * found["curves"]["float32"][0]  # it has learnt something
 
 
-@pytest.mark.xfail(strict=True, reason="up to 1.6 %, and 1.5 % in XLA form: bfloat16 itself, not the kernels")
 def test_the_loss_of_200_steps_in_bfloat16_lies_within_half_a_percent_of_float32(found):
     assert found["largest"]["bfloat16"] < 0.005
