@@ -323,16 +323,16 @@ def test_split_over_segments(implementation):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("segments", [1, 3])
-@pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize(("kernels", "size"), [*itertools.product(("triton", "pallas"), (64, 128, 256)), ("wide", 256)])
-def test_every_tile(monkeypatch, kernels, size, times, segments):
-    """Every choice of tile that ships, in one scan and in a split one; Triton's wide ones at heads of 256."""
+@pytest.mark.parametrize(("size", "value_size"), [(64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512)])
+@pytest.mark.parametrize("kernels", ["triton", "triton, wide", "pallas"])
+def test_every_tile(monkeypatch, kernels, size, value_size, segments):
+    """Every choice of tile that ships, in one scan and in a split one; the wide ones are for many programs."""
     tokens = 150 + segments
-    if kernels == "wide":
+    if kernels == "triton, wide":
         monkeypatch.setattr(triton_tiles, "MANY", 1)
         kernels, tokens = "triton", 155 + segments  # not a program that jit has kept
     monkeypatch.setattr(split, "plan", lambda _, chunks, wanted: split.Plan(segments, -(-chunks // segments)))
-    shape = dict(batch=1, kv_heads=1, heads=2, size=size, value_size=times * size, dtype="bfloat16")
+    shape = dict(batch=1, kv_heads=1, heads=2, size=size, value_size=value_size, dtype="bfloat16")
     check(*make_inputs(tokens, decays=(0.01, 0.1, 20.0), **shape), kernels)
 
 
