@@ -21,7 +21,6 @@ from absl import app, flags, logging
 
 from lte_jax import configs, restore
 from lte_jax.data.sources import find_units, read_documents
-from lte_jax.data.tokenizer import check_fits, load_tokenizer
 from lte_jax.evaluate import heldout, inspection, own
 from lte_jax.evaluate.answers import write_json
 from lte_jax.evaluate.pictures import result_picture, scores_picture
@@ -93,13 +92,13 @@ def evaluate_data(
     """Scores a data set, writes JSON and a picture, and returns what was written."""
     place = restore.find(checkpoint)
     data = heldout.data_set(restore.read_settings(place, step), kind, assignments)
-    model, _ = restore.load_model(checkpoint, step=step, **(types or {}))
-    scores = heldout.score(model, data, **options)
+    loaded = restore.load(checkpoint, step=step, **(types or {}))
+    scores = heldout.score(loaded.model, data, **options)
     target = Path(output) if output else place.folder / "evaluation.json"
     chance = getattr(data, "chance", None)
     record = {
         "checkpoint": str(checkpoint),
-        "step": step,
+        "step": loaded.step,
         "data": {"kind": type(data).__name__, **configs.to_dict(data)},
         **options,
         **scores.to_dict(),
@@ -151,15 +150,15 @@ def evaluate_tasks(
         from lte_jax.evaluate.tasks import run_tasks, write_samples
     except ImportError as error:
         raise RuntimeError(f"--tasks needs lm-evaluation-harness ({error}): pip install -e '.[eval]'") from None
-    model, found = load_with_tokenizer(checkpoint, tokenizer, needed=True, step=step, **(types or {}))
+    loaded = restore.load(checkpoint, tokenizer=tokenizer, needs_tokenizer=True, step=step, **(types or {}))
     settings = dict(adapter or {})
     mesh = rows_mesh(settings.pop("devices", 1))
-    results = run_tasks(HarnessModel(model, found, texts, mesh=mesh, **settings), tasks, **options)
+    results = run_tasks(HarnessModel(loaded.model, loaded.tokenizer, texts, mesh=mesh, **settings), tasks, **options)
     target = Path(output) if output else restore.find(checkpoint).folder / "tasks.json"
     samples = results.pop("samples", None)
     if samples is not None:
         write_samples(samples, target.with_suffix(".samples.jsonl"))
-    write_json(target, {"checkpoint": str(checkpoint), "step": step, **(adapter or {}), **options, **results})
+    write_json(target, {"checkpoint": str(checkpoint), "step": loaded.step, **(adapter or {}), **options, **results})
     for task, numbers in results["results"].items():
         shown = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items() if isinstance(value, float))
         print(f"{task}: {shown}")
@@ -189,9 +188,9 @@ def evaluate_own(
     Needles, MQAR and copying take the settings of the run's own data where that is of their kind.
     """
     place = restore.find(checkpoint)
-    model, found = load_with_tokenizer(
-        checkpoint, tokenizer, needed=name in ("positions", "bytes"), step=step, **(types or {})
-    )
+    needs = name in ("positions", "bytes")
+    loaded = restore.load(checkpoint, tokenizer=tokenizer, needs_tokenizer=needs, step=step, **(types or {}))
+    model, found = loaded.model, loaded.tokenizer
     chosen = own.Options(**options)
     if name in ("positions", "bytes"):
         if text is None:
@@ -221,7 +220,7 @@ def evaluate_own(
                 raise ValueError(f"--lengths={','.join(map(str, lengths))}: the task has no such length")
             result = own.mqar(model, chosen, parts=parts, vocabulary=data.vocabulary)
     target = Path(output) if output else place.folder / f"{name}.json"
-    record = {"checkpoint": str(checkpoint), "step": step, **options, **result.to_dict()}
+    record = {"checkpoint": str(checkpoint), "step": loaded.step, **options, **result.to_dict()}
     write_json(target, record)
     result_picture(result, target.with_suffix(".png"), Path(checkpoint).name)
     print(own.table(result))
@@ -248,7 +247,8 @@ def inspect(
       length: tokens to look at; default the text's, at most the model's ``max_length``.
     """
     place = restore.find(checkpoint)
-    model, found = load_with_tokenizer(checkpoint, tokenizer, needed=text is not None, step=step, **(types or {}))
+    loaded = restore.load(checkpoint, tokenizer=tokenizer, needs_tokenizer=text is not None, step=step, **(types or {}))
+    model, found = loaded.model, loaded.tokenizer
     length = length or model.config.max_length
     if text is not None:
         document = next((part for unit in find_units(text) for part in read_documents(unit) if part.strip()), None)
@@ -272,23 +272,6 @@ def inspect(
     print(inspection.table(seen))
     print(", ".join(map(str, written)))
     return written
-
-
-def load_with_tokenizer(
-    checkpoint: str, tokenizer: str | None, *, needed: bool, **options: Any
-) -> tuple[LanguageModel, Any]:
-    """The model, and the tokenizer named or its own.
-
-    Raises:
-      ValueError: one is needed and there is none, or it does not fit the vocabulary.
-    """
-    model, found = restore.load_model(checkpoint, **options)
-    if tokenizer is not None:
-        found = load_tokenizer(tokenizer)
-        check_fits(found, model.config.vocab_size)
-    if found is None and needed:
-        raise ValueError(f"{checkpoint} holds no tokenizer: name one with --tokenizer ('bytes', a file or a folder)")
-    return model, found
 
 
 def _whole(flag: str, text: str) -> int:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from lte_jax import restore
 from lte_jax.conversation import Conversation
-from lte_jax.data.tokenizer import Tokenizer, check_fits, known_text, load_tokenizer
+from lte_jax.data.tokenizer import Tokenizer, known_text
 from lte_jax.generate import Generation, StopFilter, generate
 from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel
@@ -269,13 +269,8 @@ def load_speaker(
 ) -> Speaker:
     """A model and its tokenizer; raises ValueError where there is none, or too few devices."""
     mesh = rows_mesh(devices)
-    model, found = restore.load_model(checkpoint, step=step, **types)
-    if tokenizer is not None:
-        found = load_tokenizer(tokenizer)
-        check_fits(found, model.config.vocab_size)
-    if found is None:
-        raise ValueError(f"{checkpoint} holds no tokenizer: name one with --tokenizer ('bytes', a file or a folder)")
-    return Speaker(model, found, settings, mesh)
+    loaded = restore.load(checkpoint, tokenizer=tokenizer, needs_tokenizer=True, step=step, **types)
+    return Speaker(loaded.model, loaded.tokenizer, settings, mesh)
 
 
 def _write(text: str) -> None:
@@ -283,13 +278,24 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _run() -> None:
-    if sum((FLAGS.prompt is not None, FLAGS.prompts_file is not None, FLAGS.interactive)) != 1:
+def check_flags(given: Any) -> None:
+    """Raises ValueError for flags that do not go together."""
+    if sum((given.prompt is not None, given.prompts_file is not None, given.interactive)) != 1:
         raise ValueError("give one of --prompt, --prompts_file and --interactive")
-    if FLAGS.output is not None and FLAGS.prompts_file is None:
+    if given.output is not None and given.prompts_file is None:
         raise ValueError("--output is for --prompts_file; redirect the screen otherwise")
-    if FLAGS.log_probs and FLAGS.output is None:
+    if given.log_probs and given.output is None:
         raise ValueError("--log_probs is for --output, whose lines hold them")
+    if given.interactive and given.chunk is not None:
+        raise ValueError(f"--chunk={given.chunk}: a conversation reads each line as it comes; leave it out")
+    if given.devices != 1 and given.prompts_file is None:
+        raise ValueError(
+            f"--devices={given.devices}: the rows of --prompts_file are shared, one prompt is not; leave it out"
+        )
+
+
+def _run() -> None:
+    check_flags(FLAGS)
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.repetition_penalty)
     settings = Settings(
         FLAGS.max_new_tokens, sampling, FLAGS.seed, tuple(FLAGS.stop), FLAGS.add_bos, FLAGS.reading, FLAGS.chunk

@@ -54,6 +54,20 @@ class Place:
     step: int | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What a folder gave.
+
+    Attributes:
+      tokenizer: the Tokenizer asked for, else the one that travels with the model, else (if none is needed) None.
+      step: whose weights these are; None for a Hugging Face folder.
+    """
+
+    model: LanguageModel
+    tokenizer: Any
+    step: int | None
+
+
 def load_model(
     folder: str | os.PathLike[str],
     *,
@@ -61,35 +75,53 @@ def load_model(
     dtype: DTypeLike = jnp.float32,
     step: int | None = None,
 ) -> tuple[LanguageModel, Tokenizer | None]:
-    """The model in a folder, and the tokenizer that travels with it.
+    """The model in a folder, and the tokenizer that travels with it; arguments and errors are those of ``load``."""
+    loaded = load(folder, implementation=implementation, dtype=dtype, step=step)
+    return loaded.model, loaded.tokenizer
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: str | None = None,
+    needs_tokenizer: bool = False,
+    implementation: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    step: int | None = None,
+) -> Loaded:
+    """The model in a folder, its tokenizer, and its step.
 
     Args:
       folder: a Hugging Face folder of the authors' format, a run's folder, its ``checkpoints``, or one step of these.
+      tokenizer: "bytes", a file or a folder, in place of the one that travels with the model.
+      needs_tokenizer: whether none is an error.
       implementation: of every operation; None picks the fastest measured.
       dtype: of the computation; the weights keep theirs.
       step: which checkpoint; None takes the newest that is whole.
 
     Raises:
       FileNotFoundError: there is no such folder, or no model in it.
-      ValueError: weights that are not those of the settings (named), a tokenizer with more ids than the model, a
-        ``step`` for a folder without steps.
+      ValueError: weights that are not those of the settings (named), a tokenizer with more ids than the model or none
+        where one is needed, a ``step`` for a folder without steps.
       CheckpointError: no step can be used.
     """
     place = find(folder)
-    tokenizer = find_tokenizer(place)
+    found = find_tokenizer(place) if tokenizer is None else load_tokenizer(tokenizer)
+    if found is None and needs_tokenizer:
+        raise ValueError(f"{folder} holds no tokenizer: name one with --tokenizer ('bytes', a file or a folder)")
     if place.checkpoints is None:
         if step is not None:
             raise ValueError(f"step={step}: {place.folder} is a Hugging Face folder, which has no steps; leave it out")
-        model = from_pretrained(place.folder, implementation, dtype=dtype)
+        model, taken = from_pretrained(place.folder, implementation, dtype=dtype), None
     else:
         if place.step is not None and step not in (None, place.step):
             raise ValueError(f"step={step}: the path names step {place.step}; give one of the two")
-        meta, params = _restore(place.checkpoints, place.step if step is None else step)
+        taken, meta, params = _restore(place.checkpoints, place.step if step is None else step)
         config = _model_config(meta.get("config", {}), place)
         model = _fill(config, params, place.checkpoints, implementation=implementation, dtype=dtype)
-    if tokenizer is not None:
-        check_fits(tokenizer, model.config.vocab_size)
-    return model, tokenizer
+    if found is not None:
+        check_fits(found, model.config.vocab_size)
+    return Loaded(model, found, taken)
 
 
 def save_model(
@@ -236,8 +268,8 @@ def _no_step(folder: Path, step: int | None, known: list[int]) -> str:
     return f"{folder}: no step {step}; there are {', '.join(map(str, known)) or 'none'}"
 
 
-def _restore(folder: Path, step: int | None) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """Meta and parameters by path of ``step``, or of the newest step that is whole."""
+def _restore(folder: Path, step: int | None) -> tuple[int, dict[str, Any], dict[str, jax.Array]]:
+    """``step``, or the newest step that is whole, with its meta and its parameters by path."""
     checkpoints = Checkpoints(folder, read_only=True)
     try:
         known = checkpoints.steps()
@@ -252,7 +284,7 @@ def _restore(folder: Path, step: int | None) -> tuple[dict[str, Any], dict[str, 
                 logger.warning("checkpoint skipped: %s", error)
                 continue
             assert found is not None  # a named step is restored, or the call raises
-            return found.meta, _by_path(found.items[PARAMS])
+            return candidate, found.meta, _by_path(found.items[PARAMS])
         raise CheckpointError("; ".join(reasons) or _no_step(folder, None, known))
     finally:
         checkpoints.close()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import lte_jax
+from experiments.generate import check_flags
 from lte_jax import configs, data, restore, runs
 from lte_jax.model_config import ModelConfig
 from tests.system.tiny import tiny_experiment, tiny_model
@@ -148,3 +150,17 @@ def test_bad_input_is_one_line_with_value_rule_and_fix(kind, tmp_path):
     assert "\n" not in message and len(message) < 700
     for word in words:
         assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(prompt="a", interactive=True), "give one of"),
+        (dict(interactive=True, chunk=512), "--chunk=512: a conversation reads each line as it comes"),
+        (dict(interactive=True, devices=4), "--devices=4: the rows of --prompts_file are shared"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(given, message):
+    usual = dict(prompt=None, prompts_file=None, interactive=False, output=None, log_probs=False, chunk=None, devices=1)
+    with pytest.raises(ValueError, match=message):
+        check_flags(SimpleNamespace(**usual | given))

@@ -78,6 +78,7 @@ def test_the_runs_own_held_out_rows_are_the_default(run, capsys):
     expected = heldout.score(build(), NEEDLES, batch_size=8)
     written = json.loads((run / "evaluation.json").read_text())
     assert written["loss"] == record["loss"] == pytest.approx(expected.loss)
+    assert written["step"] == restore.load(run).step is not None
     assert written["chance"] == 0.25 and written["data"]["length"] == 48 and len(written["by_distance"]) == 4
     assert (run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     assert "tokens back" in capsys.readouterr().out
