@@ -120,7 +120,7 @@ class Text:
         if self.heldout and not (len(rows) and len(heldout)):
             raise DataError(
                 f"heldout={self.heldout}: {len(rows)} training rows and {len(heldout)} held-out rows; both need some: "
-                "set heldout_by=row, change heldout, or give more documents"
+                "set data.heldout_by=row, change data.heldout, or give more documents"
             )
         return endless(rows, self.seed, batch_size) if split == "train" else heldout
 

@@ -128,7 +128,7 @@ def positions(
         raise ValueError(f"ranges={ranges}: it must be at least 1 and below length={length}")
     rows = [ids[:length] for ids in _documents(tokenizer, path) if len(ids) >= length]
     if not rows:
-        raise DataError(f"{path}: no document has {length} tokens; shorten --length or give longer ones")
+        raise DataError(f"{path}: no document has {length} tokens; shorten --lengths or give longer ones")
     rows = rows[: options.num_samples]
     losses = np.concatenate(
         [loss for loss, _ in _losses(model, [row[:-1] for row in rows], [row[1:] for row in rows], options)]

@@ -106,7 +106,7 @@ def test_bad_paths_are_one_line_errors(tmp_path):
             data.Text(path=str(tmp_path / name) if name else "").rows()
         assert "\n" not in str(caught.value) and ";" in str(caught.value)
     assert len(data.Text(path=str(tmp_path / "latin.txt"), undecodable="replace").rows())
-    with pytest.raises(data.DataError, match="heldout_by=row"):
+    with pytest.raises(data.DataError, match=r"data\.heldout_by=row"):
         (tmp_path / "one.txt").write_text("one document " * 500)
         data.Text(path=str(tmp_path / "one.txt"), heldout=0.1).rows()
 
