@@ -201,13 +201,23 @@ def compare(actual: tuple[dict, dict], expected: tuple[dict, dict], dtype: str =
         assert_close(gradient, true_gradients[name], "window_attention gradient", dtype)
 
 
+def check_rounded(
+    setup: Setup, a: dict, dtype: str, implementation: str, runs: int = 1, scale: float | None = None
+) -> tuple[dict, dict]:
+    """Values and gradients in ``dtype``, held to the truth of the rounded inputs: only the operation's own rounding."""
+    low, (do, dlse) = rounded(a, dtype), cotangents(setup)
+    do = np.asarray(jnp.asarray(do, dtype))
+    options = {} if scale is None else {"scale": scale}
+    actual = with_gradients(setup, low, do, dlse, implementation, runs, **options)
+    expected = truth(setup, widened(low), do.astype(np.float32), dlse, scale or setup.N**-0.5)
+    compare(actual, expected, dtype)
+    return actual
+
+
 @pytest.mark.parametrize("name", SETUPS)
 def test_rule(name, implementation):
-    setup, dtype = SETUPS[name], dtype_for(implementation)
-    a, (do, dlse) = rounded(make(setup), dtype), cotangents(setup)
-    do = np.asarray(jnp.asarray(do, dtype))
-    actual = with_gradients(setup, a, do, dlse, implementation, runs=2, scale=0.7)
-    compare(actual, truth(setup, widened(a), do.astype(np.float32), dlse, 0.7), dtype)
+    setup = SETUPS[name]
+    check_rounded(setup, make(setup), dtype_for(implementation), implementation, runs=2, scale=0.7)
 
 
 IN_BLOCKS = ("window of one", "full", "full over a prefix", "one head keeps all", "everything kept", "all at once")
@@ -241,14 +251,10 @@ def test_reference_follows_the_rule():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision(dtype, implementation):
-    """Against the truth of the rounded inputs, so that only the operation's own rounding is measured."""
     setup = Setup(150, 161, 37, C=11, expiry="some", N=16, V=16, B=1)
-    low, (do, dlse) = rounded(make(setup), dtype), cotangents(setup)
-    do = np.asarray(jnp.asarray(do, dtype))
-    values, gradients = with_gradients(setup, low, do, dlse, implementation)
+    values, gradients = check_rounded(setup, make(setup), dtype, implementation)
     assert values["o"].dtype == dtype and values["lse"].dtype == np.float32 and gradients["s"].dtype == np.float32
     assert all(gradients[name].dtype == dtype for name in FLOATS)
-    compare((values, gradients), truth(setup, widened(low), do.astype(np.float32), dlse, setup.N**-0.5), dtype)
 
 
 def test_packed_equals_alone(implementation):

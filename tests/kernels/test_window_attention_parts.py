@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.window_attention import NEVER, triton_dkv
 from tests.kernels import needs_triton
-from tests.kernels.test_window_attention import (
-    Setup,
-    compare,
-    cotangents,
-    make,
-    rounded,
-    truth,
-    widened,
-    with_gradients,
-)
+from tests.kernels.test_window_attention import Setup, check_rounded, make
 
 pytestmark = [pytest.mark.gpu, needs_triton]
 BASE = Setup(301, 333, 37, expiry="none", B=1, K=2, G=2, N=16, V=16)
@@ -49,7 +39,4 @@ def test_triton_gradients_in_parts(name, per_head, expire, dtype, monkeypatch):
     """From one tile of keys with as many parts as it has tiles of queries, to a list without room for a second part."""
     monkeypatch.setattr(triton_dkv, "STEPS", 1)
     setup = CASES[name]
-    a, (do, dlse) = rounded(make(setup) | {"expiry": few(setup, per_head, expire)}, dtype), cotangents(setup)
-    do = np.asarray(jnp.asarray(do, dtype))
-    actual = with_gradients(setup, a, do, dlse, "triton", runs=2)
-    compare(actual, truth(setup, widened(a), do.astype(np.float32), dlse, setup.N**-0.5), dtype)
+    check_rounded(setup, make(setup) | {"expiry": few(setup, per_head, expire)}, dtype, "triton", runs=2)
