@@ -13,15 +13,13 @@ Triton:
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -73,7 +71,14 @@ class CompiledKernel:
     ptx: str
 
 
-_recorded: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("recorded", default=None)
+class _Recording:
+    """Where calls are noted. A context of JAX's holds it, so that nothing traced under one is met outside of it."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+
+_recording = jax.make_user_context(None)
 
 
 def interpreting() -> bool:
@@ -85,7 +90,7 @@ def check_installed(operation: str) -> None:
     """Raises UnsupportedCase, saying what to install, unless ``triton_call`` can launch a kernel."""
     if triton is None:
         raise UnsupportedCase(f"{operation}: implementation='triton' needs triton, which is missing; {INSTALL}")
-    if not (interpreting() or _recorded.get() is not None or triton_launch.available()):
+    if not (interpreting() or _recording.value is not None or triton_launch.available()):
         raise UnsupportedCase(
             f"{operation}: implementation='triton' needs JAX's CUDA plugin, which is missing; {INSTALL}"
         )
@@ -123,9 +128,10 @@ def triton_call(
     some_array = next((a for a in arguments if is_array(a)), None)
     # A Python float would arrive as float64 and make every result that it touches float64.
     arguments = tuple(np.float32(a) if isinstance(a, float) else some_array if a is None else a for a in arguments)
-    recorded = _recorded.get()
-    if recorded is not None:
-        recorded.append(Call(kernel, arguments, outputs, num_warps, num_stages, tuple(constexprs.items())))
+    if _recording.value is not None:
+        _recording.value.calls.append(
+            Call(kernel, arguments, outputs, num_warps, num_stages, tuple(constexprs.items()))
+        )
         results = tuple(jnp.zeros(o.shape, o.dtype) for o in outputs)
     elif interpreting():
         from pallas_kernels import triton_interpreter  # it needs Triton
@@ -180,25 +186,15 @@ def fold_batch(function: Callable, static: Sequence[str] = ()) -> Callable:
     return call
 
 
-@contextlib.contextmanager
-def _recording() -> Iterator[list[Call]]:
-    calls: list[Call] = []
-    token = _recorded.set(calls)
-    try:
-        with lowering_for_gpu():
-            yield calls
-    finally:
-        _recorded.reset(token)
-
-
 def record_calls(function: Callable, *arguments: Any) -> list[Call]:
     """The kernel calls that ``function(*arguments)`` would make, in order; nothing runs and no GPU is needed.
 
     ``arguments`` may be ShapeDtypeStructs. Use ``jax.grad`` or ``jax.vjp`` inside ``function`` to see a backward pass.
     """
-    with _recording() as calls:
-        jax.eval_shape(lambda *a: function(*a), *arguments)
-    return calls
+    recording = _Recording()
+    with lowering_for_gpu(), _recording(recording):
+        jax.eval_shape(function, *arguments)
+    return recording.calls
 
 
 def compile_call(call: Call, capability: int = 90) -> CompiledKernel:
