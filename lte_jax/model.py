@@ -287,13 +287,18 @@ class LanguageModel(nnx.Module):
         """``extend`` without checks, head or jit, for loops that are compiled as a whole; also returns the routing."""
         graph, state = nnx.split(self.units)
 
-        def step(x: Hidden, inputs: tuple[Any, tuple[Any, ...]]) -> tuple[Hidden, tuple[Any, tuple[Aux, ...]]]:
-            unit = nnx.merge(graph, inputs[0])
-            x, caches, auxes = self.extend_unit(unit, x, inputs[1], segment_ids=segment_ids, reading=reading)
-            return x, (caches, auxes)
+        # The stack of caches is carried and changed in place; as input and output of the scan it would be there twice.
+        def step(carry: tuple[Hidden, Any], inputs: tuple[Any, jax.Array]) -> tuple[tuple[Hidden, Any], Any]:
+            (x, layers), (weights, index) = carry, inputs
+            unit, caches = nnx.merge(graph, weights), jax.tree.map(lambda leaf: leaf[index], layers)
+            x, caches, auxes = self.extend_unit(unit, x, caches, segment_ids=segment_ids, reading=reading)
+            x, caches = jax.lax.optimization_barrier((x, caches))  # the stack is read before it is changed
+            put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+            return (x, jax.tree.map(put, layers, caches)), auxes
 
         x = zero_padding(self.embeddings(input_ids), segment_ids)
-        x, (layers, auxes) = jax.lax.scan(step, x, (state, cache.layers))
+        repeats = jnp.arange(self.config.num_layers // len(self.config.pattern))
+        (x, layers), auxes = jax.lax.scan(step, (x, cache.layers), (state, repeats))
         new = input_ids.shape[1] if segment_ids is None else jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
         cache = dataclasses.replace(cache, length=cache.length + new, layers=layers)
         return self.norm(x), cache, self._stack_routing(auxes)

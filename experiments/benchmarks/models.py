@@ -158,6 +158,8 @@ class Bench:
         for length, batches in self.plan.cases():
             for batch in {1, *batches}:
                 cache = self._shape_of_cache(batch, length)
+                if self._least(cache) > self._limit:
+                    continue
                 kinds = ["prompt"] if batch == 1 or self.plan.prompts else []
                 for kind in [*kinds, *(["token"] if batch in batches else [])]:
                     wanted[self._key(kind, batch, cache)] = (kind, batch, cache)
@@ -173,8 +175,16 @@ class Bench:
     def _key(kind: str, batch: int, cache: Any) -> Any:
         return kind, batch, tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(cache))
 
+    def _least(self, cache: Any) -> int:
+        """Bytes that every program of this cache has as arguments: for too many the compiler searches for minutes."""
+        return _bytes(self._shapes) + _bytes(cache)
+
     def _find(self, kind: str, batch: int, length: int) -> Program | str:
-        found = self._programs[self._key(kind, batch, self._shape_of_cache(batch, length))]
+        cache = self._shape_of_cache(batch, length)
+        least = self._least(cache)
+        if least > self._limit:
+            return f"needs over {least / 2**30:.0f} GiB"
+        found = self._programs[self._key(kind, batch, cache)]
         if isinstance(found, Program) and found.bytes > self._limit:
             return f"needs {found.bytes / 2**30:.0f} GiB"
         return found
@@ -203,7 +213,6 @@ class Bench:
         found: dict[str, Any] = {"cache_bytes": batch * sum(leaf.nbytes for leaf in jax.tree.leaves(cache))}
         found["chunks"] = length // self.plan.chunk
         try:
-            rows, last = _repeat(cache, batch), jnp.repeat(logits, batch, axis=0)
             if prompt is None:
                 pass
             elif not isinstance(prompt, Program):
@@ -211,10 +220,13 @@ class Bench:
             elif batch == 1:
                 found |= {"prompt_bytes": prompt.bytes, "prompt": prompt_time, "timed_chunks": found["chunks"]}
             else:
-                seconds, timed, rows = self._read_batch(prompt, rows, batch, length)
+                seconds, timed = self._read_batch(prompt, _repeat(cache, batch, axis=1), batch, length)
                 found |= {"prompt_bytes": prompt.bytes, "prompt": seconds, "timed_chunks": timed}
             if not isinstance(token, Program):
                 return {**found, "missing": token}
+            # Taken apart before it is repeated: a batch's whole cache is never there twice.
+            rows = _repeat(layer_caches(cache), batch, axis=0)
+            last = jnp.repeat(logits, batch, axis=0)
             return {**found, "token_bytes": token.bytes, **self._decode(token, rows, last, batch)}
         except jax.errors.JaxRuntimeError as error:
             return {**found, "missing": _reason(error)}
@@ -234,8 +246,8 @@ class Bench:
         jax.block_until_ready(logits)
         return time.perf_counter() - start, logits, cache
 
-    def _read_batch(self, program: Program, cache: Any, batch: int, length: int) -> tuple[float, int, Any]:
-        """Seconds for a batch's prompt, how many chunks were timed for it, and the cache at the prompt's end."""
+    def _read_batch(self, program: Program, cache: Any, batch: int, length: int) -> tuple[float, int]:
+        """Seconds for a batch's prompt, and how many chunks were timed for it. It consumes the cache."""
         chunks = length // self.plan.chunk
         places = range(chunks)
         if batch * length > WHOLE and chunks > SAMPLES:
@@ -247,11 +259,11 @@ class Bench:
             start = time.perf_counter()
             _, cache = jax.block_until_ready(self._chunk(program, batch, cache, place))
             seconds.append(time.perf_counter() - start)
-        return statistics.mean(seconds) * chunks, len(seconds), _at(cache, length)
+        return statistics.mean(seconds) * chunks, len(seconds)
 
     def _decode(self, program: Program, cache: Any, logits: jax.Array, batch: int) -> dict[str, Any]:
         keys = jax.vmap(jax.random.key)(jnp.arange(batch, dtype=jnp.uint32))
-        loop = Loop(layer_caches(cache), logits, None, keys)
+        loop = Loop(cache, logits, None, keys)
         del cache
         times = []
         for _ in range(self.plan.rounds + 1):
@@ -263,9 +275,8 @@ class Bench:
 
     def _line(self, length: int, batch: int, found: dict[str, Any]) -> dict[str, Any]:
         plan = self.plan
-        weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._shapes))
         case = {"who": "ours", "model": plan.name, "size": plan.size, "length": length, "batch": batch}
-        return {**case, "weights_bytes": weights, **found}
+        return {**case, "weights_bytes": _bytes(self._shapes), **found}
 
 
 def _program(future: Any) -> Program | str:
@@ -283,9 +294,13 @@ def _reason(error: Exception) -> str:
     return "out of memory" if text.startswith("RESOURCE_EXHAUSTED") else text[:120]
 
 
-def _repeat(cache: Any, batch: int) -> Any:
-    """The cache of one sequence for ``batch`` of them; a copy, which a program may consume."""
-    layers = jax.tree.map(lambda leaf: jnp.repeat(leaf, batch, axis=1), cache.layers)
+def _bytes(shapes: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def _repeat(cache: Any, batch: int, axis: int) -> Any:
+    """The cache of one sequence for ``batch`` of them; a copy, which a program may consume. ``axis``: of the rows."""
+    layers = jax.tree.map(lambda leaf: jnp.repeat(leaf, batch, axis=axis), cache.layers)
     return dataclasses.replace(cache, length=jnp.repeat(cache.length, batch), layers=layers)
 
 
