@@ -46,32 +46,10 @@ class Residuals(NamedTuple):
 
 @jit
 def _selected_kernel(
-    q,
-    k,
-    v,
-    start,
-    position,
-    first,
-    bits,
-    count,
-    T,
-    U,
-    L,
-    o,
-    lse,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    N: tl.constexpr,
-    V: tl.constexpr,
-    S: tl.constexpr,
-    SCALE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    N_BLOCK: tl.constexpr,
-    V_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, v, start, position, first, bits, count, T, U, L, o, lse, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
+    N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     # The last tiles first: they have the most blocks to read.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
