@@ -9,16 +9,16 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments.launch.local import visible_gpus
 from pallas_kernels import triton_call
 from pallas_kernels.dispatch import lowering_for_gpu
+from pallas_kernels.visible_gpus import visible_gpus
 from tests import exhaustive_page, rotation
 
 
 def choose_devices() -> None:
     """Before JAX starts a device: eight simulated ones on the CPU, or one GPU for each worker, in turn."""
     options = "--xla_force_host_platform_device_count=8"
-    if gpus := visible_gpus():
+    if gpus := visible_gpus(os.environ):
         options += " --xla_gpu_autotune_level=0"  # compilation is what GPU tests wait for, and nothing here is timed
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         if "PYTEST_XDIST_WORKER" in os.environ:  # gw0, gw1, ...
