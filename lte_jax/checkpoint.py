@@ -12,7 +12,6 @@ the machine's or the code's fault ends the search and renames nothing.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -367,16 +366,3 @@ class Checkpoints:
 
 def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def abstract_like(tree: Any, sharding: jax.sharding.Sharding | None = None) -> Any:
-    """Shapes, dtypes and shardings of a tree's arrays; ``sharding`` replaces theirs."""
-    return jax.tree.map(
-        functools.partial(_abstract_leaf, sharding=sharding),
-        tree,
-        is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct),
-    )
-
-
-def _abstract_leaf(leaf: Any, sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or getattr(leaf, "sharding", None))
