@@ -49,8 +49,8 @@ def main(argv: list[str]) -> None:
         _prepare()
         finished = _train()
     except Exception as error:
+        from lte_jax.bad_steps import TrainingError
         from lte_jax.checkpoint import CheckpointError
-        from lte_jax.train import TrainingError
 
         if not isinstance(error, (ValueError, OSError, CheckpointError, TrainingError)):
             _leave(traceback.format_exc())
