@@ -37,7 +37,8 @@ ALLOWED = {
 MODEL = ("lte_jax.dims", "lte_jax.layers", "lte_jax.inputs", "lte_jax.remat", "lte_jax.sharding", "lte_jax.mixers")
 MODEL += ("lte_jax.partition", "lte_jax.depth")
 ALLOWED["lte_jax.model_config"] = (*MODEL,)
-ALLOWED["lte_jax.model"] = (*MODEL, "lte_jax.model_config")
+ALLOWED["lte_jax.blocks"] = (*MODEL, "lte_jax.model_config")
+ALLOWED["lte_jax.model"] = (*MODEL, "lte_jax.model_config", "lte_jax.blocks")
 PROGRAMS = ("lte_jax.train", "lte_jax.evaluate", "lte_jax.generate")
 FILES = sorted(path for part in ("pallas_kernels", "lte_jax", "experiments") for path in (ROOT / part).rglob("*.py"))
 
