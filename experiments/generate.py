@@ -11,7 +11,6 @@ import dataclasses
 import json
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from experiments.warned import say_warnings
 from lte_jax import restore
 from lte_jax.conversation import Conversation
 from lte_jax.data.tokenizer import Tokenizer, known_text
@@ -38,10 +38,15 @@ def define_flags() -> None:
     flags.DEFINE_string("tokenizer", None, "'bytes', a tokenizer.json or its folder, in place of the checkpoint's own.")
     flags.DEFINE_string("prompt", None, "The text to continue.")
     flags.DEFINE_string("prompts_file", None, 'Prompts: one a line, or JSON lines with "prompt" (*.jsonl).')
-    flags.DEFINE_bool("interactive", False, "A conversation: each line typed is continued; /new begins anew.")
+    flags.DEFINE_bool(
+        "interactive",
+        False,
+        "A conversation: each line typed is answered by at most --max_new_tokens tokens; /new begins anew. Where the "
+        "cache grows (full attention, NSA), the whole conversation has room for the model's max_length tokens.",
+    )
     flags.DEFINE_string("output", None, "Where the answers to a file of prompts go, as JSON lines; default the screen.")
     flags.DEFINE_bool("log_probs", False, "With --output: each answer's token ids and their log-probabilities too.")
-    flags.DEFINE_integer("max_new_tokens", 128, "At most so many tokens a prompt.")
+    flags.DEFINE_integer("max_new_tokens", 128, "At most so many tokens for each prompt, or line of a conversation.")
     flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token.")
     flags.DEFINE_integer("top_k", 0, "Draw among the k most likely tokens; 0 is no limit.")
     flags.DEFINE_float("top_p", 1.0, "Draw among the fewest tokens whose probabilities reach p; 1 is no limit.")
@@ -323,7 +328,7 @@ def _run() -> None:
 
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # at lower levels orbax tells its whole life
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    say_warnings()
     try:
         if len(argv) > 1:
             raise ValueError(f"{argv[1]!r}: no such argument; settings are given as flags")

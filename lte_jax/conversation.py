@@ -17,6 +17,7 @@ from flax import nnx
 from lte_jax.decode import decode_weights, stacked_cache
 from lte_jax.generate import Generation, Rows, begin_loop, decode_steps, pad_left, read_chunk
 from lte_jax.inputs import check_tokens
+from lte_jax.lengths import warn_beyond
 from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel
 from lte_jax.sampling import Sampling
@@ -75,6 +76,7 @@ class Conversation:
             raise ValueError(
                 f"the conversation may reach {longest} tokens, and its cache holds max_length={bound}; begin a new one"
             )
+        warn_beyond(self.length + len(tokens) + max_new_tokens, self._model.config.max_length)
         logits = self._read(tokens, self._reading)
         self._reading = "streaming"
         rows, said = Rows(1, *self._options, on_tokens), 0

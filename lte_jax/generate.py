@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from lte_jax import sharding
 from lte_jax.data.tokenizer import PieceStream
 from lte_jax.decode import DecodeWeights, LayerCaches, decode_step, decode_weights, layer_caches
 from lte_jax.inputs import check_tokens
+from lte_jax.lengths import warn_beyond
 from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel, ModelCache
 from lte_jax.sampling import Sampling, draw
@@ -81,6 +81,7 @@ def generate(
 
     Raises:
       ValueError: no prompts, an empty prompt, ids outside the vocabulary, settings that exclude each other.
+      LengthWarning (a warning): prompt and answer may be longer than the model was made for.
     """
     _check_request(model, prompts, max_new_tokens, stop, decode, reading, chunk, steps_per_call)
     seeds = _seed_per_row(seeds, len(prompts))
@@ -389,7 +390,4 @@ def _check_request(
             "because the authors' prompt reading ranks the whole prompt at once"
         )
     longest = max(len(prompt) for prompt in prompts) + max_new_tokens
-    if longest > model.config.max_length:
-        warnings.warn(
-            f"the sequence may reach {longest} tokens; the model was made for {model.config.max_length}", stacklevel=3
-        )
+    warn_beyond(longest, model.config.max_length, stacklevel=4)

@@ -36,7 +36,7 @@ class ModelOutput:
 
     Attributes:
       logits: [B, T, L] float32.
-      scores: retention scores r of each LTE layer, keyed by layer, [B, T, K] float32; empty without LTE layers.
+      scores: retention scores r, [B, T, K] float32, by the LTE layer's number (from 0, over all layers); may be empty.
       selected: the tokens that stay beyond the window, keyed likewise, [B, T, K] bool.
     """
 

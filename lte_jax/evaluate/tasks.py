@@ -108,9 +108,15 @@ def run_tasks(
       log_samples: whether the documents, answers and scores come along, under "samples".
 
     Raises:
-      ValueError: an unknown task (near ones are named), or documents that are neither on a hub nor in local files.
+      ValueError: an unknown task (near ones are named), documents that are neither on a hub nor in local files, or
+        lengths that the adapter would cut.
     """
     names = expand(tasks)
+    if lengths and max(lengths) > adapter.max_length:
+        raise ValueError(
+            f"--lengths={max(lengths)}: every such sample would be cut to max_length={adapter.max_length}; raise "
+            "--max_length above it, or shorten them"
+        )
     values = {**(metadata or {}), "tokenizer": adapter.text.name}
     if lengths:
         values["max_seq_lengths"] = list(lengths)

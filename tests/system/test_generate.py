@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from flax import nnx
 
 from experiments.generate import Clock, Settings, Speaker, answer_file, converse, load_speaker
+from experiments.warned import say_warnings
 from lte_jax import (
     LTE,
     NSA,
@@ -24,8 +26,10 @@ from lte_jax import (
     conversation,
     restore,
 )
+from lte_jax.convert import abstract_model
 from lte_jax.data.tokenizer import known_text, load_tokenizer
 from lte_jax.generate import Generation, StopFilter, decode_steps, generate, read_chunk
+from lte_jax.lengths import LengthWarning
 from lte_jax.sampling import Sampling, draw
 from lte_jax.sharding import MeshConfig, make_mesh
 
@@ -224,7 +228,7 @@ def test_the_rule_of_drawing():
 
 def test_nothing_to_say_and_too_long_a_text():
     assert run(build(), max_new_tokens=0)[0] == Generation([], [], "length")
-    with pytest.warns(UserWarning, match="may reach 129 tokens; the model was made for 128"):
+    with pytest.warns(LengthWarning, match="longer than the 128 tokens that the model was made for"):
         run(build(), [[5] * 129], max_new_tokens=0)
 
 
@@ -322,6 +326,33 @@ def test_a_file_of_prompts_does_not_depend_on_the_batch(tmp_path):
     record = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[1])
     (own,) = drawing.answer([drawing.encode("and two")], first=1)
     assert record.pop("tokens") == own.tokens and record["log_probs"] == pytest.approx(own.log_probs, abs=1e-5)
+
+
+def test_a_length_beyond_the_models_is_one_warning_and_no_stop(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text(f"{'a' * 130}\n{'b' * 140}\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", LengthWarning)
+        say_warnings()
+        answer_file(speaker(), str(tmp_path / "prompts.txt"), str(tmp_path / "out.jsonl"), 1)
+        converse(speaker(), ["c" * 150], lambda text: None)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+    assert capsys.readouterr().err.count("warning: sequences may be longer than the 128 tokens") == 1
+
+
+def test_a_chunk_changes_its_cache_in_place():
+    """What a chunk's program needs beside its arguments does not grow with the number of layers, whose caches do."""
+    beside = []
+    for layers in (2, 8):
+        config = ModelConfig(
+            vocab_size=64, width=16, num_layers=layers, pattern=(FullAttention(num_heads=2),), max_length=64
+        )
+        graph, state = nnx.split(abstract_model(config, dtype=jnp.float32, param_dtype=jnp.float32))
+        cache = jax.eval_shape(lambda state, graph=graph: nnx.merge(graph, state).init_cache(1, 4096), state)
+        ids = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+        plan = read_chunk.lower(graph, state, ids, ids, cache, reading="streaming").compile().memory_analysis()
+        beside.append(plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes)
+    layer = 2 * 4096 * 16 * 4
+    assert beside[1] - beside[0] < layer / 4, (beside, layer)
 
 
 def test_a_conversation_goes_on_and_begins_anew(monkeypatch):

@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import signal
+import subprocess
+import sys
+import time
 import types
 from pathlib import Path
 
@@ -13,9 +17,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.evaluate import evaluate_tasks, texts
+from experiments.evaluations import evaluate_tasks, texts
 from lte_jax import LTE, GatedDeltaNet, LanguageModel, ModelConfig, restore
 from lte_jax.data.tokenizer import load_tokenizer
+from lte_jax.lengths import LengthWarning
 
 pytestmark = [
     pytest.mark.skipif(
@@ -220,6 +225,37 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(run, documents, tmp_path, 
     assert again["results"] == first["results"]
 
 
+def test_a_process_killed_outright_goes_on_where_it_stopped(run, tmp_path):
+    """kill -9 of the program itself, at a moment of nobody's choosing; the rest is what a run without it says."""
+    rows = [{"goal": f"number {n} is", "sol1": "odd", "sol2": "two", "label": 1 - n % 2} for n in range(150)]
+    for split in ("validation", "train"):
+        put(tmp_path / "documents", "baber/piqa", split, rows)
+    cache = tmp_path / "answers.jsonl"
+    places = (f"--local_data={tmp_path / 'documents'}", f"--cache={cache}", f"--output={tmp_path / 'killed.json'}")
+    task = ("--tasks=piqa", "--batch_size=1", f"--checkpoint={run}")
+    command = [sys.executable, "-m", "experiments.evaluate", *task, *places]
+
+    def answers(path: Path) -> list[str]:
+        return path.read_text().splitlines()[1:] if path.exists() else []
+
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while len(answers(cache)) < 20:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    before = answers(cache)
+    assert 20 <= len(before) < 300 and not list(tmp_path.glob("killed*")), "killed in the middle, and nothing written"
+    subprocess.run(command, check=True, capture_output=True)
+    other = {"answers": str(tmp_path / "other.jsonl"), "batch_size": 1}
+    documents = str(tmp_path / "documents")
+    whole = evaluate_tasks(str(run), ["piqa"], str(tmp_path / "whole.json"), adapter=other, local_data=documents)
+    assert answers(cache)[: len(before) - 1] == before[:-1], "what was answered is not asked again"
+    assert sorted(answers(cache)) == sorted(answers(tmp_path / "other.jsonl")) and len(answers(cache)) == 300
+    killed = json.loads((tmp_path / "killed.json").read_text())
+    assert killed["results"] == whole["results"] and killed["n-samples"]["piqa"]["effective"] == 150
+
+
 def test_answers_of_another_evaluation_or_damaged_ones_are_refused(run, documents, tmp_path):
     from lte_jax.evaluate.answers import Answers, AnswersError
 
@@ -300,9 +336,9 @@ def test_a_mesh_answers_as_one_device_does(run, documents, tmp_path):
         evaluate_tasks(str(run), ["piqa"], adapter={"devices": 9}, **options)
 
 
-def test_lengths_beyond_the_models_are_said_and_empty_contexts_begin_a_text(caplog):
-    asked = adapter(max_length=200, add_bos_token=False)
-    assert "max_length=200: the model was made for 96" in caplog.text
+def test_lengths_beyond_the_models_are_said_and_empty_contexts_begin_a_text():
+    with pytest.warns(LengthWarning, match="longer than the 96 tokens that the model was made for"):
+        asked = adapter(max_length=200, add_bos_token=False)
     (value, _) = asked.loglikelihood(instances("loglikelihood", [("", "abc")]), disable_tqdm=True)[0]
     np.testing.assert_allclose(value, log_probs([256, *b"abc"], "prompt").sum(), atol=1e-4)
     options = {"until": ["\n"], "max_gen_toks": 16}
@@ -333,6 +369,10 @@ def test_the_adapter_refuses_what_cannot_work(run, tmp_path, monkeypatch):
         adapter(max_length=8).generate_until(instances("generate_until", [("a", {"until": ["\n"]})]), disable_tqdm=True)
     with pytest.raises(ValueError, match="at most max_length=8"):
         adapter(max_length=8).loglikelihood(instances("loglikelihood", [("a", "b" * 9)]), disable_tqdm=True)
+    with pytest.raises(ValueError, match=r"--lengths=300000000: every such sample would be cut to max_length=96"):
+        evaluate_tasks(str(run), ["niah_single_1"], lengths=[1024, 300_000_000])
+    with pytest.raises(ValueError, match=r"8 rows of 1,000,000,000,000 tokens: .* GiB, and the device has"):
+        evaluate_tasks(str(run), ["niah_single_1"], adapter={"max_length": 10**12})
     with pytest.raises(ValueError, match="no task 'piqaa'; near: piqa"):
         evaluate_tasks(str(run), ["piqaa"])
     with pytest.raises(ValueError, match=r"piqa: its documents cannot be read from the hub .*; give local files"):
