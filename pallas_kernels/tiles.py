@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pallas_kernels.dispatch import UnsupportedCase
 
 # Bytes of shared memory that one program may use, by compute capability (CUDA C++ programming guide, table of limits).
@@ -13,13 +11,6 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 10
 def ceil_div(length: int, tile: int) -> int:
     """How many tiles cover ``length``."""
     return -(-length // tile)
-
-
-def check_choice(operation: str, name: str, value: object, allowed: Sequence[object], fix: str) -> None:
-    """Raises UnsupportedCase unless ``value`` is one of ``allowed``; ``fix`` says what to do instead."""
-    if value not in allowed:
-        listed = ", ".join(str(a) for a in allowed)
-        raise UnsupportedCase(f"{operation}: {name}={value} is not one of {listed}; {fix}")
 
 
 def check_shared_memory(operation: str, buffers: dict[str, int], capability: int = 90) -> int:

@@ -42,6 +42,8 @@ except ImportError:
         return function
 
 
+LONGEST_AXIS = 65_535  # of a grid, all but the first
+
 INSTALL = "install the extra with GPU support: pip install '.[cuda]' (triton 3.6)"
 
 
@@ -114,7 +116,7 @@ def triton_call(
       *arguments: arrays, and Python numbers passed by value. None stands for an absent optional array: the kernel gets
         some valid pointer that it must not use (guard the use by a constexpr).
       out_shape: a ShapeDtypeStruct, or a sequence of them.
-      grid: up to three numbers of programs, each at least 1.
+      grid: up to three numbers of programs, each at least 1 and all but the first at most ``LONGEST_AXIS``.
       num_warps, num_stages: as in Triton.
       input_output_aliases: {index among the arguments: index of the output that shares its buffer}.
       zeroed_outputs: indices of the outputs to clear before the launch.
@@ -122,7 +124,15 @@ def triton_call(
 
     Returns:
       The output, or a tuple of outputs if ``out_shape`` is a sequence. There is no vmap rule: fold into the batch.
+
+    Raises:
+      UnsupportedCase: the grid is longer than a GPU has axes for, as may be found out only once vmap has folded rows.
     """
+    if max(grid[1:], default=1) > LONGEST_AXIS:
+        raise UnsupportedCase(
+            f"{kernel.__name__}: {tuple(grid)} programs; all axes but the first have at most {LONGEST_AXIS}: "
+            "take fewer rows at a time, or implementation='xla'"
+        )
     single = hasattr(out_shape, "shape")
     outputs = tuple(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in ([out_shape] if single else out_shape))
     some_array = next((a for a in arguments if is_array(a)), None)

@@ -28,7 +28,6 @@ from pallas_kernels.block_attention.triton_tiles import (
     slots,
     tile_rows,
 )
-from pallas_kernels.tiles import check_choice
 from pallas_kernels.triton_call import check_installed, fold_batch, jit, tl, triton_call
 
 
@@ -96,8 +95,9 @@ def check(case: Any) -> None:
     """Raises UnsupportedCase where these kernels do not run the case."""
     check_installed("block_attention")
     fix = "use implementation='xla'"
-    check_choice("block_attention", "block_size", case.block_size, (16, 32, 64), fix)
-    require = Arguments("block_attention: triton").require
+    check = Arguments("block_attention: triton")
+    require = check.require
+    check.choice("block_size", case.block_size, (16, 32, 64), fix)
     group = case.H // case.K
     require(group <= 64, f"{group} query heads per KV head; there must be at most 64: {fix}")
     require(max(case.N, case.V) <= 128, f"head sizes N={case.N}, V={case.V}; both must be at most 128: {fix}")

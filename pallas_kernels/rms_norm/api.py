@@ -23,7 +23,6 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -44,8 +43,7 @@ class Case:
     gated: bool
 
 
-def _make_case(x: Any, weight: Any, gate: Any) -> Case:
-    check = Arguments("rms_norm")
+def _make_case(check: Arguments, x: Any, weight: Any, gate: Any) -> Case:
     rows = " ".join(f"rows_{axis}" for axis in range(getattr(x, "ndim", 1) - 1))
     check.array("x", x, f"{rows} V", *FLOATS)
     check.array("weight", weight, "V", *FLOATS)
@@ -83,18 +81,20 @@ def rms_norm(
     Args:
       x: float32, bfloat16 or float16, with any leading dimensions.
       gate: multiplies by its SiLU; None means no gate.
-      dtype: of y; by default that of x.
+      eps: not negative.
+      dtype: of y, a float one; by default that of x.
       implementation: "triton", "xla", or None for the fastest that supports the case.
 
     Returns:
       y, differentiable in x, weight and gate.
 
     Raises:
-      UnsupportedCase: a shape or dtype breaks the rules above, or the named implementation does not support the case.
+      UnsupportedCase: an argument breaks the rules above, or the named implementation does not support the case.
     """
-    case = _make_case(x, weight, gate)
+    check = Arguments("rms_norm")
+    case = _make_case(check, x, weight, gate)
+    dtype, eps = check.dtype("dtype", x.dtype if dtype is None else dtype), check.number("eps", eps, least=0.0)
     backend = OPERATION.select(implementation, case)
-    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     rows = x.reshape(case.rows, case.width)
     gates = None if gate is None else gate.reshape(rows.shape)
-    return _differentiable(backend, float(eps), dtype, rows, weight, gates).reshape(x.shape)
+    return _differentiable(backend, eps, dtype, rows, weight, gates).reshape(x.shape)

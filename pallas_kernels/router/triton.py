@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import UnsupportedCase
+from pallas_kernels.arguments import Arguments
 from pallas_kernels.router.api import Case, Gradients, Operands
 from pallas_kernels.router.triton_tiles import convolve, convolve_tiles, documents, inputs_of, layer_options, silu
-from pallas_kernels.tiles import ceil_div, check_choice
-from pallas_kernels.triton_call import check_installed, jit, tl, triton_call
+from pallas_kernels.tiles import ceil_div
+from pallas_kernels.triton_call import LONGEST_AXIS, check_installed, jit, tl, triton_call
 
 SIZES = (64, 128)
 DTYPES = ("bfloat16", "float16")
@@ -100,18 +100,15 @@ def last_layer(
 
 
 def check(case: Case) -> None:
-    fix = "use implementation='xla'"
-    check_choice("router: triton", "dtype", case.dtype, DTYPES, fix)
-    check_choice("router: triton", "head size", case.N, SIZES, fix)
-    if not 16 <= case.channels[-1] <= 128:
-        raise UnsupportedCase(
-            f"router: triton: {len(case.taps)} convolutions leave {case.channels[-1]} of {2 * case.N} channels; a tile "
-            f"has 16 to 128 of them: {fix}"
-        )
-    if case.T * case.K * case.N >= 2**31:
-        raise UnsupportedCase(
-            f"router: triton: T K N = {case.T * case.K * case.N} is no index of 32 bits: split the tokens, or {fix}"
-        )
+    """Raises UnsupportedCase unless these kernels do ``case``."""
+    check, fix = Arguments("router: triton"), "use implementation='xla'"
+    check.choice("dtype", case.dtype, DTYPES, fix)
+    check.choice("head size", case.N, SIZES, fix)
+    left = f"{len(case.taps)} convolutions leave {case.channels[-1]} of {2 * case.N} channels"
+    check.require(16 <= case.channels[-1] <= 128, f"{left}; a tile has 16 to 128 of them: {fix}")
+    numbers = case.T * case.K * case.N
+    check.require(numbers < 2**31, f"T K N = {numbers} is no index of 32 bits: split the tokens, or {fix}")
+    check.require(case.B <= LONGEST_AXIS, f"B = {case.B}; a grid has at most {LONGEST_AXIS} rows: {fix}")
     check_installed("router")
 
 

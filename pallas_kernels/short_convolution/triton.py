@@ -22,12 +22,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import UnsupportedCase
+from pallas_kernels.arguments import Arguments
 from pallas_kernels.short_convolution import xla
 from pallas_kernels.short_convolution.rows import bounds, final_state
 from pallas_kernels.short_convolution.triton_tiles import choose
 from pallas_kernels.tiles import ceil_div
-from pallas_kernels.triton_call import check_installed, fold_batch, interpreting, jit, tl, triton_call
+from pallas_kernels.triton_call import (
+    LONGEST_AXIS,
+    check_installed,
+    fold_batch,
+    interpreting,
+    jit,
+    tl,
+    triton_call,
+)
 from pallas_kernels.triton_math import sigmoid
 
 MOST_TAPS = 8  # what a program can hold in its registers
@@ -312,16 +320,13 @@ def _backward(
 def check(case: Any) -> None:
     """Raises UnsupportedCase unless these kernels do ``case``."""
     check_installed("short_convolution")
-    if case.taps > MOST_TAPS:
-        raise UnsupportedCase(
-            f"short_convolution: {case.taps} taps are more than the {MOST_TAPS} that a program holds in registers; "
-            "use implementation='xla'"
-        )
-    if case.tokens * case.width >= 2**31:
-        raise UnsupportedCase(
-            f"short_convolution: {case.tokens} tokens of {case.width} channels are more than a 32-bit index of a row "
-            "reaches; use implementation='xla'"
-        )
+    require, other = Arguments("short_convolution: triton").require, "use implementation='xla'"
+    require(case.taps <= MOST_TAPS, f"{case.taps} taps; a program holds at most {MOST_TAPS} in registers: {other}")
+    require(case.batch <= LONGEST_AXIS, f"{case.batch} rows; a grid has at most {LONGEST_AXIS}: {other}")
+    require(
+        case.tokens * case.width < 2**31,
+        f"{case.tokens} tokens of {case.width} channels are more than a 32-bit index of a row reaches: {other}",
+    )
 
 
 def _plan(

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.triton_call import jit, tl
+from pallas_kernels.triton_call import LONGEST_AXIS, jit, tl
 from pallas_kernels.window_attention.api import Case
 
 LOG2_E = 1.4426950408889634
@@ -262,8 +262,6 @@ def retains(case: Case) -> bool:
     """Whether keys of the call may be retained beyond the window."""
     return case.expiry and window_of(case) < case.U
 
-
-LONGEST_AXIS = 65_535  # of a grid, all but the first
 
 # How many of the batch's heads go on from tile to tile together, at most, as measured on an H200. With many, the tiles
 # of one end, which have the least work, come last and fill the multiprocessors that have run out of others; with few,

@@ -83,6 +83,21 @@ def test_gates_beyond_the_exponential(implementation):
     assert_close(found[0], truth(x, weight, gate, dy)[0], "rms_norm")
 
 
+@pytest.mark.gpu
+def test_more_numbers_under_vmap_than_32_bits_count():
+    """All rows lie behind one another then, those of the second weight beyond 2^31 numbers."""
+    if (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0) < 20 * 2**30:
+        pytest.skip("needs 20 GB of a GPU's memory")
+    rows = 2**24 + 64
+    x = jax.jit(lambda: jax.lax.broadcasted_iota(jnp.bfloat16, (2, rows, 64), 2) - 31)()
+    weight = jnp.stack([jnp.ones(64), jnp.arange(64.0)])
+    run = functools.partial(rms_norm, eps=EPS, implementation="triton")
+    y = jax.jit(jax.vmap(run))(x, weight)
+    for number in range(2):
+        few = x[number, -9:]
+        assert_close(y[number, -9:], truth(few, weight[number], None, few)[0], "rms_norm", "bfloat16")
+
+
 def test_vmap_and_same_bits_twice(implementation):
     several = [make_inputs((11, 64), seed=seed) for seed in range(2)]
     inputs, dy = jax.tree.map(lambda *x: jnp.stack(x), *several)
