@@ -10,7 +10,7 @@ import pytest
 
 from experiments.generate import Clock, Settings, Speaker, answer_file, converse, load_speaker
 from experiments.warned import say_warnings
-from lte_jax import conversation
+from lte_jax import conversation, restore
 from lte_jax.data.tokenizer import known_text, load_tokenizer
 from lte_jax.generate import StopFilter, read_chunk
 from lte_jax.lengths import LengthWarning
