@@ -41,7 +41,6 @@ from lte_jax.partition_plan import (
     Plan,
     current_mesh,
     ends,
-    from_before,
     pad_front,
     with_past,
 )
@@ -50,6 +49,7 @@ from pallas_kernels import gated_delta_rule as delta
 from pallas_kernels import rms_norm as norms
 from pallas_kernels import short_convolution as convolutions
 from pallas_kernels import window_attention as windows
+from pallas_kernels.short_convolution.rows import final_state
 
 
 def check_heads(name: str, config: Any, mesh: Mesh) -> None:
@@ -206,7 +206,7 @@ def gated_delta_rule(
 def short_convolution(
     x: Array, weight: Array, *, segment_ids: Array | None = None, initial_state: Array | None = None, **options: Any
 ) -> tuple[Array, Array]:
-    """``pallas_kernels.short_convolution`` on the current mesh; a shard receives the last inputs of the one before."""
+    """``pallas_kernels.short_convolution`` on the current mesh; a shard receives the last inputs of those before."""
     mesh, given = current_mesh(), {"segment_ids": segment_ids, "initial_state": initial_state, **options}
     if mesh is None:
         return convolutions.short_convolution(x, weight, **given)  # type: ignore[arg-type]
@@ -217,19 +217,11 @@ def short_convolution(
     def local(arrays: Arrays) -> tuple[Array, Array]:
         x, segments, before = arrays["x"], arrays.get("segments"), arrays.get("state")
         if over_shards:
-            state, before = before, from_before(x[:, 1 - taps :], 1, shards)
-            if segments is not None:
-                same = from_before(segments[:, 1 - taps :], 1, shards) == ends(segments, len(x))[0][:, None]
-                before = jnp.where(same[..., None], before, jnp.zeros((), x.dtype))
-            if state is not None:
-                before = jnp.where(jax.lax.axis_index(SEQUENCE) == 0, state, before)
+            before, whole = _inputs_before(x, segments, before, taps - 1)
         y, after = convolutions.short_convolution(
             x, arrays["weight"], segment_ids=segments, initial_state=before, **options
         )
-        if over_shards:
-            last = jax.lax.axis_index(SEQUENCE) == shards - 1
-            after = jax.lax.psum(jnp.where(last, after, jnp.zeros((), after.dtype)), SEQUENCE)
-        return y, after
+        return y, whole if over_shards else after
 
     named: dict[str, tuple[Any, Axes]] = {
         "x": (x, ("batch", length, "heads")),
@@ -300,3 +292,30 @@ def _state_before(inputs: list[Array], segments: Array | None, implementation: s
         state = jnp.matmul(A, state, precision="highest") + S
         last = jnp.where(first == 0, last, end)
     return jnp.stack(states)[mine]
+
+
+def _inputs_before(x: Array, segments: Array | None, state: Array | None, history: int) -> tuple[Array, Array]:
+    """The short convolution's state [B,history,D] before this device's tokens, and the one after the whole row.
+
+    Shards of padding, and those whose last document has fewer than ``history`` tokens, hand on what came before them.
+    """
+    first, end = ends(segments, len(x))
+    count = jnp.full_like(end, history)
+    if segments is not None:
+        tokens = jnp.sum((segments == end[:, None]) & (segments != 0), axis=1, dtype=jnp.int32)
+        count = jnp.minimum(tokens, history)
+    own = final_state(x, segments, None, history)
+    gathered = [jax.lax.all_gather(one, SEQUENCE) for one in (own, jnp.stack([first, end, count]))]
+    state, last = jnp.zeros_like(own) if state is None else state, jnp.zeros_like(end)
+    states = []
+    for tail, (first, end, count) in zip(*gathered, strict=True):
+        # A state enters only the document that it comes from, that of the whole row the first one that there is.
+        enters = (first == last) | (first == 0) | (last == 0)
+        state = jnp.where(enters[:, None, None], state, jnp.zeros((), x.dtype))
+        states.append(state)
+        slot = jnp.arange(history, dtype=jnp.int32) + count[:, None]
+        moved = jnp.take_along_axis(state, jnp.minimum(slot, history - 1)[..., None], axis=1)
+        stays = (slot < history) & (first == end)[:, None]
+        state = tail + jnp.where(stays[..., None], moved, jnp.zeros((), x.dtype))
+        last = jnp.where(first == 0, last, end)
+    return jnp.stack(states)[jax.lax.axis_index(SEQUENCE)], state
