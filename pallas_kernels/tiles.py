@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import jax
+
 from pallas_kernels.dispatch import UnsupportedCase
+
+HOPPER = 90
 
 # Bytes of shared memory that one program may use, by compute capability (CUDA C++ programming guide, table of limits).
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -11,6 +15,15 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 10
 def ceil_div(length: int, tile: int) -> int:
     """How many tiles cover ``length``."""
     return -(-length // tile)
+
+
+def capability() -> int:
+    """Compute capability, 90 for 9.0, of the GPU that kernels are made for; Hopper's where there is none to ask."""
+    device = jax.local_devices()[0]
+    if device.platform != "gpu":
+        return HOPPER
+    digits = str(device.compute_capability).replace(".", "")
+    return int(digits) if digits.isdigit() else 0  # none of NVIDIA's
 
 
 def check_shared_memory(operation: str, buffers: dict[str, int], capability: int = 90) -> int:

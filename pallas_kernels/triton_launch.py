@@ -17,13 +17,10 @@ import jax.extend as jex
 import numpy as np
 from jax.interpreters import mlir, xla
 
-from pallas_kernels import triton_programs
+from pallas_kernels import tiles, triton_programs
 
 TARGET = "triton_kernel_call_ffi"
 """jaxlib's name of the launcher."""
-
-HOPPER = 90
-"""Compute capability where a program is lowered without a GPU."""
 
 # Triton's names of jax's types.
 TYPES = {
@@ -148,7 +145,7 @@ def _lower(
         arguments.insert(index, value)
     first_output = len(arguments)
     arguments += outputs
-    capability = gpu_triton.get_compute_capability(0) if jax.default_backend() == "gpu" else HOPPER
+    capability = tiles.capability()
     made = triton_programs.program(source(kernel, arguments, constexprs, num_warps, num_stages, capability))
     parameters = []
     for index, argument in enumerate(arguments):

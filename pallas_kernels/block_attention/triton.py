@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
 from pallas_kernels.arguments import Arguments
+from pallas_kernels.batching import fold_batch
 from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool
 from pallas_kernels.block_attention.plan import Readers, Union, readers, union
 from pallas_kernels.block_attention.triton_gather import gathered
@@ -28,7 +29,7 @@ from pallas_kernels.block_attention.triton_tiles import (
     slots,
     tile_rows,
 )
-from pallas_kernels.triton_call import check_installed, fold_batch, jit, tl, triton_call
+from pallas_kernels.triton_call import check_installed, jit, tl, triton_call
 
 
 class Residuals(NamedTuple):

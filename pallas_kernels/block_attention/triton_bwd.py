@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
+from pallas_kernels.batching import fold_batch
 from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool, unpool
 from pallas_kernels.block_attention.plan import Readers, block_bound, ordinals, readers
 from pallas_kernels.block_attention.triton import Residuals, plan_union
@@ -34,7 +35,7 @@ from pallas_kernels.block_attention.triton_tiles import (
     tile_rows,
 )
 from pallas_kernels.tiles import ceil_div
-from pallas_kernels.triton_call import fold_batch, jit, tl, triton_call
+from pallas_kernels.triton_call import jit, tl, triton_call
 
 
 @jit

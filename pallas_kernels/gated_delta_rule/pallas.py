@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import Arguments
+from pallas_kernels.batching import fold_batch
 from pallas_kernels.dispatch import UnsupportedCase
 from pallas_kernels.gated_delta_rule import (
     pallas_bwd,
@@ -27,7 +28,6 @@ from pallas_kernels.gated_delta_rule import (
 )
 from pallas_kernels.gated_delta_rule.pallas_tiles import BLOCK_V, CHUNK, bytes_of, interpreting
 from pallas_kernels.tiles import ceil_div, check_shared_memory
-from pallas_kernels.triton_call import fold_batch
 
 NAME = "gated_delta_rule"
 

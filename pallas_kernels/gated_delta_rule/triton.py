@@ -23,11 +23,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import Arguments
+from pallas_kernels.batching import fold_batch
 from pallas_kernels.gated_delta_rule import segments as split
 from pallas_kernels.gated_delta_rule import triton_split
 from pallas_kernels.gated_delta_rule.triton_tiles import HEAD_SIZES, choose
 from pallas_kernels.tiles import ceil_div
-from pallas_kernels.triton_call import check_installed, fold_batch, interpreting, jit, tl, triton_call
+from pallas_kernels.triton_call import check_installed, interpreting, jit, tl, triton_call
 
 CHUNK = 64
 

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import Arguments
+from pallas_kernels.batching import fold_batch
 from pallas_kernels.gated_delta_rule.triton_tiles import HEAD_SIZES
 from pallas_kernels.gated_deltanet.api import State
-from pallas_kernels.triton_call import check_installed, fold_batch, interpreting, jit, tl, triton_call
+from pallas_kernels.triton_call import check_installed, interpreting, jit, tl, triton_call
 from pallas_kernels.triton_math import sigmoid
 
 # Elements of the state that a program of 4 warps works on at once, at most, while as many more are on their way. Heads

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.batching import fold_batch
 from pallas_kernels.dispatch import UnsupportedCase
 from pallas_kernels.tiles import ceil_div
-from pallas_kernels.triton_call import check_installed, fold_batch, interpreting, jit, tl, triton_call
+from pallas_kernels.triton_call import check_installed, interpreting, jit, tl, triton_call
 from pallas_kernels.triton_math import sigmoid
 
 WIDEST = 8192  # a whole row stands in the registers of one program

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import Arguments
+from pallas_kernels.batching import fold_batch
 from pallas_kernels.short_convolution import xla
 from pallas_kernels.short_convolution.rows import bounds, final_state
 from pallas_kernels.short_convolution.triton_tiles import choose
@@ -30,7 +31,6 @@ from pallas_kernels.tiles import ceil_div
 from pallas_kernels.triton_call import (
     LONGEST_AXIS,
     check_installed,
-    fold_batch,
     interpreting,
     jit,
     tl,

@@ -9,11 +9,10 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import Arguments
-from pallas_kernels.tiles import check_shared_memory
+from pallas_kernels.tiles import HOPPER, capability, check_shared_memory
 from pallas_kernels.window_attention import pallas_dkv, pallas_dq, pallas_forward
 from pallas_kernels.window_attention.api import Case, Gradients, Operands
 from pallas_kernels.window_attention.pallas_bwd import differentiate
@@ -86,9 +85,7 @@ def check(case: Any) -> None:
     """Raises UnsupportedCase where these kernels do not run the case."""
     check, other = Arguments(NAME), "use implementation='triton', 'xla' or None"
     check.require(isinstance(case, Case), f"implementation='pallas' has no decode step; {other}")
-    if jax.default_backend() == "gpu":
-        capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
-        check.choice("compute capability", capability, ("9.0",), other)
+    check.choice("compute capability", capability(), (HOPPER,), other)
     check.choice("dtype", case.dtype, ("bfloat16", "float16"), other)
     size = size_of(case)
     check.require(size > 0, f"head sizes N={case.N}, V={case.V} are above {max(SIZES)}; {other}")

@@ -15,8 +15,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
-
+from pallas_kernels.tiles import capability
 from pallas_kernels.triton_call import LONGEST_AXIS, jit, tl
 from pallas_kernels.window_attention.api import Case
 
@@ -320,15 +319,9 @@ SMALL_TILES = {
 }
 
 
-def capability() -> float:
-    """The compute capability of the GPU that kernels are made for: 9.0 where there is none to ask."""
-    device = jax.local_devices()[0]
-    return float(device.compute_capability) if device.platform == "gpu" else 9.0
-
-
 def spacious() -> bool:
     """Whether a program may have the 227 KB of shared memory of Hopper, as on 10 and 11; on 12 there are 99 again."""
-    return 9 <= capability() < 12
+    return 90 <= capability() < 120
 
 
 def block(size: int) -> int:
