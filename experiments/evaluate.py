@@ -57,7 +57,7 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "own",
         None,
-        ["needles", "mqar", "copying", "positions", "bytes"],
+        [kind.removeprefix("--own=") for kind in READ if kind.startswith("--own=")],
         "A task of our own; it needs no download. positions: perplexity by position in the first --lengths tokens of "
         "each text that is as long. bytes: perplexity per byte of all of every text.",
     )

@@ -12,13 +12,13 @@ from typing import Any
 from lte_jax import configs, restore
 from lte_jax.data.sources import find_units, read_documents
 from lte_jax.evaluate import heldout, inspection, own
-from lte_jax.evaluate.answers import write_json
 from lte_jax.evaluate.pictures import result_picture, scores_picture
 from lte_jax.evaluate.probe import probe
 from lte_jax.generate import generate
 from lte_jax.model import LanguageModel
 from lte_jax.sampling import Sampling
 from lte_jax.sharding import rows_mesh
+from lte_jax.whole_files import write_json
 
 TASK_KINDS = {"needles": ("TextNeedles", "SymbolNeedles"), "mqar": ("MQARMix", "MQAR"), "copying": ("Copying",)}
 """The data sets that a task of our own can be asked on; the first is the default."""
@@ -34,7 +34,14 @@ def evaluate_data(
     types: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Scores a data set, writes JSON and a picture, and returns what was written."""
+    """Scores a data set, writes JSON and a picture, and returns what was written.
+
+    Args:
+      kind, assignments: the data set, and settings such as "length=512"; default the run's own.
+
+    Raises:
+      ValueError: as ``heldout.data_set`` and ``heldout.score``.
+    """
     place = restore.find(checkpoint)
     data = heldout.data_set(restore.read_settings(place, step), kind, assignments)
     loaded = restore.load(checkpoint, step=step, **(types or {}))
@@ -228,6 +235,9 @@ def inspect(
     Args:
       output: the folder; default ``inspect`` in the run's folder.
       length: tokens to look at; default the text's, at most the model's ``max_length``.
+
+    Raises:
+      ValueError: no text, no tokenizer for it, no held-out row, or a model without LTE layers.
     """
     place = restore.find(checkpoint)
     loaded = restore.load(checkpoint, tokenizer=tokenizer, needs_tokenizer=text is not None, step=step, **(types or {}))

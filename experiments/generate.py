@@ -28,6 +28,7 @@ from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel
 from lte_jax.sampling import Sampling
 from lte_jax.sharding import rows_mesh
+from lte_jax.whole_files import write_text
 
 FLAGS = flags.FLAGS
 
@@ -209,7 +210,7 @@ def answer_file(speaker: Speaker, path: str, output: str | None, batch_size: int
         raise ValueError(f"--output={output}: there is no folder {Path(output).parent}")
     prompts = read_prompts(path)
     encoded = [speaker.encode(prompt) for prompt in prompts]
-    clock, partial = Clock(), Path(f"{output}.partial")
+    clock = Clock()
     records = []
     with tqdm(total=len(prompts), unit="prompt", disable=None) as bar:
         for start in range(0, len(prompts), batch_size):
@@ -225,8 +226,7 @@ def answer_file(speaker: Speaker, path: str, output: str | None, batch_size: int
                     tqdm.write(f"{prompts[start + row]}{text}\n")
             bar.update(len(batch))
     if output is not None:
-        partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
-        partial.replace(output)
+        write_text(Path(output), "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     return f"{len(prompts)} prompts, {clock}"
 
 

@@ -67,6 +67,7 @@ class Conversation:
 
         Raises:
           ValueError: no tokens, ids outside the vocabulary, or more than a growing cache holds.
+          LengthWarning (a warning): the conversation may be longer than the model was made for.
         """
         if not len(tokens):
             raise ValueError("the turn is empty: give some text")
@@ -79,6 +80,7 @@ class Conversation:
         warn_beyond(self.length + len(tokens) + max_new_tokens, self._model.config.max_length)
         logits = self._read(tokens, self._reading)
         self._reading = "streaming"
+        self.length += len(tokens)
         rows, said = Rows(1, *self._options, on_tokens), 0
         loop = begin_loop(self._cache, logits, [self._seed])
         while said < max_new_tokens and not rows.done():
@@ -97,11 +99,10 @@ class Conversation:
             self._cache = stacked_cache(before)
             rest = found.tokens[said - self._steps :]
             if rest:
-                self._read(rest, "streaming", counted=True)
+                self._read(rest, "streaming")
         return found
 
-    def _read(self, tokens: Sequence[int], reading: Reading, counted: bool = False) -> jax.Array:
+    def _read(self, tokens: Sequence[int], reading: Reading) -> jax.Array:
         ids, mask = pad_left([tokens])
         logits, self._cache = read_chunk(self._graph, self._state, ids, mask, self._cache, reading=reading)
-        self.length += 0 if counted else len(tokens)
         return logits

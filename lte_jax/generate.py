@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Key
 
 from lte_jax import sharding
 from lte_jax.data.tokenizer import PieceStream
@@ -146,7 +147,11 @@ def read_prompt(
     chunk: int | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, ModelCache]:
-    """The logits [B, L] after the last token of left-padded prompts, and the filled cache."""
+    """The logits [B, L] after the last token of left-padded prompts ``ids``, ``mask`` [B, T], and the filled cache.
+
+    Args:
+      chunk: tokens of a row that are read at a time; the first piece takes what is left over. None reads all at once.
+    """
     length = ids.shape[1]
     size = length if chunk is None else chunk
     first = length % size or size
@@ -164,12 +169,16 @@ def read_prompt(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """What a step reads and writes: the cache, the last logits, the tokens seen, one key a row."""
+    """What a step reads and writes.
+
+    Attributes:
+      logits: after the last token, float32. seen: tokens in each row so far, where a penalty asks. keys: one a row.
+    """
 
     cache: LayerCaches
-    logits: jax.Array
-    seen: jax.Array | None
-    keys: jax.Array
+    logits: Float[Array, "B L"]
+    seen: Bool[Array, "B L"] | None
+    keys: Key[Array, "B"]
 
 
 def begin_loop(
@@ -306,6 +315,7 @@ class Rows:
         self._watches = [_StopWatch(stop, decode) for _ in range(count)] if decode is not None and stop else []
 
     def add(self, tokens: np.ndarray, log_probs: np.ndarray) -> None:
+        """Takes new tokens and their log-probabilities, both [B, steps]; of rows that have ended, nothing."""
         for row in range(len(self._tokens)):
             if self._reasons[row] is not None:
                 continue

@@ -26,8 +26,6 @@ from lte_jax.lengths import check_lengths
 from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel
 
-NAMES = ("needles", "mqar", "copying", "positions", "bytes")
-
 
 @dataclasses.dataclass(frozen=True)
 class Result:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import difflib
+import inspect
 import json
 import os
 import random
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -220,13 +220,13 @@ def local_documents(folder: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = inspect.getattr_static(owner, name)  # of a class method, the method and not its bound call
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(module, name, before)
+        setattr(owner, name, before)
 
 
 def _split_files(folder: Path) -> dict[str, Path]:
@@ -249,25 +249,23 @@ class _Counted:
 
 @contextlib.contextmanager
 def _tokenizers() -> Iterator[None]:
-    """Within it, RULER finds the project's tokenizers by name, and others as ever."""
+    """Within it, RULER finds the project's tokenizers by name, and others as ever.
+
+    Replaced is what its modules call in the end: the harness loads them anew from their files, one from another.
+    """
     try:
-        from lm_eval.tasks.ruler import common_utils
+        from transformers import AutoTokenizer
     except ImportError:
-        yield  # no RULER here: a task that needs it will say so
+        yield  # no RULER then: a task that needs it will say so
         return
-    original = common_utils.get_tokenizer
+    original = AutoTokenizer.from_pretrained
 
-    def find(tokenizer: str | None = None, pretrained: str | None = None, **kwargs: Any) -> Any:
-        name = tokenizer or pretrained
-        if name is not None and (name == BYTES or Path(name).exists()):
+    def find(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == BYTES or Path(name).exists():
             return _Counted(load_tokenizer(name))
-        return original(tokenizer, pretrained, **kwargs)
+        return original(name, *args, **kwargs)
 
-    users = [f"lm_eval.tasks.ruler.{part}_utils" for part in ("niah", "vt", "cwe", "fwe", "qa")]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_replaced(common_utils, "get_tokenizer", find))
-        for module in (sys.modules[user] for user in users if user in sys.modules):
-            stack.enter_context(_replaced(module, "get_tokenizer", find))
+    with _replaced(AutoTokenizer, "from_pretrained", find):
         yield
 
 

@@ -323,6 +323,27 @@ def test_ruler_makes_its_samples_with_the_models_own_tokenizer(run, tmp_path, mo
     assert [sample["doc"]["input"] for sample in again["samples"]["niah_single_1"]] == docs
 
 
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="pip install -e '.[eval]'")
+def test_rulers_modules_find_our_tokenizers_however_they_are_loaded(tmp_path, monkeypatch):
+    """The harness reads ``common_utils`` anew from its file for one task, and other tasks import what came of it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    from lm_eval.tasks.ruler import common_utils
+    from transformers import AutoTokenizer
+
+    import lte_jax.evaluate.tasks as tasks
+
+    method = vars(AutoTokenizer)["from_pretrained"]
+    with tasks._tokenizers():
+        again = importlib.util.spec_from_file_location("common_utils_again", common_utils.__file__)
+        module = importlib.util.module_from_spec(again)
+        again.loader.exec_module(module)
+        for found in (common_utils, module):
+            assert found.get_tokenizer("bytes")("héllo").input_ids == list("héllo".encode())
+        with pytest.raises(OSError):
+            module.get_tokenizer(str(tmp_path / "nowhere"))
+    assert vars(AutoTokenizer)["from_pretrained"] is method
+
+
 def test_a_mesh_answers_as_one_device_does(run, documents, tmp_path):
     options = dict(local_data=str(documents))
     alone = evaluate_tasks(str(run), ["piqa", "fda_v0"], str(tmp_path / "one.json"), **options)
