@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from experiments.warned import say_warnings
 from lte_jax import restore
+from lte_jax.continuations import Generation, StopFilter
 from lte_jax.conversation import Conversation
 from lte_jax.data.tokenizer import Tokenizer, known_text
-from lte_jax.generate import Generation, StopFilter, generate
+from lte_jax.generate import generate
 from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel
 from lte_jax.sampling import Sampling

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lte_jax.continuations import Generation, Rows
 from lte_jax.decode import decode_weights, stacked_cache
-from lte_jax.generate import Generation, Rows, begin_loop, decode_steps, pad_left, read_chunk
+from lte_jax.generate import begin_loop, decode_steps, pad_left, read_chunk
 from lte_jax.inputs import check_tokens
 from lte_jax.lengths import warn_beyond
 from lte_jax.mixers.base import Reading

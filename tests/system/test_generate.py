@@ -21,8 +21,9 @@ from lte_jax import (
     ModelConfig,
     WindowAttention,
 )
+from lte_jax.continuations import Generation
 from lte_jax.convert import abstract_model
-from lte_jax.generate import Generation, decode_steps, generate, read_chunk
+from lte_jax.generate import decode_steps, generate, read_chunk
 from lte_jax.lengths import LengthWarning
 from lte_jax.sampling import Sampling, draw
 from lte_jax.sharding import MeshConfig, make_mesh

@@ -11,8 +11,9 @@ import pytest
 from experiments.generate import Clock, Settings, Speaker, answer_file, converse, load_speaker
 from experiments.warned import say_warnings
 from lte_jax import conversation, restore
+from lte_jax.continuations import StopFilter
 from lte_jax.data.tokenizer import known_text, load_tokenizer
-from lte_jax.generate import StopFilter, read_chunk
+from lte_jax.generate import read_chunk
 from lte_jax.lengths import LengthWarning
 from lte_jax.sampling import Sampling
 from tests.system.test_generate import NEW, build
