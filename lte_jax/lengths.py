@@ -45,7 +45,8 @@ def check_lengths(model: LanguageModel, rows: int, longest: int) -> None:
 def device_bytes() -> int | None:
     """The memory of a device: what JAX may use of an accelerator, all of the machine's on a CPU; None if unknown."""
     device = jax.local_devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit is None and device.platform == "cpu":
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return limit
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR") == "cuda_async":
+        return None  # its limit is what it has taken so far
+    return (device.memory_stats() or {}).get("bytes_limit")

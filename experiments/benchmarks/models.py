@@ -26,6 +26,7 @@ from lte_jax import LTE, NSA, FullAttention, GatedDeltaNet, ModelConfig, WindowA
 from lte_jax.convert import abstract_model
 from lte_jax.decode import decode_weights, layer_caches
 from lte_jax.generate import Loop, decode_steps, read_chunk
+from lte_jax.lengths import device_bytes
 from lte_jax.sampling import Sampling
 
 NAMES = ("gdn", "gdn_swa", "lalte", "lansa", "gdn_attn", "transformer")
@@ -133,8 +134,7 @@ class Bench:
         self._programs: dict[Any, Program | str] = {}
         self._state: Any = None
         self._weights: Any = None
-        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        self._limit = math.inf if limit is None else float(limit)
+        self._limit = device_bytes() or math.inf
 
     def _cache(self, state: Any, batch: int, length: int) -> Any:
         return nnx.merge(self._graph, state).init_cache(batch, length + self.plan.chunk)
@@ -156,10 +156,9 @@ class Bench:
         """All programs, several at a time; nothing is allocated. What cannot be compiled leaves its reason."""
         wanted: dict[Any, tuple[str, int, Any]] = {}
         for length, batches in self.plan.cases():
-            for batch in {1, *batches}:
+            batches = [batch for batch in batches if self._too_large(batch, length) is None]
+            for batch in {1, *batches} if batches else ():
                 cache = self._shape_of_cache(batch, length)
-                if self._least(cache) > self._limit:
-                    continue
                 kinds = ["prompt"] if batch == 1 or self.plan.prompts else []
                 for kind in [*kinds, *(["token"] if batch in batches else [])]:
                     wanted[self._key(kind, batch, cache)] = (kind, batch, cache)
@@ -175,16 +174,16 @@ class Bench:
     def _key(kind: str, batch: int, cache: Any) -> Any:
         return kind, batch, tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(cache))
 
-    def _least(self, cache: Any) -> int:
-        """Bytes that every program of this cache has as arguments: for too many the compiler searches for minutes."""
-        return _bytes(self._shapes) + _bytes(cache)
+    def _too_large(self, batch: int, length: int) -> str | None:
+        """Says so where weights and cache alone, which every program has as arguments, are more than the device has.
+
+        The compiler would search for minutes for a plan that there is not.
+        """
+        least = _bytes(self._shapes) + _bytes(self._shape_of_cache(batch, length))
+        return f"needs over {least / 2**30:.0f} GiB" if least > self._limit else None
 
     def _find(self, kind: str, batch: int, length: int) -> Program | str:
-        cache = self._shape_of_cache(batch, length)
-        least = self._least(cache)
-        if least > self._limit:
-            return f"needs over {least / 2**30:.0f} GiB"
-        found = self._programs[self._key(kind, batch, cache)]
+        found = self._programs[self._key(kind, batch, self._shape_of_cache(batch, length))]
         if isinstance(found, Program) and found.bytes > self._limit:
             return f"needs {found.bytes / 2**30:.0f} GiB"
         return found
@@ -198,6 +197,14 @@ class Bench:
     def rows(self) -> Iterator[dict[str, Any]]:
         """A line for each length and batch, as it is known. ``compile`` and ``allocate`` come before."""
         for length, batches in self.plan.cases():
+            large = {batch: self._too_large(batch, length) for batch in batches}
+            for batch in [batch for batch in batches if large[batch] is not None]:
+                size = _bytes(self._shape_of_cache(batch, length))
+                why = {"prompt_missing": large[batch], "missing": large[batch]}
+                yield self._line(length, batch, {"cache_bytes": size, **why})
+            batches = [batch for batch in batches if large[batch] is None]
+            if not batches:
+                continue
             single = self._find("prompt", 1, length)
             if not isinstance(single, Program):
                 yield from (self._line(length, batch, {"missing": single}) for batch in batches)
