@@ -29,6 +29,7 @@ from tests.system.test_launch import check_gone
 from tests.system.worker import experiment
 
 ONE = jax.devices()[:1]
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 def small(**changes):

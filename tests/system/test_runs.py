@@ -28,6 +28,7 @@ from lte_jax.train import Result, _Run, train
 from tests.system.test_signals import config, metas, send
 
 ONE = jax.devices()[:1]
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 def test_a_learning_rate_changes_where_that_is_stated_and_the_step_is_kept(tmp_path, monkeypatch):

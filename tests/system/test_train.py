@@ -29,6 +29,7 @@ from lte_jax.train import _Run, train
 from tests.system.tiny import DATA, tiny_experiment, tiny_model
 
 ONE = jax.devices()[:1]
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 def sums(folder, step):
@@ -39,7 +40,7 @@ def sums(folder, step):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, shared_programs):
     """An uninterrupted run, and how it ended."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     return folder, train(tiny_experiment(), folder, devices=ONE)
