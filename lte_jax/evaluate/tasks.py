@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import difflib
-import inspect
 import json
 import os
 import random
@@ -24,8 +23,8 @@ import numpy as np
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from lte_jax.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from lte_jax.evaluate.harness import HarnessModel
+from lte_jax.evaluate.ruler import check_variable_tracking, own_tokenizers, replaced
 
 SETS: dict[str, tuple[str, ...]] = {
     "short_context": (
@@ -109,7 +108,8 @@ def run_tasks(
 
     Raises:
       ValueError: an unknown task (near ones are named), documents that are neither on a hub nor in local files, or
-        lengths that the adapter would cut.
+        lengths that the adapter would cut or
+        that the task cannot make.
     """
     names = expand(tasks)
     if lengths and max(lengths) > adapter.max_length:
@@ -125,10 +125,12 @@ def run_tasks(
         if name not in OWN and not manager.match_tasks([name]):
             near = difflib.get_close_matches(name, [*manager.all_tasks, *OWN, *SETS], n=3)
             raise ValueError(f"--tasks: the harness has no task {name!r}{'; near: ' + ', '.join(near) if near else ''}")
+    if {"ruler", "ruler_vt"} & set(names):
+        check_variable_tracking(adapter.text, lengths or [4096])
     os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would fork to bootstrap, and a fork of JAX's threads may hang
     random.seed(seed)  # RULER draws its samples when it is loaded
     np.random.seed(seed)
-    with local_documents(local_data), _tokenizers():
+    with local_documents(local_data), own_tokenizers():
         loaded = [task for name in names for task in _load(manager, name, local_data)]
     found = simple_evaluate(
         adapter,
@@ -215,58 +217,13 @@ def local_documents(folder: str | None) -> Iterator[None]:
         kind = next(iter(files.values())).suffix[1:].replace("jsonl", "json")
         return original(kind, data_files={part: str(file) for part, file in files.items()}, split=split)
 
-    with _replaced(datasets, "load_dataset", load):
+    with replaced(datasets, "load_dataset", load):
         yield
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = inspect.getattr_static(owner, name)  # of a class method, the method and not its bound call
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def _split_files(folder: Path) -> dict[str, Path]:
     kinds = (".jsonl", ".json", ".parquet", ".csv")
     return {file.stem: file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in kinds}
-
-
-class _Counted:
-    """A tokenizer as RULER calls it: ``tokenizer(text).input_ids``."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self.input_ids: list[int] = []
-
-    def __call__(self, text: str) -> _Counted:
-        found = _Counted(self._tokenizer)
-        found.input_ids = self._tokenizer.encode(text)
-        return found
-
-
-@contextlib.contextmanager
-def _tokenizers() -> Iterator[None]:
-    """Within it, RULER finds the project's tokenizers by name, and others as ever.
-
-    Replaced is what its modules call in the end: the harness loads them anew from their files, one from another.
-    """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        yield  # no RULER then: a task that needs it will say so
-        return
-    original = AutoTokenizer.from_pretrained
-
-    def find(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == BYTES or Path(name).exists():
-            return _Counted(load_tokenizer(name))
-        return original(name, *args, **kwargs)
-
-    with _replaced(AutoTokenizer, "from_pretrained", find):
-        yield
 
 
 def write_samples(samples: dict[str, list[dict[str, Any]]], path: Path) -> None:

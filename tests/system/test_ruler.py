@@ -63,10 +63,10 @@ def test_rulers_modules_find_our_tokenizers_however_they_are_loaded(tmp_path, mo
     from lm_eval.tasks.ruler import common_utils
     from transformers import AutoTokenizer
 
-    import lte_jax.evaluate.tasks as tasks
+    from lte_jax.evaluate.ruler import own_tokenizers
 
     method = vars(AutoTokenizer)["from_pretrained"]
-    with tasks._tokenizers():
+    with own_tokenizers():
         again = importlib.util.spec_from_file_location("common_utils_again", common_utils.__file__)
         module = importlib.util.module_from_spec(again)
         again.loader.exec_module(module)
@@ -75,3 +75,16 @@ def test_rulers_modules_find_our_tokenizers_however_they_are_loaded(tmp_path, mo
         with pytest.raises(OSError):
             module.get_tokenizer(str(tmp_path / "nowhere"))
     assert vars(AutoTokenizer)["from_pretrained"] is method
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="pip install -e '.[eval]'")
+def test_variable_tracking_that_no_sample_fits_is_refused():
+    """RULER itself would draw for ever."""
+    from lte_jax.evaluate.ruler import check_variable_tracking
+
+    words = types.SimpleNamespace(name="words", encode=str.split)
+    check_variable_tracking(words, [1024, 4096])
+    with pytest.raises(ValueError, match=r"its example has room for 500 tokens, and takes \d+ of .*'bytes'"):
+        check_variable_tracking(load_tokenizer("bytes"), [4096])
+    with pytest.raises(ValueError, match="a sample of length 256 has room for 256 tokens"):
+        check_variable_tracking(words, [1024, 256])
