@@ -22,7 +22,7 @@ from lte_jax.blocks import Unit
 from lte_jax.depth import through
 from lte_jax.dims import Hidden, SegmentIds, Tokens
 from lte_jax.inputs import check_room, check_tokens, mask_to_segment_ids, zero_padding
-from lte_jax.layers import Embedding, InitRule, Linear, RMSNorm, document_positions, row_positions
+from lte_jax.layers import Embedding, InitRule, Linear, RMSNorm, as_read, document_positions, row_positions
 from lte_jax.mixers import mixer_name
 from lte_jax.mixers.base import Aux, MixerConfig, Reading
 from lte_jax.mixers.lte import make_router, needs_shared_router
@@ -141,6 +141,7 @@ class LanguageModel(nnx.Module):
         positions = row_positions(input_ids) if segment_ids is None else document_positions(segment_ids)
         shared = dict(positions=positions, segment_ids=segment_ids, reading=reading)
         graph, state = nnx.split(self.units)
+        state = as_read(state) if reading == "train" else state
 
         def step(x: Hidden, inputs: tuple[Any, jax.Array | None]) -> tuple[Hidden, tuple[Aux, ...]]:
             unit = nnx.merge(graph, inputs[0])
