@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from lte_jax import losses, optim, partition, retention, sharding, spikes
 from lte_jax.mixers import mixer_name
@@ -91,12 +92,13 @@ class Builder:
             self.param_shapes[name] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=place)
         self.lte = learned_retention(config.model)
 
-    def _new_model(self) -> LanguageModel:
+    def _new_model(self, param_dtype: DTypeLike = jnp.float32) -> LanguageModel:
         compute = self.config.compute
         return LanguageModel(
             self.config.model,
             rngs=nnx.Rngs(params=self.config.seed),
             dtype=jnp.dtype(compute.dtype),
+            param_dtype=param_dtype,
             implementation=compute.implementation,
             remat=compute.remat,
             layers=compute.layers,
