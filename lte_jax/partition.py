@@ -246,6 +246,20 @@ def rms_norm(x: Array, weight: Array, gate: Array | None = None, *, axes: Axes, 
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(x, weight, gate)
 
 
+def residual_rms_norm(x: Array, weight: Array, **options: Any) -> tuple[Array, Array]:
+    """``pallas_kernels.rms_norm.residual_rms_norm`` of x [B,T,D] on the current mesh."""
+    mesh = current_mesh()
+    if mesh is None:
+        return norms.residual_rms_norm(x, weight, **options)
+    if mesh.shape["tensor"] > 1:
+        # Rows are whole on each device of ``tensor``: split by hand, their gradients would be summed over it.
+        return norms.residual_rms_norm(x, weight, **{**options, "implementation": "xla"})
+    rows = sharding.spec(("batch", "length", None), x.shape, mesh, every=True)
+    local = functools.partial(norms.residual_rms_norm, **options)
+    specs = (rows, PartitionSpec())
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(rows, rows), check_vma=False)(x, weight)
+
+
 def sum_over_tokens(function: Any, rows: Array, weight: Array, labels: Array) -> Any:
     """The sum over devices of ``function(rows [B,T,D], weight [D,L], labels [B,T])``, each on its own tokens.
 

@@ -4,11 +4,11 @@
     python -m experiments.benchmarks.training --model=lalte --size=1.4B --rows=4 --remat=dots --breakdown=FOLDER
 
 Random tokens in rows of ``--length``, weights as training starts (LTE's routers keep nearly all tokens), bfloat16
-computation with float32 weights (``--weights=bfloat16``: weights, gradients and both moments of 2 bytes, as the authors'
-code has them; not a recipe of this project). One line of JSON for each setting: seconds of lowering (which compiles the Triton
-kernels) and of compilation, of the first step, the median step, tokens per second, MFU, the peak of the memory, and
-the first losses, by which settings can be compared. ``--breakdown`` prints the kernels of a step and their
-milliseconds, and writes the device's timeline.
+computation with float32 weights (with ``--weights=bfloat16`` the weights, their gradients and AdamW's moments have 2
+bytes, as in the authors' training; no recipe of this project does that). One line of JSON for each setting: seconds of
+lowering (which compiles the Triton kernels) and of compilation, of the first step, the median step, tokens per second,
+MFU, the peak of the memory, and the first losses, by which settings can be compared. ``--breakdown`` prints the kernels
+of a step and their milliseconds, and writes the device's timeline.
 """
 
 from __future__ import annotations

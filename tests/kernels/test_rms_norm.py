@@ -1,4 +1,4 @@
-"""The gated norm against its equations and hand-derived gradients in float64, for every implementation."""
+"""The norm, gated or of a residual stream, against its equations and hand-derived gradients in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from lte_jax.remat import checkpointed
 from pallas_kernels.dispatch import UnsupportedCase
-from pallas_kernels.rms_norm import rms_norm
+from pallas_kernels.rms_norm import residual_rms_norm, rms_norm
 from tests.tolerances import assert_close
 
 EPS = 1e-3  # large enough that leaving it out would show
@@ -56,6 +56,27 @@ def test_values_and_gradients(implementation, shape, gated):
     found = outputs_and_gradients(inputs, dy, implementation=implementation)
     for a, b in zip(found, truth(*inputs, dy), strict=True):
         assert_close(a, b, "rms_norm")
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def stream(x, weight, cotangents, *, implementation):
+    """x, y, dx, dweight."""
+    run = functools.partial(residual_rms_norm, eps=EPS, implementation=implementation)
+    outputs, pullback = jax.vjp(run, x, weight)
+    return (*outputs, *pullback(cotangents))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(5,), (7, 13), (2, 3, 5, 128), (37, 1000), (19, 2048)], ids=str)
+def test_a_stream_goes_on_beside_its_norm(implementation, shape, dtype):
+    """x stays as it is, and its gradient is the sum of both ways."""
+    (x, weight, past), dy = make_inputs(shape, dtype=dtype)
+    y, dx, dweight = truth(x, weight, None, dy)
+    found = stream(x, weight, (past, dy), implementation=implementation)
+    np.testing.assert_array_equal(found[0], x)
+    for a, b in zip(found[1:], (y, dx + np.asarray(past, np.float64), dweight), strict=True):
+        assert_close(a, b, "rms_norm", dtype)
+    assert [str(a.dtype) for a in found] == [dtype, dtype, dtype, "float32"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -144,6 +144,10 @@ def operations(segments):
             lambda x, w, gate: partition.rms_norm(x, w, gate, eps=1e-6, axes=partition.ROWS),
             (random(B, T, 8, 6), random(6), random(B, T, 8, 6)),
         ),
+        "residual": (
+            lambda x, w: jnp.stack(partition.residual_rms_norm(x, w, eps=1e-6)),
+            (random(B, T, 12), random(12)),
+        ),
     }
 
 
@@ -206,11 +210,12 @@ def test_few_key_heads_and_split_tokens_give_what_one_device_gives():
     check_operation("delta", MeshConfig(data=1, tensor=2, sequence=4))
     check_operation("convolution", MeshConfig(data=2, tensor=4))
     check_operation("norm", MeshConfig(data=2, tensor=2, sequence=2))
+    check_operation("residual", MeshConfig(data=2, fsdp=2, sequence=2))
 
 
 @pytest.mark.rotating
 @pytest.mark.parametrize("mesh", [dict(tensor=4, sequence=2), dict(sequence=8), dict(data=2, sequence=4)], ids=str)
-@pytest.mark.parametrize("name", ["window", "lte", "delta", "convolution", "norm"])
+@pytest.mark.parametrize("name", ["window", "lte", "delta", "convolution", "norm", "residual"])
 def test_every_operation_on_every_mesh_gives_what_one_device_gives(name, mesh):
     check_operation(name, MeshConfig(**{"data": 1, **mesh}))
 
