@@ -57,10 +57,14 @@ def interpreted_kernels_count_as_a_gpus():
 
 
 def pytest_generate_tests(metafunc):
-    """``implementation``: each one of the operation that the file tests; a GPU's run under ``pytest -m gpu``."""
+    """``implementation``: each one of the operation that the file tests; a GPU's run under ``pytest -m gpu``.
+
+    A file leaves some out by naming the others: IMPLEMENTATIONS.
+    """
     if "implementation" in metafunc.fixturenames:
         operation = metafunc.module.__name__.rpartition(".test_")[2]
-        names = importlib.import_module(f"pallas_kernels.{operation}.api").OPERATION.implementations
+        offered = importlib.import_module(f"pallas_kernels.{operation}.api").OPERATION.implementations
+        names = getattr(metafunc.module, "IMPLEMENTATIONS", offered)
         values = [name if name == "xla" else pytest.param(name, marks=pytest.mark.gpu) for name in names[::-1]]
         metafunc.parametrize("implementation", values)
 

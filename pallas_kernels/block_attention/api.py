@@ -38,7 +38,7 @@ from pallas_kernels.block_attention.blocks import BlockCache, Layout, append, ro
 from pallas_kernels.dispatch import Operation
 from pallas_kernels.window_attention.api import window_attention, window_attention_step
 
-OPERATION = Operation("block_attention", ("triton", "xla"), fastest=("triton", "xla"))
+OPERATION = Operation("block_attention", ("pallas", "triton", "xla"), fastest=("pallas", "triton", "xla"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ head, ``triton_gather`` does it block by block.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,9 @@ from pallas_kernels.block_attention.triton_tiles import (
     tile_rows,
 )
 from pallas_kernels.triton_call import check_installed, jit, tl, triton_call
+
+# The compressed branch, its logsumexp and the selected blocks: ``triton_select.select``, or another form of it.
+Select = Callable[[Any, Array, Array, Array, Layout], tuple[Array, Float32[Array, "B T H"], Int32[Array, "B T K M"]]]
 
 
 class Residuals(NamedTuple):
@@ -107,16 +111,25 @@ def check(case: Any) -> None:
     require(numbers < 2**31, f"one row of the batch holds {numbers} numbers, which are counted in 32 bits: {fix}")
 
 
-def forward(case: Any, q: Array, k: Array, v: Array, layout: Layout | None) -> tuple[tuple[Array, Array], Residuals]:
+def forward(
+    case: Any, q: Array, k: Array, v: Array, layout: Layout | None, select: Select = select
+) -> tuple[tuple[Array, Array], Residuals]:
     """See ``api``."""
-    return fold_batch(_forward, ("case",))(q, k, v, layout, case=case)
+    return fold_batch(_forward, ("case", "select"))(q, k, v, layout, case=case, select=select)
 
 
 def attend(
-    case: Any, q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, position: Int32[Array, "B T"]
+    case: Any,
+    q: Array,
+    k: Array,
+    v: Array,
+    pooled_k: Array,
+    pooled_v: Array,
+    position: Int32[Array, "B T"],
+    select: Select = select,
 ) -> tuple[Array, Array]:
     """See ``api``."""
-    return fold_batch(_attend, ("case",))(q, k, v, pooled_k, pooled_v, position, case=case)
+    return fold_batch(_attend, ("case", "select"))(q, k, v, pooled_k, pooled_v, position, case=case, select=select)
 
 
 def backward(*arguments: Any) -> Any:
@@ -133,23 +146,23 @@ def step(*arguments: Any) -> Any:
     return run(*arguments)
 
 
-def _forward(q: Array, k: Array, v: Array, layout: Layout | None, *, case: Any) -> Any:
+def _forward(q: Array, k: Array, v: Array, layout: Layout | None, *, case: Any, select: Select) -> Any:
     case = dataclasses.replace(case, B=q.shape[0])
     pooled_k, pooled_v = pool(k, layout, case.block_size), pool(v, layout, case.block_size)
-    return _both(case, q, k, v, pooled_k, pooled_v, layout or plain_layout(case.B, case.T, case.block_size))
+    return _both(case, q, k, v, pooled_k, pooled_v, layout or plain_layout(case.B, case.T, case.block_size), select)
 
 
 def _attend(
-    q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, position: Array, *, case: Any
+    q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, position: Array, *, case: Any, select: Select
 ) -> tuple[Array, Array]:
     case = dataclasses.replace(case, B=q.shape[0])
     zero = jnp.zeros_like(position)
     layout = Layout(zero, position, zero, jnp.zeros((case.B, 1), jnp.int32))
-    return _both(case, q, k, v, pooled_k, pooled_v, layout)[0]
+    return _both(case, q, k, v, pooled_k, pooled_v, layout, select)[0]
 
 
 def _both(
-    case: Any, q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, layout: Layout
+    case: Any, q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, layout: Layout, select: Select
 ) -> tuple[tuple[Array, Array], Residuals]:
     o_c, lse_c, indices = select(case, q, pooled_k, pooled_v, layout)
     if gathers_forward(case):

@@ -1,0 +1,124 @@
+"""Block attention's Hopper kernel without a GPU: in Pallas's interpreter, and lowered for one.
+
+The interpreter multiplies, copies and waits as the kernel says, and reports races; what only the hardware decides is
+seen by the GPU tests of ``test_block_attention``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from pallas_kernels.block_attention import pallas, pallas_select, triton
+from pallas_kernels.block_attention.api import Case
+from pallas_kernels.block_attention.blocks import Layout, plain_layout, row_layout, table_size
+from pallas_kernels.dispatch import UnsupportedCase
+from tests.kernels.test_block_attention import packed_segments
+from tests.tolerances import assert_close
+
+CASE = Case(1, 100, 100, 2, 1, 64, 64, "bfloat16", 16, 4, 0.125, False, False)
+
+
+def expected(case: Case, q, pooled_k, pooled_v, layout: Layout):
+    """(o, logsumexp in base 2, indices), token by token from the definition, in float64."""
+    q, keys, values = (np.asarray(x, np.float64) for x in (q, pooled_k, pooled_v))
+    S, M, G = case.block_size, case.block_counts, case.H // case.K
+    o, lse = np.zeros((*q.shape[:3], case.V)), np.zeros(q.shape[:3])
+    indices = np.full((*q.shape[:2], case.K, pallas_select.slots(case)), -1)
+    for b, t in np.argwhere(np.asarray(layout.position) >= 0):
+        position, base = int(layout.position[b, t]), int(layout.base[b, t])
+        whole, own = (position + 1) // S, position // S
+        for h in range(case.K):
+            importance = np.zeros(own + 1)
+            for head in range(h * G, h * G + G) if whole else ():
+                logits = case.scale * keys[b, base : base + whole, h] @ q[b, t, head]
+                weights = np.exp(logits - logits.max())
+                o[b, t, head] = weights @ values[b, base : base + whole, h] / weights.sum()
+                lse[b, t, head] = (logits.max() + np.log(weights.sum())) / np.log(2)
+                importance[: min(whole, own)] += (weights / weights.sum())[: min(whole, own)]
+            importance[[0, max(own - 1, 0), own]] = G
+            # Equal keys have equal importance up to rounding, which must not decide.
+            best = sorted(range(own + 1), key=lambda c: (-round(importance[c], 5), c))[:M]
+            indices[b, t, h, : len(best)] = sorted(best)
+    return o, lse, indices
+
+
+def draw(case: Case, equal_keys: bool = False):
+    rng = np.random.default_rng(3)
+    C = table_size(case.U, case.block_size)
+    shapes = (case.B, case.T, case.H, case.N), (case.B, C, case.K, case.N), (case.B, C, case.K, case.V)
+    q, k, v = (jnp.asarray(rng.normal(size=shape), case.dtype) for shape in shapes)
+    return q, jnp.ones_like(k) if equal_keys else k, v
+
+
+def cached_layout(case: Case) -> Layout:
+    """Row 0 ends at the last key, with padding to the left; row 1 stands in the middle, with padding to the right."""
+    index = np.arange(case.T)
+    rows = np.stack([np.where(index < 9, -1, case.U - case.T + index), np.where(index < 50, 40 + index, -1)])
+    position, zero = jnp.asarray(rows, jnp.int32), jnp.zeros(rows.shape, jnp.int32)
+    return Layout(zero, position, zero, jnp.zeros((case.B, 1), jnp.int32))
+
+
+SETUPS = {
+    "a tile and a half": (CASE, "plain"),
+    "packed": (dataclasses.replace(CASE, B=2, T=133, U=133, K=2, N=40, block_counts=3, segment_ids=True), "packed"),
+    "equal keys, blocks fill the columns": (dataclasses.replace(CASE, T=1000, U=1000, H=1, block_counts=5), "equal"),
+    "no column for the last block": (dataclasses.replace(CASE, T=1030, U=1030, H=1), "plain"),
+    "the same, one block": (dataclasses.replace(CASE, T=1030, U=1030, H=1, block_counts=1), "plain"),
+    "cached": (dataclasses.replace(CASE, B=2, T=77, U=1100, V=33, cached=True), "cached"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["packed", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in SETUPS if n != "packed")]
+)
+def test_interpreted(name, capfd):
+    case, kind = SETUPS[name]
+    q, k, v = draw(case, kind == "equal")
+    layout = plain_layout(case.B, case.T, case.block_size)
+    if kind == "packed":
+        layout = row_layout(packed_segments(2, case.T, (50, 1, 20, 33), (2, 0, 7, 1)), case.block_size)
+    if kind == "cached":
+        layout = cached_layout(case)
+    run = jax.jit(lambda *a: pallas_select.select(case, *a, interpreted=True))
+    o, lse, indices = jax.block_until_ready(run(q, k, v, layout))
+    assert "RACE DETECTED" not in capfd.readouterr().out
+    true_o, true_lse, true_indices = expected(case, q, k, v, layout)
+    np.testing.assert_array_equal(indices, true_indices)
+    assert_close(o, true_o, "block attention", case.dtype)
+    assert_close(lse, true_lse, "block attention", case.dtype)
+
+
+@pytest.mark.rotating
+@pytest.mark.parametrize("group, size, tokens, dtype", [(16, 64, 4096, "bfloat16"), (1, 128, 8192, "float16")])
+def test_lowers_for_hopper(group, size, tokens, dtype):
+    spec = jax.ShapeDtypeStruct
+    case = Case(2, tokens, tokens, 2 * group, 2, size, size, dtype, 64, 16, 0.125, False, False)
+    means = spec((2, tokens // 64, 2, size), dtype)
+    hopper = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=hopper)):
+        run = jax.jit(lambda *a: pallas_select.select(case, *a, plain_layout(2, tokens, 64)))
+        traced = run.trace(spec((2, tokens, 2 * group, size), dtype), means, means)
+        lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(dtype="float32"), "dtype=float32 is not one of bfloat16, float16"),
+        (dict(T=1), "there is no decode step"),
+        (dict(U=129 * 16), "129 blocks; there must be at most 128"),
+        (dict(block_size=8), "block_size=8 is not one of"),
+    ],
+)
+def test_other_cases_are_refused(change, words, monkeypatch):
+    monkeypatch.setattr(triton, "check_installed", lambda _: None)
+    pallas.check(CASE)
+    with pytest.raises(UnsupportedCase, match=words):
+        pallas.check(dataclasses.replace(CASE, **change))
