@@ -95,7 +95,8 @@ def block_attention(
       segment_ids: a document's number for each token, 0 for padding, which never lies inside a document. Documents are
         computed as if alone. None: one document per row, no padding.
       scale: of the logits; N ** -0.5 by default.
-      implementation: "pallas", "triton", "xla", or None for the fastest here; the window branch gets the same.
+      implementation: "pallas", "triton", "xla", or None for the fastest here; the window branch gets the same. "pallas"
+        is the compressed branch with the selection; the selected branch is Triton's, and the window's is the fastest.
 
     Returns:
       o [B,T,H,V] in v's dtype, 0 for padding. Products accumulate in float32, block means are rounded to the dtype of k
@@ -111,7 +112,7 @@ def block_attention(
     layout = None if segment_ids is None else row_layout(segment_ids, block_size)
     compressed, selected = _branches(module, case, q, k, v, layout)
     windowed = window_attention(
-        q, k, v, window=window, segment_ids=segment_ids, scale=case.scale, implementation=implementation
+        q, k, v, window=window, segment_ids=segment_ids, scale=case.scale, implementation=_of_window(implementation)
     )
     return _merge(gates, compressed, selected, windowed)
 
@@ -154,8 +155,12 @@ def block_attention_extend(
     cache, position = append(cache, k, v, valid, block_size)
     held = (x.astype(q.dtype) for x in (cache.k, cache.v, cache.pooled_k, cache.pooled_v))
     compressed, selected = _call(module, "attend", case)(q, *held, position)
-    windowed = _cached_window(q, cache, before, position, window, case, implementation)
+    windowed = _cached_window(q, cache, before, position, window, case, _of_window(implementation))
     return _merge(gates, compressed, selected, windowed), cache
+
+
+def _of_window(implementation: str | None) -> str | None:
+    return None if implementation == "pallas" else implementation
 
 
 def _merge(gates: Array, *branches: Array) -> Array:
