@@ -1,8 +1,8 @@
 """Block attention on Hopper (Pallas, Mosaic GPU): the compressed branch, and which blocks each token selects.
 
-A program owns 64 tokens of a KV head and takes its query heads in turn. All block means lie in shared memory and all
-logits of a head in registers, so one product and one exponential give the softmax and the importances, whose sum over
-the heads is an addition in place; and in the same registers the best are found.
+A program owns 64 tokens of a KV head and takes its query heads in turn, with all block means in shared memory. The
+importances lie in registers: their sum over the heads is an addition in place, and there the best are found. Where all
+logits of a head fit beside them, one product and one exponential give the softmax and the importances.
 """
 
 from __future__ import annotations
@@ -21,33 +21,49 @@ from pallas_kernels.block_attention.blocks import Layout
 from pallas_kernels.block_attention.triton_tiles import slots
 from pallas_kernels.tiles import ceil_div
 from pallas_kernels.window_attention.pallas_plan import pad_rows
-from pallas_kernels.window_attention.pallas_stream import BARRIERS, BY_ROW, LOG2_E, SWIZZLED
+from pallas_kernels.window_attention.pallas_stream import BARRIERS, BY_ROW, LOG2_E, SWIZZLED, add_product
 
 ROWS = 64  # tokens of a program
-COLUMNS = (64, 128)  # block means that a program can hold
-NUMBER_BITS = 8  # of a column
+COLUMNS = (64, 128, 256)  # block means that a program can hold
+ONCE = 128  # columns of which all logits of a head fit into the registers
+CHUNK = 64  # columns at a time where there are more
 STAGES = 3  # heads of queries in flight
 NOTHING = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class _Size:
-    """What a kernel is compiled for: heads to a KV head, columns, blocks to select, the logits' scale in base 2."""
+    """What a kernel is compiled for: heads to a KV head, columns, blocks to select, the logits' scale in base 2, and
+    whether documents begin behind the first column."""
 
     G: int
     V: int
     C: int
     M: int
     scale: float
+    packed: bool
     interpreted: bool
+
+    @property
+    def chunk(self) -> int:
+        return self.C if self.C <= ONCE else CHUNK
+
+    @property
+    def firsts(self) -> range:
+        """The first column of each chunk."""
+        return range(0, self.C, self.chunk)
 
 
 def _across(row, shape):
     return jax.lax.broadcast_in_dim(row, shape, [0])
 
 
-def _count(flags):
-    return flags.astype(jnp.int32).sum(axis=1)
+def _columns(shape, first: int):
+    return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + first
+
+
+def _fill(value, shape, layout=plgpu.Layout.WGMMA):
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.asarray(value).dtype), layout)
 
 
 def _product(shape, a, b):
@@ -58,100 +74,194 @@ def _product(shape, a, b):
     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
-def _chosen(bits, column, wanted):
+def _count(flags):
+    return sum(x.astype(jnp.int32).sum(axis=1) for x in flags)
+
+
+def _chosen(bits, columns, end_bits, wanted):
     """Which columns of each row have its ``wanted`` largest bits; of equal ones, the smaller column.
 
-    bits are not negative; -1 is no candidate. As ``triton_select.chosen`` does it, by counting, without a sort.
+    All in chunks. bits are not negative; -1 is no candidate. ``end_bits`` hold the number of columns. As
+    ``triton_select.chosen`` does it, by counting, without a sort.
     """
-    zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.int32), BY_ROW)
-    across = functools.partial(_across, shape=bits.shape)
+    zero = _fill(jnp.int32(0), (ROWS,), BY_ROW)
+    across = functools.partial(_across, shape=bits[0].shape)
 
     def raise_bound(i, bound):
         trial = bound | (jnp.int32(2**30) >> i)
-        return jnp.where(_count(bits >= across(trial)) >= wanted, trial, bound)
+        wide = across(trial)
+        return jnp.where(_count(x >= wide for x in bits) >= wanted, trial, bound)
 
     bound = across(jax.lax.fori_loop(0, 31, raise_bound, zero))
-    left = wanted - _count(bits > bound)
+    left = wanted - _count(x > bound for x in bits)
 
     def raise_end(i, end):
-        trial = end | (jnp.int32(2 ** (NUMBER_BITS - 1)) >> i)
-        return jnp.where(_count((bits == bound) & (column < across(trial))) <= left, trial, end)
+        trial = end | (jnp.int32(2 ** (end_bits - 1)) >> i)
+        wide = across(trial)
+        count = _count((x == bound) & (column < wide) for x, column in zip(bits, columns, strict=True))
+        return jnp.where(count <= left, trial, end)
 
-    end = across(jax.lax.fori_loop(0, NUMBER_BITS, raise_end, zero))
-    return (bits > bound) | ((bits == bound) & (column < end))
+    end = across(jax.lax.fori_loop(0, end_bits, raise_end, zero))
+    return [(x > bound) | ((x == bound) & (column < end)) for x, column in zip(bits, columns, strict=True)]
 
 
 def _select(size: _Size, importance, begin, current, store) -> None:
     """Gives ``store`` the m-th selected block of each row, ascending, -1 behind the last one."""
-    shape = (ROWS, size.C)
-    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-    number, own = column - _across(begin, shape), _across(current, shape)
-    forced = (number == 0) | (number >= own - 1)
-    value = jnp.where(forced, float(size.G), jnp.minimum(importance, float(size.G)))
-    bits = jnp.where((number >= 0) & (number <= own), jax.lax.bitcast_convert_type(value, jnp.int32), -1)
+    shape = (ROWS, size.chunk)
+    columns = [_columns(shape, first) for first in size.firsts]
+    own = _across(current, shape)
+
+    def order(value, number):
+        forced = (number == 0) | (number >= own - 1)
+        value = jnp.where(forced, float(size.G), jnp.minimum(value, float(size.G)))
+        return jnp.where((number >= 0) & (number <= own), jax.lax.bitcast_convert_type(value, jnp.int32), -1)
+
+    numbers = [column - _across(begin, shape) for column in columns]
+    bits = [order(*pair) for pair in zip(importance, numbers, strict=True)]
     # The token's own block may be incomplete, and so have no column; it is forced, with the largest number of those.
     outside = (begin + current >= size.C) & ((current < size.M) | (size.M >= 3)) & (current >= 0)
-    take = _chosen(bits, column, size.M - outside.astype(jnp.int32))
+    take = _chosen(bits, columns, size.C.bit_length(), size.M - outside.astype(jnp.int32))
 
     def write(m, carry):
         left, own_left = carry
-        first = left.min(axis=1)
+        first = functools.reduce(jnp.minimum, [x.min(axis=1) for x in left])
         found = first < NOTHING
         store(m, jnp.where(found, first, jnp.where(own_left > 0, current, -1)))
-        return jnp.where(left == _across(first, shape), NOTHING, left), jnp.where(found, own_left, 0)
+        left = tuple(jnp.where(x == _across(first, shape), NOTHING, x) for x in left)
+        return left, jnp.where(found, own_left, 0)
 
-    jax.lax.fori_loop(0, size.M, write, (jnp.where(take, number, NOTHING), outside.astype(jnp.int32)))
+    left = tuple(jnp.where(x, number, NOTHING) for x, number in zip(take, numbers, strict=True))
+    jax.lax.fori_loop(0, size.M, write, (left, outside.astype(jnp.int32)))
+
+
+class _Head:
+    """The compressed branch of 64 tokens for one query head, whose queries are in shared memory."""
+
+    def __init__(self, size: _Size, q_smem, means, p_smem, places, bounds):
+        self.size, self.q_smem, self.p_smem = size, q_smem, p_smem
+        self.k_smem, self.v_smem = means
+        # Behind a barrier, or masks would be worked out before the loop over heads and take its registers.
+        self.begin, self.end = jax.lax.optimization_barrier(places)
+        self.lowest, self.highest = bounds
+
+    def logits(self, first: int):
+        shape = (ROWS, self.size.chunk)
+        chunk = pl.ds(first, self.size.chunk)
+        x = _product(shape, self.q_smem, self.k_smem.at[chunk].transpose((1, 0)))
+        column = _columns(shape, first)
+        seen = column < _across(self.end, shape)
+        if self.size.packed:
+            seen &= column >= _across(self.begin, shape)
+        return jnp.where(seen, x, -jnp.inf)
+
+    def weighed(self, p, first: int, acc=None):
+        """p in 16 bits times the values of a chunk, added to ``acc``."""
+        low = p.astype(self.q_smem.dtype)
+        values = self.v_smem.at[pl.ds(first, self.size.chunk)]
+        acc = _fill(jnp.float32(0), (ROWS, self.size.V)) if acc is None else acc
+        return add_product(acc, low, values, self.p_smem)
+
+    def at_once(self):
+        """(output, logsumexp, weights): all logits in registers."""
+        logits, scale = self.logits(0), self.size.scale
+        # The maximum is finite, so a row that sees nothing gives exp2(-inf) = 0 and not NaN.
+        m = jnp.maximum(logits.max(axis=1) * scale, -1e30)
+        p = jnp.exp2(logits * scale - _across(m, logits.shape))
+        divisor, lse = _logsumexp(m, p.sum(axis=1))
+        p *= _across(1.0 / divisor, p.shape)
+        return self.weighed(p, 0), lse, p
+
+    def in_chunks(self):
+        """(output, logsumexp): a chunk of logits at a time."""
+        scale = self.size.scale
+
+        def step(first, carry):
+            acc, m, l = carry
+            logits = self.logits(first)
+            m_new = jnp.maximum(m, logits.max(axis=1) * scale)
+            fade = jnp.exp2(m - m_new)
+            p = jnp.exp2(logits * scale - _across(m_new, logits.shape))
+            acc = self.weighed(p, first, acc * _across(fade, acc.shape))
+            return acc, m_new, l * fade + p.sum(axis=1)
+
+        row = (ROWS,)
+        carry = (
+            _fill(jnp.float32(0), (ROWS, self.size.V)),
+            _fill(jnp.float32(-1e30), row, BY_ROW),
+            _fill(jnp.float32(0), row, BY_ROW),
+        )
+        for first in self.size.firsts:
+            carry = self.where_seen(first, functools.partial(step, first), carry)
+        acc, m, l = carry
+        divisor, lse = _logsumexp(m, l)
+        return acc * _across(1.0 / divisor, acc.shape), lse
+
+    def add_weights(self, lse, importance):
+        """The importances of every chunk with this head's weights."""
+
+        def add(first, total):
+            return total + jnp.exp2(self.logits(first) * self.size.scale - _across(lse, total.shape))
+
+        return tuple(
+            self.where_seen(first, functools.partial(add, first), total)
+            for first, total in zip(self.size.firsts, importance, strict=True)
+        )
+
+    def where_seen(self, first: int, function, carry):
+        """``function(carry)`` where a token of the tile sees a column of the chunk."""
+        seen = (self.lowest < first + self.size.chunk) & (self.highest > first)
+        return jax.lax.cond(seen, function, lambda x: x, carry)
+
+
+def _logsumexp(m, l):
+    """(divisor, logsumexp in base 2, 0 where nothing was seen)."""
+    seen = l > 0
+    divisor = jnp.where(seen, l, 1.0)
+    return divisor, jnp.where(seen, m + jnp.log(divisor) * LOG2_E, 0.0)
 
 
 def _kernel(size: _Size, refs: Any, scratch: Any) -> None:
-    q_ref, k_ref, v_ref, begin_ref, end_ref, current_ref, o_ref, lse_ref, indices_ref = refs
-    q_smem, k_smem, v_smem, o_smem, p_smem, q_full, means_full = scratch
-    h, b = jax.lax.axis_index("heads"), jax.lax.axis_index("batch")
-    rows = pl.ds(pl.multiple_of(jax.lax.axis_index("tiles") * ROWS, ROWS), ROWS)
-    shape = (ROWS, size.C)
+    q_ref, k_ref, v_ref, begin_ref, end_ref, current_ref, bounds_ref, o_ref, lse_ref, indices_ref = refs
+    q_smem, *means, o_smem, p_smem, q_full, means_full = scratch
+    tile, h, b = (jax.lax.axis_index(name) for name in ("tiles", "heads", "batch"))
+    tile = pl.num_programs(0) - 1 - tile  # the last tiles first: they see the most
+    rows = pl.ds(pl.multiple_of(tile * ROWS, ROWS), ROWS)
 
     def fetch(g):
         slot = jax.lax.rem(g, jnp.int32(STAGES))
         plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h * size.G + g], q_smem.at[slot], q_full.at[slot])
 
-    plgpu.copy_gmem_to_smem(k_ref.at[b, :, h], k_smem, means_full)
-    plgpu.copy_gmem_to_smem(v_ref.at[b, :, h], v_smem, means_full)
+    for source, target in zip((k_ref, v_ref), means, strict=True):
+        plgpu.copy_gmem_to_smem(source.at[b, :, h], target, means_full)
     for g in range(min(STAGES, size.G)):
         fetch(jnp.int32(g))
     begin, end, current = (
         plgpu.load(x.at[b, rows], layout=BY_ROW, optimized=False) for x in (begin_ref, end_ref, current_ref)
     )
-    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-    seen = (column >= _across(begin, shape)) & (column < _across(end, shape))
+    bounds = bounds_ref[b, tile, 0], bounds_ref[b, tile, 1]
     plgpu.barrier_wait(means_full)
 
     def attend(g, importance):
         slot = jax.lax.rem(g, jnp.int32(STAGES))
         plgpu.barrier_wait(q_full.at[slot])
-        logits = jnp.where(seen, _product(shape, q_smem.at[slot], k_smem.transpose((1, 0))), -jnp.inf)
+        head = _Head(size, q_smem.at[slot], means, p_smem, (begin, end), bounds)
+        if size.C <= ONCE:
+            o, lse, weights = head.at_once()
+            importance = (importance[0] + weights,)
+        else:
+            o, lse = head.in_chunks()
+            importance = head.add_weights(lse, importance)
         pl.when(g + STAGES < size.G)(lambda: fetch(g + STAGES))
-        # The maximum is finite, so a row that sees nothing gives exp2(-inf) = 0 and not NaN.
-        m = jnp.maximum(logits.max(axis=1) * size.scale, -1e30)
-        p = jnp.exp2(logits * size.scale - _across(m, shape))
-        l = p.sum(axis=1)
-        whole = jnp.where(l > 0, l, 1.0)
-        p *= _across(1.0 / whole, shape)
-        lse_ref[b, rows, h * size.G + g] = jnp.where(l > 0, m + jnp.log(whole) * LOG2_E, 0.0)
-        low = p.astype(q_smem.dtype)
-        if size.interpreted:  # the interpreter multiplies from shared memory alone
-            p_smem[...] = low
-            plgpu.commit_smem()
-            low = p_smem
-        o = _product((ROWS, size.V), low, v_smem)
+        lse_ref[b, rows, h * size.G + g] = lse
         buffer = o_smem.at[jax.lax.rem(g, jnp.int32(2))]
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the output before the last one has left this buffer
         buffer[...] = o.astype(o_smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(buffer, o_ref.at[b, rows, h * size.G + g])
-        return importance + p
+        return importance
 
-    importance = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-    importance = jax.lax.fori_loop(0, size.G, attend, importance)
+    nothing = tuple(_fill(jnp.float32(0), (ROWS, size.chunk)) for _ in size.firsts)
+    importance = jax.lax.fori_loop(0, size.G, attend, nothing)
 
     def store(m, value):
         indices_ref[b, rows, h, m] = value
@@ -197,8 +307,13 @@ def select(
     current = jnp.where(valid, layout.position // S, -1)
     end = jnp.where(valid, layout.base + (layout.position + 1) // S, 0)
     behind = ((0, 0), (0, tiles * ROWS - T))
-    places = (jnp.pad(x, behind, constant_values=n) for x, n in ((layout.base, 0), (end, 0), (current, -1)))
-    size = _Size(H // K, V, C, M, case.scale * LOG2_E, interpreted)
+    begin, end, current = (
+        jnp.pad(x, behind, constant_values=n) for x, n in ((layout.base, 0), (end, 0), (current, -1))
+    )
+    in_tiles = (B, tiles, ROWS)
+    lowest = jnp.min(jnp.where(end > begin, begin, C).reshape(in_tiles), axis=2)
+    bounds = jnp.stack([lowest, jnp.max(end.reshape(in_tiles), axis=2)], axis=-1)
+    size = _Size(H // K, V, C, M, case.scale * LOG2_E, case.segment_ids, interpreted)
 
     def entry(*refs):
         pl.run_scoped(
@@ -207,7 +322,7 @@ def select(
             plgpu.SMEM((C, N), q.dtype, transforms=SWIZZLED),
             plgpu.SMEM((C, V), q.dtype, transforms=SWIZZLED),
             plgpu.SMEM((2, ROWS, V), q.dtype, transforms=SWIZZLED),
-            plgpu.SMEM((ROWS, C), q.dtype, transforms=SWIZZLED) if interpreted else None,
+            plgpu.SMEM((ROWS, size.chunk), q.dtype, transforms=SWIZZLED) if interpreted else None,
             plgpu.Barrier(num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=2),
         )
@@ -223,5 +338,5 @@ def select(
         grid_names=("tiles", "heads", "batch"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpreted else None,
-    )(q, k, v, *places)
+    )(q, k, v, begin, end, current, bounds)
     return o[:, :T, :, : case.V], lse[:, :T], indices[:, :T]

@@ -71,6 +71,8 @@ SETUPS = {
     "no column for the last block": (dataclasses.replace(CASE, T=1030, U=1030, H=1), "plain"),
     "the same, one block": (dataclasses.replace(CASE, T=1030, U=1030, H=1, block_counts=1), "plain"),
     "cached": (dataclasses.replace(CASE, B=2, T=77, U=1100, V=33, cached=True), "cached"),
+    "cached, in chunks": (dataclasses.replace(CASE, B=2, T=77, U=2200, cached=True), "cached"),
+    "cached, equal keys, in chunks": (dataclasses.replace(CASE, B=2, T=77, U=4100, cached=True), "cached, equal"),
 }
 
 
@@ -79,11 +81,11 @@ SETUPS = {
 )
 def test_interpreted(name, capfd):
     case, kind = SETUPS[name]
-    q, k, v = draw(case, kind == "equal")
+    q, k, v = draw(case, "equal" in kind)
     layout = plain_layout(case.B, case.T, case.block_size)
     if kind == "packed":
         layout = row_layout(packed_segments(2, case.T, (50, 1, 20, 33), (2, 0, 7, 1)), case.block_size)
-    if kind == "cached":
+    if "cached" in kind:
         layout = cached_layout(case)
     run = jax.jit(lambda *a: pallas_select.select(case, *a, interpreted=True))
     o, lse, indices = jax.block_until_ready(run(q, k, v, layout))
@@ -95,7 +97,7 @@ def test_interpreted(name, capfd):
 
 
 @pytest.mark.rotating
-@pytest.mark.parametrize("group, size, tokens, dtype", [(16, 64, 4096, "bfloat16"), (1, 128, 8192, "float16")])
+@pytest.mark.parametrize("group, size, tokens, dtype", [(16, 64, 16384, "bfloat16"), (1, 128, 8192, "float16")])
 def test_lowers_for_hopper(group, size, tokens, dtype):
     spec = jax.ShapeDtypeStruct
     case = Case(2, tokens, tokens, 2 * group, 2, size, size, dtype, 64, 16, 0.125, False, False)
@@ -113,7 +115,7 @@ def test_lowers_for_hopper(group, size, tokens, dtype):
     [
         (dict(dtype="float32"), "dtype=float32 is not one of bfloat16, float16"),
         (dict(T=1), "there is no decode step"),
-        (dict(U=129 * 16), "129 blocks; there must be at most 128"),
+        (dict(U=257 * 16), "257 blocks; there must be at most 256"),
         (dict(block_size=8), "block_size=8 is not one of"),
     ],
 )
