@@ -6,14 +6,22 @@ import functools
 from typing import Any
 
 import jax
+from jax import Array
 
 from pallas_kernels.arguments import Arguments
-from pallas_kernels.block_attention import triton
-from pallas_kernels.block_attention.blocks import table_size
-from pallas_kernels.block_attention.pallas_select import COLUMNS, columns_of, select, shared_memory
+from pallas_kernels.block_attention import pallas_long, pallas_select, triton
+from pallas_kernels.block_attention.blocks import Layout, table_size
+from pallas_kernels.block_attention.pallas_select import ROWS, columns_of, shared_memory
 from pallas_kernels.tiles import check_choice, check_shared_memory
 
 NAME = "block_attention"
+
+
+def select(case: Any, q: Array, pooled_k: Array, pooled_v: Array, layout: Layout) -> tuple[Array, Array, Array]:
+    """As ``triton_select.select``."""
+    form = pallas_select if columns_of(pooled_k.shape[1]) else pallas_long
+    return form.select(case, q, pooled_k, pooled_v, layout)
+
 
 forward = functools.partial(triton.forward, select=select)
 attend = functools.partial(triton.attend, select=select)
@@ -29,7 +37,6 @@ def check(case: Any) -> None:
         capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
         check_choice(NAME, "compute capability", capability, ("9.0",), other)
     check_choice(NAME, "dtype", case.dtype, ("bfloat16", "float16"), other)
-    require(case.T > 1, f"there is no decode step; {other}")
-    C = table_size(case.U, case.block_size)
-    require(columns_of(C) > 0, f"{C} blocks; there must be at most {max(COLUMNS)}: {other}")
-    check_shared_memory(NAME, shared_memory(case.N, case.V, columns_of(C)))
+    require(case.T >= ROWS, f"T={case.T}; there must be at least {ROWS} tokens: {other}")
+    if columns := columns_of(table_size(case.U, case.block_size)):
+        check_shared_memory(NAME, shared_memory(case.N, case.V, columns))

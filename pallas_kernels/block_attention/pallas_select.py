@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float32, Int32
 
 from pallas_kernels.block_attention.blocks import Layout
@@ -54,19 +55,19 @@ class _Size:
         return range(0, self.C, self.chunk)
 
 
-def _across(row, shape):
+def across(row, shape):
     return jax.lax.broadcast_in_dim(row, shape, [0])
 
 
-def _columns(shape, first: int):
+def columns_from(shape, first: int):
     return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + first
 
 
-def _fill(value, shape, layout=plgpu.Layout.WGMMA):
+def fill(value, shape, layout=plgpu.Layout.WGMMA):
     return plgpu.layout_cast(jnp.full(shape, value, jnp.asarray(value).dtype), layout)
 
 
-def _product(shape, a, b):
+def product(shape, a, b):
     def multiply(acc):
         plgpu.wgmma(acc, a, b)
         return acc[...]
@@ -84,39 +85,39 @@ def _chosen(bits, columns, end_bits, wanted):
     All in chunks. bits are not negative; -1 is no candidate. ``end_bits`` hold the number of columns. As
     ``triton_select.chosen`` does it, by counting, without a sort.
     """
-    zero = _fill(jnp.int32(0), (ROWS,), BY_ROW)
-    across = functools.partial(_across, shape=bits[0].shape)
+    zero = fill(jnp.int32(0), (ROWS,), BY_ROW)
+    spread = functools.partial(across, shape=bits[0].shape)
 
     def raise_bound(i, bound):
         trial = bound | (jnp.int32(2**30) >> i)
-        wide = across(trial)
+        wide = spread(trial)
         return jnp.where(_count(x >= wide for x in bits) >= wanted, trial, bound)
 
-    bound = across(jax.lax.fori_loop(0, 31, raise_bound, zero))
+    bound = spread(jax.lax.fori_loop(0, 31, raise_bound, zero))
     left = wanted - _count(x > bound for x in bits)
 
     def raise_end(i, end):
         trial = end | (jnp.int32(2 ** (end_bits - 1)) >> i)
-        wide = across(trial)
+        wide = spread(trial)
         count = _count((x == bound) & (column < wide) for x, column in zip(bits, columns, strict=True))
         return jnp.where(count <= left, trial, end)
 
-    end = across(jax.lax.fori_loop(0, end_bits, raise_end, zero))
+    end = spread(jax.lax.fori_loop(0, end_bits, raise_end, zero))
     return [(x > bound) | ((x == bound) & (column < end)) for x, column in zip(bits, columns, strict=True)]
 
 
 def _select(size: _Size, importance, begin, current, store) -> None:
     """Gives ``store`` the m-th selected block of each row, ascending, -1 behind the last one."""
     shape = (ROWS, size.chunk)
-    columns = [_columns(shape, first) for first in size.firsts]
-    own = _across(current, shape)
+    columns = [columns_from(shape, first) for first in size.firsts]
+    own = across(current, shape)
 
     def order(value, number):
         forced = (number == 0) | (number >= own - 1)
         value = jnp.where(forced, float(size.G), jnp.minimum(value, float(size.G)))
         return jnp.where((number >= 0) & (number <= own), jax.lax.bitcast_convert_type(value, jnp.int32), -1)
 
-    numbers = [column - _across(begin, shape) for column in columns]
+    numbers = [column - across(begin, shape) for column in columns]
     bits = [order(*pair) for pair in zip(importance, numbers, strict=True)]
     # The token's own block may be incomplete, and so have no column; it is forced, with the largest number of those.
     outside = (begin + current >= size.C) & ((current < size.M) | (size.M >= 3)) & (current >= 0)
@@ -127,7 +128,7 @@ def _select(size: _Size, importance, begin, current, store) -> None:
         first = functools.reduce(jnp.minimum, [x.min(axis=1) for x in left])
         found = first < NOTHING
         store(m, jnp.where(found, first, jnp.where(own_left > 0, current, -1)))
-        left = tuple(jnp.where(x == _across(first, shape), NOTHING, x) for x in left)
+        left = tuple(jnp.where(x == across(first, shape), NOTHING, x) for x in left)
         return left, jnp.where(found, own_left, 0)
 
     left = tuple(jnp.where(x, number, NOTHING) for x, number in zip(take, numbers, strict=True))
@@ -147,18 +148,18 @@ class _Head:
     def logits(self, first: int):
         shape = (ROWS, self.size.chunk)
         chunk = pl.ds(first, self.size.chunk)
-        x = _product(shape, self.q_smem, self.k_smem.at[chunk].transpose((1, 0)))
-        column = _columns(shape, first)
-        seen = column < _across(self.end, shape)
+        x = product(shape, self.q_smem, self.k_smem.at[chunk].transpose((1, 0)))
+        column = columns_from(shape, first)
+        seen = column < across(self.end, shape)
         if self.size.packed:
-            seen &= column >= _across(self.begin, shape)
+            seen &= column >= across(self.begin, shape)
         return jnp.where(seen, x, -jnp.inf)
 
     def weighed(self, p, first: int, acc=None):
         """p in 16 bits times the values of a chunk, added to ``acc``."""
         low = p.astype(self.q_smem.dtype)
         values = self.v_smem.at[pl.ds(first, self.size.chunk)]
-        acc = _fill(jnp.float32(0), (ROWS, self.size.V)) if acc is None else acc
+        acc = fill(jnp.float32(0), (ROWS, self.size.V)) if acc is None else acc
         return add_product(acc, low, values, self.p_smem)
 
     def at_once(self):
@@ -166,9 +167,9 @@ class _Head:
         logits, scale = self.logits(0), self.size.scale
         # The maximum is finite, so a row that sees nothing gives exp2(-inf) = 0 and not NaN.
         m = jnp.maximum(logits.max(axis=1) * scale, -1e30)
-        p = jnp.exp2(logits * scale - _across(m, logits.shape))
+        p = jnp.exp2(logits * scale - across(m, logits.shape))
         divisor, lse = _logsumexp(m, p.sum(axis=1))
-        p *= _across(1.0 / divisor, p.shape)
+        p *= across(1.0 / divisor, p.shape)
         return self.weighed(p, 0), lse, p
 
     def in_chunks(self):
@@ -180,27 +181,27 @@ class _Head:
             logits = self.logits(first)
             m_new = jnp.maximum(m, logits.max(axis=1) * scale)
             fade = jnp.exp2(m - m_new)
-            p = jnp.exp2(logits * scale - _across(m_new, logits.shape))
-            acc = self.weighed(p, first, acc * _across(fade, acc.shape))
+            p = jnp.exp2(logits * scale - across(m_new, logits.shape))
+            acc = self.weighed(p, first, acc * across(fade, acc.shape))
             return acc, m_new, l * fade + p.sum(axis=1)
 
         row = (ROWS,)
         carry = (
-            _fill(jnp.float32(0), (ROWS, self.size.V)),
-            _fill(jnp.float32(-1e30), row, BY_ROW),
-            _fill(jnp.float32(0), row, BY_ROW),
+            fill(jnp.float32(0), (ROWS, self.size.V)),
+            fill(jnp.float32(-1e30), row, BY_ROW),
+            fill(jnp.float32(0), row, BY_ROW),
         )
         for first in self.size.firsts:
             carry = self.where_seen(first, functools.partial(step, first), carry)
         acc, m, l = carry
         divisor, lse = _logsumexp(m, l)
-        return acc * _across(1.0 / divisor, acc.shape), lse
+        return acc * across(1.0 / divisor, acc.shape), lse
 
     def add_weights(self, lse, importance):
         """The importances of every chunk with this head's weights."""
 
         def add(first, total):
-            return total + jnp.exp2(self.logits(first) * self.size.scale - _across(lse, total.shape))
+            return total + jnp.exp2(self.logits(first) * self.size.scale - across(lse, total.shape))
 
         return tuple(
             self.where_seen(first, functools.partial(add, first), total)
@@ -260,7 +261,7 @@ def _kernel(size: _Size, refs: Any, scratch: Any) -> None:
         plgpu.copy_smem_to_gmem(buffer, o_ref.at[b, rows, h * size.G + g])
         return importance
 
-    nothing = tuple(_fill(jnp.float32(0), (ROWS, size.chunk)) for _ in size.firsts)
+    nothing = tuple(fill(jnp.float32(0), (ROWS, size.chunk)) for _ in size.firsts)
     importance = jax.lax.fori_loop(0, size.G, attend, nothing)
 
     def store(m, value):
@@ -290,29 +291,55 @@ def shared_memory(N: int, V: int, C: int) -> dict[str, int]:
     }
 
 
+class Places(NamedTuple):
+    """What each token sees of the table of blocks: entries from begin on, below end, and its own block's number.
+
+    Padded to whole tiles with tokens that see nothing. ``bounds``: the lowest begin and the highest end in a tile.
+    """
+
+    begin: Int32[Array, "B T"]
+    end: Int32[Array, "B T"]
+    current: Int32[Array, "B T"]
+    bounds: Int32[Array, "B tiles 2"]
+
+
+def places_of(case: Any, layout: Layout, C: int, tokens: int) -> Places:
+    # What depends on no data is worked out before the program runs, not by small kernels within it.
+    known = not (case.segment_ids or case.cached)
+    xp: Any = np if known else jnp
+    position, base = layout.position, layout.base
+    if known:
+        position, base = np.tile(np.arange(case.T, dtype=np.int32), (case.B, 1)), np.zeros((case.B, case.T), np.int32)
+    behind = ((0, 0), (0, tokens - case.T))
+    begin = xp.pad(base, behind)
+    end = xp.pad(xp.where(position >= 0, base + (position + 1) // case.block_size, 0), behind)
+    current = xp.pad(xp.where(position >= 0, position // case.block_size, -1), behind, constant_values=-1)
+    in_tiles = (case.B, tokens // ROWS, ROWS)
+    lowest = xp.min(xp.where(end > begin, begin, C).reshape(in_tiles), axis=2)
+    return Places(begin, end, current, xp.stack([lowest, xp.max(end.reshape(in_tiles), axis=2)], axis=-1))
+
+
+def operands(
+    case: Any, q: Array, pooled_k: Array, pooled_v: Array, layout: Layout, C: int, tokens: int
+) -> tuple[Array, Array, Array, Places]:
+    """(q, k, v, places) as the kernels take them: C block means, head sizes that are multiples of 64, whole tiles."""
+
+    def widen(x: Array, rows: int) -> Array:
+        size = _width(x.shape[3])
+        return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0), (0, size - x.shape[3])))
+
+    places = places_of(case, layout, C, tokens)
+    return pad_rows(widen(q, case.T)), widen(pooled_k, C), widen(pooled_v, C), places
+
+
 def select(
     case: Any, q: Array, pooled_k: Array, pooled_v: Array, layout: Layout, interpreted: bool = False
 ) -> tuple[Array, Float32[Array, "B T H"], Int32[Array, "B T K M"]]:
     """As ``triton_select.select``."""
-    B, T, H, K, S = case.B, case.T, case.H, case.K, case.block_size
-    N, V = _width(case.N), _width(case.V)
+    B, T, H, K = case.B, case.T, case.H, case.K
     C, M, tiles = columns_of(pooled_k.shape[1]), slots(case), ceil_div(T, ROWS)
-
-    def widen(x: Array, rows: int, size: int) -> Array:
-        return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0), (0, size - x.shape[3])))
-
-    k, v = widen(pooled_k, C, N), widen(pooled_v, C, V)
-    q = pad_rows(widen(q, T, N))
-    valid = layout.position >= 0
-    current = jnp.where(valid, layout.position // S, -1)
-    end = jnp.where(valid, layout.base + (layout.position + 1) // S, 0)
-    behind = ((0, 0), (0, tiles * ROWS - T))
-    begin, end, current = (
-        jnp.pad(x, behind, constant_values=n) for x, n in ((layout.base, 0), (end, 0), (current, -1))
-    )
-    in_tiles = (B, tiles, ROWS)
-    lowest = jnp.min(jnp.where(end > begin, begin, C).reshape(in_tiles), axis=2)
-    bounds = jnp.stack([lowest, jnp.max(end.reshape(in_tiles), axis=2)], axis=-1)
+    q, k, v, places = operands(case, q, pooled_k, pooled_v, layout, C, tiles * ROWS)
+    N, V = q.shape[3], v.shape[3]
     size = _Size(H // K, V, C, M, case.scale * LOG2_E, case.segment_ids, interpreted)
 
     def entry(*refs):
@@ -338,5 +365,5 @@ def select(
         grid_names=("tiles", "heads", "batch"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpreted else None,
-    )(q, k, v, begin, end, current, bounds)
+    )(q, k, v, *places)
     return o[:, :T, :, : case.V], lse[:, :T], indices[:, :T]

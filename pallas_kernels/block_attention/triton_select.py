@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
-from pallas_kernels.block_attention.blocks import Layout
+from pallas_kernels.block_attention.blocks import Layout, table_size
 from pallas_kernels.block_attention.triton_tiles import (
     load_heads,
     load_keys,
@@ -198,6 +198,21 @@ def _look(
 
 
 @jit
+def _pick(
+    importance, indices, position, base, t, line, exists, entry, head, C, K: tl.constexpr, G: tl.constexpr,
+    S: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Selects the blocks of tokens t [PICK], to whose importances a pointer each leads; writes lines of indices."""
+    number = entry - tl.load(base + t, mask=exists, other=0)[None, :, None]
+    at = tl.load(position + t, mask=exists, other=-1)
+    current = tl.where(at >= 0, at // S, -1)
+    candidate = (number >= 0) & (number <= current[None, :, None])
+    value = tl.load(importance[None, :, None] + entry, mask=candidate & (entry < C), other=0.0)
+    pointer = indices + (line * K + head) * M
+    store_chosen(pointer, value, number, current, tl.where(exists, M, 0), candidate, G, M)
+
+
+@jit
 def _select_kernel(
     q, pooled_k, pooled_v, position, base, T, C, tiles, o, lse, indices, scratch, C_BLOCK: tl.constexpr,
     PICK: tl.constexpr, LANES: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
@@ -226,14 +241,23 @@ def _select_kernel(
         for row in range(0, TOKENS, PICK):
             t = tile * TOKENS + row + line
             exists = (t < T) & (row + line < TOKENS)
-            number = entry - tl.load(base + t, mask=exists, other=0)[None, :, None]
-            at = tl.load(position + t, mask=exists, other=-1)
-            current = tl.where(at >= 0, at // S, -1)
-            candidate = (number >= 0) & (number <= current[None, :, None])
-            value = tl.load(scratch + (row + line)[None, :, None] * C + entry, mask=candidate & (entry < C), other=0.0)
-            pointer = indices + (t * K + head) * M
-            store_chosen(pointer, value, number, current, tl.where(exists, M, 0), candidate, G, M)
+            _pick(scratch + (row + line) * C, indices, position, base, t, t, exists, entry, head, C, K, G, S, M)
         tl.debug_barrier()  # and only then written again
+
+
+@jit
+def _pick_kernel(
+    importance, position, base, first, T, TOKENS, C, indices, C_BLOCK: tl.constexpr, PICK: tl.constexpr,
+    LANES: tl.constexpr, K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    line = tl.program_id(0) * PICK + tl.arange(0, PICK)
+    t = tl.load(first) + line
+    exists = (line < TOKENS) & (t < T)
+    importance += ((batch * K + head) * TOKENS + line) * C
+    indices += batch * TOKENS * (K * M)
+    entry = columns(C_BLOCK, PICK, LANES)
+    _pick(importance, indices, position + batch * T, base + batch * T, t, line, exists, entry, head, C, K, G, S, M)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +275,7 @@ class Tiles:
 
 TILES = Tiles()
 MANY = Tiles(lanes=32)  # for tiles of 8 tokens and more
+PICKING = Tiles(lanes=32)  # where importances are in memory
 
 
 def select(
@@ -263,8 +288,7 @@ def select(
     chosen_tiles = MANY if TOKENS >= 8 else TILES
     tiles = ceil_div(case.T, TOKENS)
     programs = min(tiles, ceil_div(chosen_tiles.programs, case.B * case.K))
-    # A token's own block may be incomplete, and so in no table; where documents are packed it counts behind its base.
-    C_BLOCK = power_of_2(C + 1 if case.segment_ids or case.U % case.block_size else C, 32)
+    C_BLOCK = _columns_block(case)
     shared = min(32, power_of_2(32 * chosen_tiles.warps // TOKENS))
     lanes = max(shared, min(chosen_tiles.lanes, C_BLOCK // chosen_tiles.held))
     *results, _ = triton_call(
@@ -287,3 +311,32 @@ def select(
         **constants,
     )
     return tuple(results)
+
+
+def pick(
+    case: Any, importance: Float32[Array, "B K tokens C"], layout: Layout, first: Int32[Array, "1"]
+) -> Int32[Array, "B tokens K M"]:
+    """The selected blocks of the tokens from ``first`` on, whose importances are known; undefined behind the last."""
+    tokens, C = importance.shape[2:]
+    lanes = PICKING.lanes
+    width = 32 * PICKING.warps // lanes
+    return triton_call(
+        _pick_kernel,
+        *(importance, layout.position, layout.base, first, case.T, tokens, C),
+        out_shape=jax.ShapeDtypeStruct((case.B, tokens, case.K, slots(case)), jnp.int32),
+        grid=(ceil_div(tokens, width), case.K, case.B),
+        num_warps=PICKING.warps,
+        C_BLOCK=_columns_block(case),
+        PICK=width,
+        LANES=lanes,
+        K=case.K,
+        G=case.H // case.K,
+        S=case.block_size,
+        M=slots(case),
+    )
+
+
+def _columns_block(case: Any) -> int:
+    # A token's own block may be incomplete, and so in no table; where documents are packed it counts behind its base.
+    C = table_size(case.U, case.block_size)
+    return power_of_2(C + 1 if case.segment_ids or case.U % case.block_size else C, 32)

@@ -326,7 +326,13 @@ def test_sixteen_bits_on_tensor_cores(group, name):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "name, T, N, S",
-    [("documents", 1531, 128, 16), ("all columns", 2053, 64, 16), ("in chunks", 3001, 64, 16), ("one row", 70, 40, 32)],
+    [
+        ("documents", 1531, 128, 16),
+        ("all columns", 2053, 64, 16),
+        ("in chunks", 3001, 64, 16),
+        ("in parts", 4507, 64, 16),
+        ("one row", 70, 40, 32),
+    ],
 )
 def test_pallas_in_sixteen_bits(name, T, N, S):
     """Packed rows; as many blocks as the kernel holds and one more under way; hardly more tokens than a tile."""

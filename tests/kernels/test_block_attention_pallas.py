@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from pallas_kernels.block_attention import pallas, pallas_select, triton
+from pallas_kernels.block_attention import pallas, pallas_long, pallas_select, triton
 from pallas_kernels.block_attention.api import Case
 from pallas_kernels.block_attention.blocks import Layout, plain_layout, row_layout, table_size
 from pallas_kernels.dispatch import UnsupportedCase
+from pallas_kernels.window_attention import pallas_forward, pallas_stream
 from tests.kernels.test_block_attention import packed_segments
 from tests.tolerances import assert_close
 
@@ -76,10 +77,23 @@ SETUPS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["packed", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in SETUPS if n != "packed")]
-)
-def test_interpreted(name, capfd):
+def pick_plainly(case: Case, importance, layout: Layout, first):
+    """What ``triton_select.pick`` does, by sorting."""
+    tokens, C = importance.shape[2:]
+    t = jnp.minimum(first + jnp.arange(tokens), case.T - 1)
+    base, position = layout.base[:, None, t], layout.position[:, None, t]
+    own = jnp.where(position >= 0, position // case.block_size, -1)[..., None]
+    number = jnp.arange(C + 1) - base[..., None]
+    value = jnp.pad(importance, ((0, 0), (0, 0), (0, 0), (0, 1)))
+    value = jnp.where((number == 0) | (number >= own - 1), case.H // case.K, value)
+    value = jnp.where((number >= 0) & (number <= own), value, -1.0)
+    best = jnp.argsort(-value, axis=-1, stable=True)[..., : pallas_select.slots(case)]
+    taken = jnp.where(jnp.take_along_axis(value, best, -1) >= 0, best - base[..., None], pallas_select.NOTHING)
+    ordered = jnp.sort(taken, axis=-1)
+    return jnp.where(ordered < pallas_select.NOTHING, ordered, -1).transpose(0, 2, 1, 3)
+
+
+def check_interpreted(select, name, capfd):
     case, kind = SETUPS[name]
     q, k, v = draw(case, "equal" in kind)
     layout = plain_layout(case.B, case.T, case.block_size)
@@ -87,7 +101,7 @@ def test_interpreted(name, capfd):
         layout = row_layout(packed_segments(2, case.T, (50, 1, 20, 33), (2, 0, 7, 1)), case.block_size)
     if "cached" in kind:
         layout = cached_layout(case)
-    run = jax.jit(lambda *a: pallas_select.select(case, *a, interpreted=True))
+    run = jax.jit(lambda *a: select(case, *a, interpreted=True))
     o, lse, indices = jax.block_until_ready(run(q, k, v, layout))
     assert "RACE DETECTED" not in capfd.readouterr().out
     true_o, true_lse, true_indices = expected(case, q, k, v, layout)
@@ -96,26 +110,47 @@ def test_interpreted(name, capfd):
     assert_close(lse, true_lse, "block attention", case.dtype)
 
 
+def some(names, always):
+    return [n if n in always else pytest.param(n, marks=pytest.mark.exhaustive) for n in names]
+
+
+@pytest.mark.parametrize("name", some(SETUPS, ["packed"]))
+def test_interpreted(name, capfd):
+    check_interpreted(pallas_select.select, name, capfd)
+
+
+@pytest.mark.parametrize("name", some(["a tile and a half", "packed", "cached, in chunks"], ["packed"]))
+def test_parts_interpreted(name, capfd, monkeypatch):
+    """The form for more blocks, in slices of a tile, with few warpgroups and buffers."""
+    monkeypatch.setitem(pallas_forward.TILES, 64, pallas_stream.Tiles(2, 64, 2))
+    monkeypatch.setattr(pallas_stream, "PROGRAMS", 3)
+    monkeypatch.setattr(pallas_long, "SLICE_BYTES", 1)
+    monkeypatch.setattr(pallas_long, "pick", pick_plainly)
+    check_interpreted(pallas_long.select, name, capfd)
+
+
 @pytest.mark.rotating
 @pytest.mark.parametrize("group, size, tokens, dtype", [(16, 64, 16384, "bfloat16"), (1, 128, 8192, "float16")])
-def test_lowers_for_hopper(group, size, tokens, dtype):
+def test_lowers_for_hopper(group, size, tokens, dtype, monkeypatch):
     spec = jax.ShapeDtypeStruct
     case = Case(2, tokens, tokens, 2 * group, 2, size, size, dtype, 64, 16, 0.125, False, False)
     means = spec((2, tokens // 64, 2, size), dtype)
     hopper = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+    monkeypatch.setattr(pallas_long, "pick", pick_plainly)
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=hopper)):
-        run = jax.jit(lambda *a: pallas_select.select(case, *a, plain_layout(2, tokens, 64)))
-        traced = run.trace(spec((2, tokens, 2 * group, size), dtype), means, means)
-        lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert lowered.count("custom_call @mosaic_gpu") == 1
+        for form, calls in (pallas_select, 1), (pallas_long, 2):
+            run = jax.jit(lambda *a, form=form: form.select(case, *a, plain_layout(2, tokens, 64)))
+            traced = run.trace(spec((2, tokens, 2 * group, size), dtype), means, means)
+            lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+            assert lowered.count("custom_call @mosaic_gpu") == calls
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (dict(dtype="float32"), "dtype=float32 is not one of bfloat16, float16"),
-        (dict(T=1), "there is no decode step"),
-        (dict(U=257 * 16), "257 blocks; there must be at most 256"),
+        (dict(T=63), "T=63; there must be at least 64 tokens"),
+        (dict(N=256), "head sizes N=256"),
         (dict(block_size=8), "block_size=8 is not one of"),
     ],
 )
