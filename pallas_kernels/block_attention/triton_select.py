@@ -81,24 +81,33 @@ def _next_bit(bits, bound, reach, unit, wanted: tl.constexpr):
 
 @jit
 def _next_two_bits(bits, bound, reach, unit, wanted: tl.constexpr):
-    """Two bits with one sum over threads, of three counts below 1024."""
+    """Two bits with one sum over threads: three counts side by side in one integer."""
+    WIDE: tl.constexpr = bits.shape[0] * bits.shape[2] >= 1024
+    DTYPE: tl.constexpr = tl.int64 if WIDE else tl.int32
+    FIELD: tl.constexpr = 21 if WIDE else 10
+    MASK: tl.constexpr = (1 << FIELD) - 1
     one, two, three = bound | unit, bound | (unit * 2), bound | (unit * 3)
-    count = (bits >= one[None, :, None]).to(tl.int32) + ((bits >= two[None, :, None]).to(tl.int32) << 10)
-    count = tl.sum(tl.sum(count + ((bits >= three[None, :, None]).to(tl.int32) << 20), 2), 0)
-    n1, n2, n3 = count & 1023, (count >> 10) & 1023, count >> 20
+    count = (bits >= one[None, :, None]).to(DTYPE) + ((bits >= two[None, :, None]).to(DTYPE) << FIELD)
+    count = tl.sum(tl.sum(count + ((bits >= three[None, :, None]).to(DTYPE) << (2 * FIELD)), 2), 0)
+    n1, n2, n3 = (
+        (count & MASK).to(tl.int32),
+        ((count >> FIELD) & MASK).to(tl.int32),
+        (count >> (2 * FIELD)).to(tl.int32),
+    )
     bound = tl.where(n3 >= wanted, three, tl.where(n2 >= wanted, two, tl.where(n1 >= wanted, one, bound)))
     reach = tl.where(n3 >= wanted, n3, tl.where(n2 >= wanted, n2, tl.where(n1 >= wanted, n1, reach)))
     return bound, reach
 
 
 @jit
-def largest_bound(bits, wanted: tl.constexpr):
+def largest_bound(bits, wanted: tl.constexpr, ALONE: tl.constexpr):
     """(bound, reach) for each token: ``reach`` of its bits are at least ``bound``, as many as wanted if they can be.
 
     The bound's bits are found from the highest down, until no token has too many: most need half of them. More than are
-    wanted reach it where some are equal, fewer where there are no more.
+    wanted reach it where some are equal, fewer where there are no more. ALONE: nothing else runs on the multiprocessor,
+    so that rounds cost what their waits do, and half as many with three comparisons each are faster.
     """
-    PAIRS: tl.constexpr = bits.shape[2] <= 4 and bits.shape[0] * bits.shape[2] < 1024
+    PAIRS: tl.constexpr = ALONE or (bits.shape[2] <= 4 and bits.shape[0] * bits.shape[2] < 1024)
     bound = tl.zeros([bits.shape[1]], tl.int32)
     bound, reach = _next_bit(bits, bound, total(bits >= 0), 1 << 30, wanted)
     unit = 1 << 29
@@ -116,13 +125,13 @@ def largest_bound(bits, wanted: tl.constexpr):
 
 
 @jit
-def chosen(bits, number, wanted: tl.constexpr):
+def chosen(bits, number, wanted: tl.constexpr, ALONE: tl.constexpr):
     """Which blocks of each token have the ``wanted`` largest; of equal ones, the smaller number.
 
     bits and number, in the form of ``columns``: the bits of importances, which order as integers do, as they are not
     negative; -1 is no candidate. Counts alone, where a sort would move every number.
     """
-    bound, reach = largest_bound(bits, wanted)
+    bound, reach = largest_bound(bits, wanted, ALONE)
     take = bits >= bound[None, :, None]
     if tl.max(reach, 0) > wanted:  # more are equal than are wanted, which is rare
         above, at = bits > bound[None, :, None], bits == bound[None, :, None]
@@ -135,15 +144,17 @@ def chosen(bits, number, wanted: tl.constexpr):
 
 
 @jit
-def store_chosen(pointer, value, number, current, count, candidate, G: tl.constexpr, M: tl.constexpr):
+def store_chosen(
+    pointer, value, number, current, count, candidate, G: tl.constexpr, M: tl.constexpr, ALONE: tl.constexpr = False
+):
     """Writes each token's selected blocks, ascending, behind ``pointer`` [TOKENS]; -1 fills up.
 
     value: importances of the blocks ``number``, in the form of ``columns``, where ``candidate``: up to the token's own
-    block ``current`` [TOKENS]. ``count``: M, or 0 to write nothing.
+    block ``current`` [TOKENS]. ``count``: M, or 0 to write nothing. ALONE: see ``largest_bound``.
     """
     forced = (number == 0) | (number >= current[None, :, None] - 1)
     bits = tl.where(candidate, tl.where(forced, G * 1.0, value).to(tl.int32, bitcast=True), -1)
-    take = chosen(bits, number, M)
+    take = chosen(bits, number, M, ALONE)
     # As many blocks are taken before a block as behind it in its thread and in the threads behind: numbers count down.
     taken = take.to(tl.int32)
     held = tl.sum(taken, 2)[:, :, None]

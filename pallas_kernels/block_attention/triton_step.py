@@ -203,7 +203,7 @@ def _choose_kernel(
     candidate = number <= current[None, :, None]
     value = tl.load(scratch + number, mask=candidate & (number < C), other=0.0)
     pointer = selected + tl.zeros([SAME], tl.int32)
-    store_chosen(pointer, value, number, current, tl.zeros_like(current) + M, candidate, G, M)
+    store_chosen(pointer, value, number, current, tl.zeros_like(current) + M, candidate, G, M, True)
 
 
 @jit
