@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
-from jax import Array
+from jaxtyping import Array
 
 from pallas_kernels.arguments import Arguments
 from pallas_kernels.block_attention import pallas_long, pallas_select, triton
 from pallas_kernels.block_attention.blocks import Layout, table_size
 from pallas_kernels.block_attention.pallas_select import ROWS, columns_of, shared_memory
-from pallas_kernels.tiles import check_choice, check_shared_memory
+from pallas_kernels.tiles import HOPPER, capability, check_shared_memory
 
 NAME = "block_attention"
 
@@ -31,12 +30,11 @@ backward = triton.backward
 def check(case: Any) -> None:
     """Raises UnsupportedCase where these kernels do not run the case."""
     triton.check(case)
-    other = "use implementation='triton', 'xla' or None"
-    require = Arguments("block_attention: pallas").require
-    if jax.default_backend() == "gpu":
-        capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
-        check_choice(NAME, "compute capability", capability, ("9.0",), other)
-    check_choice(NAME, "dtype", case.dtype, ("bfloat16", "float16"), other)
-    require(case.T >= ROWS, f"T={case.T}; there must be at least {ROWS} tokens: {other}")
+    check, other = Arguments(NAME), "use implementation='triton', 'xla' or None"
+    check.choice("compute capability", capability(), (HOPPER,), other)
+    check.choice("dtype", case.dtype, ("bfloat16", "float16"), other)
+    check.require(case.T >= ROWS, f"T={case.T}; implementation='pallas' needs at least {ROWS} tokens: {other}")
+    scale = f"scale={case.scale}; implementation='pallas' needs a positive one"
+    check.require(case.scale > 0, f"{scale}; negate q instead")
     if columns := columns_of(table_size(case.U, case.block_size)):
         check_shared_memory(NAME, shared_memory(case.N, case.V, columns))

@@ -29,15 +29,15 @@ from pallas_kernels.window_attention.pallas_stream import BY_ROW, LOG2_E, SWIZZL
 COLUMNS = 128  # block means of a program
 STAGES = 3  # heads of queries in flight
 SLICE_BYTES = 2**28  # of importances in memory at a time
-FLOATS: Any = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+FLOATS: Any = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 
 
 def seen_from(case: Any, layout: Layout, C: int) -> tuple[Int32[Array, "B C"], Int32[Array, "B C"]]:
     """The queries that see each block of the table: from the first index on, below the second."""
     S, position = case.block_size, layout.position
     if not (case.segment_ids or case.cached):
-        first = np.tile((np.arange(C, dtype=np.int32) + 1) * S - 1, (case.B, 1))
-        return jnp.asarray(first), jnp.asarray(np.where(first < case.T, np.int32(case.T), np.int32(0)))
+        completes = np.tile((np.arange(C, dtype=np.int32) + 1) * S - 1, (case.B, 1))
+        return jnp.asarray(completes), jnp.asarray(np.where(completes < case.T, case.T, 0), jnp.int32)
     index = jnp.arange(case.T, dtype=jnp.int32)
     following = jnp.pad(position[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     last = (position >= 0) & (following != position + 1)

@@ -214,9 +214,8 @@ def places_of(case: Any, layout: Layout, C: int, tokens: int) -> Places:
     # What depends on no data is worked out before the program runs, not by small kernels within it.
     known = not (case.segment_ids or case.cached)
     xp: Any = np if known else jnp
-    position, base = layout.position, layout.base
-    if known:
-        position, base = np.tile(np.arange(case.T, dtype=np.int32), (case.B, 1)), np.zeros((case.B, case.T), np.int32)
+    base: Any = np.zeros((case.B, case.T), np.int32) if known else layout.base
+    position: Any = base + np.arange(case.T, dtype=np.int32) if known else layout.position
     behind = ((0, 0), (0, tokens - case.T))
     begin = xp.pad(base, behind)
     end = xp.pad(xp.where(position >= 0, base + (position + 1) // case.block_size, 0), behind)

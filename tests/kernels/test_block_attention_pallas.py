@@ -129,7 +129,7 @@ def test_parts_interpreted(name, capfd, monkeypatch):
 
 
 @pytest.mark.rotating
-@pytest.mark.parametrize("group, size, tokens, dtype", [(16, 64, 16384, "bfloat16"), (1, 128, 8192, "float16")])
+@pytest.mark.parametrize("group, size, tokens, dtype", [(16, 64, 4096, "bfloat16"), (1, 128, 8192, "float16")])
 def test_lowers_for_hopper(group, size, tokens, dtype, monkeypatch):
     spec = jax.ShapeDtypeStruct
     case = Case(2, tokens, tokens, 2 * group, 2, size, size, dtype, 64, 16, 0.125, False, False)
@@ -147,8 +147,9 @@ def test_lowers_for_hopper(group, size, tokens, dtype, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(dtype="float32"), "dtype=float32 is not one of bfloat16, float16"),
-        (dict(T=63), "T=63; there must be at least 64 tokens"),
+        (dict(dtype="float32"), "dtype='float32' is not one of bfloat16, float16"),
+        (dict(T=63), "T=63; implementation='pallas' needs at least 64 tokens"),
+        (dict(scale=-1.0), "needs a positive one"),
         (dict(N=256), "head sizes N=256"),
         (dict(block_size=8), "block_size=8 is not one of"),
     ],
