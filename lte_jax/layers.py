@@ -147,10 +147,24 @@ def rotary(x: Float[Array, "B T H N"], positions: Positions, theta: float) -> Fl
     x1 and x2 are the first and the second half of the head, and positions count from the start of the document.
     The rotation is computed in float32 and returned in the dtype of x.
     """
+    cos, sin = (part[..., None, :] for part in rotation(positions, x.shape[-1] // 2, theta))
+    return operand(_turn(x, cos, sin))
+
+
+@jax.custom_vjp
+def _turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     half = x.shape[-1] // 2
-    cos, sin = (part[..., None, :] for part in rotation(positions, half, theta))
     x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return operand(jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype))
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def _turn_back(angle: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, None, None]:
+    """The turn by the opposite angle. The derivative of the slices would pad both halves and add them up."""
+    cos, sin = angle
+    return _turn(dy, cos, -sin), None, None
+
+
+_turn.defvjp(lambda x, cos, sin: (_turn(x, cos, sin), (cos, sin)), _turn_back)
 
 
 def mlp_width(width: int, hidden_ratio: float, intermediate_size: int | None) -> int:
