@@ -112,8 +112,8 @@ def window_attention(
       expiry: the index from which a key outside the window is gone; ``NEVER``, or 0 for a key that is not retained.
         Needs a window.
       columns: further retained keys, from a cache. Needs a window.
-      segment_ids: a document's number for each of the U positions, 0 for padding, which never lies inside a document; a
-        row never has two documents of one number. None: one document, no padding.
+      segment_ids: a document's number for each of the U positions, 0 for padding, which never lies inside a document
+        and whose q, k and v are finite; a row never has two documents of one number. None: one document, no padding.
       scale: of the logits; N ** -0.5 by default.
       return_lse: return lse too, by which results over disjoint keys are merged. It is differentiable.
       implementation: "pallas", "triton", "xla", or None for the fastest here.

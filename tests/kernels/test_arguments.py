@@ -19,7 +19,7 @@ from pallas_kernels.cross_entropy import cross_entropy
 from pallas_kernels.dispatch import UnsupportedCase
 from pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from pallas_kernels.lte_inputs.api import Operands
-from pallas_kernels.rms_norm import rms_norm
+from pallas_kernels.rms_norm import residual_rms_norm, rms_norm
 from pallas_kernels.router import Convolution, Dropout, router_scores
 from pallas_kernels.row_product import row_product
 from pallas_kernels.short_convolution import short_convolution, short_convolution_step
@@ -47,6 +47,7 @@ LTE_CONVOLUTIONS = tuple(
 OPERATIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "cross_entropy": (cross_entropy, dict(logits=numbers(3, 5), labels=integers(3), dtype="float32")),
     "rms_norm": (rms_norm, dict(x=numbers(3, 5), weight=numbers(5), gate=numbers(3, 5), eps=1e-6, dtype="float32")),
+    "residual_rms_norm": (residual_rms_norm, dict(x=numbers(3, 5), weight=numbers(5), eps=1e-6, dtype="float32")),
     "row_product": (
         row_product,
         dict(
@@ -146,6 +147,8 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 # Changed so, an argument is still a good one.
 GOOD = {
     ("cross_entropy", "logits", "one column less"),
+    ("residual_rms_norm", "x", "one row less"),
+    ("residual_rms_norm", "x", "one axis more"),
     ("window_attention", "scale", "negative"),
     ("window_attention_step", "v", "one column less"),  # V is then one less
     ("block_attention", "v", "one column less"),
