@@ -245,13 +245,16 @@ def test_a_process_killed_outright_goes_on_where_it_stopped(run, tmp_path):
         assert process.wait() == -signal.SIGKILL
     before = answers(cache)
     assert 20 <= len(before) < 300 and not list(tmp_path.glob("killed*")), "killed in the middle, and nothing written"
-    subprocess.run(command, check=True, capture_output=True)
-    other = {"answers": str(tmp_path / "other.jsonl"), "batch_size": 1}
-    documents = str(tmp_path / "documents")
-    whole = evaluate_tasks(str(run), ["piqa"], str(tmp_path / "whole.json"), adapter=other, local_data=documents)
+
+    def evaluate(name: str, path: Path) -> None:
+        options = dict(adapter={"answers": str(path), "batch_size": 1}, local_data=str(tmp_path / "documents"))
+        evaluate_tasks(str(run), ["piqa"], str(tmp_path / f"{name}.json"), **options)
+
+    evaluate("killed", cache)
+    evaluate("whole", tmp_path / "other.jsonl")
     assert answers(cache)[: len(before) - 1] == before[:-1], "what was answered is not asked again"
     assert sorted(answers(cache)) == sorted(answers(tmp_path / "other.jsonl")) and len(answers(cache)) == 300
-    killed = json.loads((tmp_path / "killed.json").read_text())
+    killed, whole = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("killed", "whole"))
     assert killed["results"] == whole["results"] and killed["n-samples"]["piqa"]["effective"] == 150
 
 
