@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,4 +85,18 @@ def check_variable_tracking(tokenizer: Tokenizer, lengths: Sequence[int]) -> Non
             raise ValueError(
                 f"ruler_vt: {what} has room for {most} tokens, and takes {size} of tokenizer {tokenizer.name!r}; "
                 "leave the task out, or take longer --lengths or a tokenizer of longer tokens"
+            )
+
+
+def check_asked(task: str, docs: Iterable[Any]) -> None:
+    """RULER makes samples that ask for nothing where a length has no room, and fails when it scores them, at the end.
+
+    Raises:
+      ValueError: one of its samples has no answer.
+    """
+    for doc in docs:
+        if isinstance(doc, dict) and doc.get("outputs") == []:
+            raise ValueError(
+                f"{task}: its samples of length {doc.get('max_length')} have no room for what they would ask; leave the "
+                "task out, or take longer --lengths"
             )

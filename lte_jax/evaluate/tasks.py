@@ -24,7 +24,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from lte_jax.evaluate.harness import HarnessModel
-from lte_jax.evaluate.ruler import check_variable_tracking, own_tokenizers, replaced
+from lte_jax.evaluate.ruler import check_asked, check_variable_tracking, own_tokenizers, replaced
 
 SETS: dict[str, tuple[str, ...]] = {
     "short_context": (
@@ -132,6 +132,8 @@ def run_tasks(
     np.random.seed(seed)
     with local_documents(local_data), own_tokenizers():
         loaded = [task for name in names for task in _load(manager, name, local_data)]
+    for task in loaded:
+        check_asked(task.task_name, task.eval_docs)
     found = simple_evaluate(
         adapter,
         tasks=loaded,

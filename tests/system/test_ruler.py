@@ -88,3 +88,12 @@ def test_variable_tracking_that_no_sample_fits_is_refused():
         check_variable_tracking(load_tokenizer("bytes"), [4096])
     with pytest.raises(ValueError, match="a sample of length 256 has room for 256 tokens"):
         check_variable_tracking(words, [1024, 256])
+
+
+def test_samples_that_ask_for_nothing_are_refused_before_they_are_answered():
+    from lte_jax.evaluate.ruler import check_asked
+
+    docs = [{"input": "x", "outputs": ["a"], "max_length": 4096}, {"goal": "no RULER"}]
+    check_asked("ruler_cwe", docs)
+    with pytest.raises(ValueError, match="ruler_cwe: its samples of length 1024 have no room"):
+        check_asked("ruler_cwe", [*docs, {"input": "x", "outputs": [], "max_length": 1024}])
