@@ -97,6 +97,6 @@ def check_asked(task: str, docs: Iterable[Any]) -> None:
     for doc in docs:
         if isinstance(doc, dict) and doc.get("outputs") == []:
             raise ValueError(
-                f"{task}: its samples of length {doc.get('max_length')} have no room for what they would ask; leave the "
+                f"{task}: its samples of length {doc.get('max_length')} have no room for their questions; leave the "
                 "task out, or take longer --lengths"
             )
