@@ -18,6 +18,7 @@ import numpy as np
 from jax.interpreters import mlir, xla
 
 from pallas_kernels import tiles, triton_programs
+from pallas_kernels.dispatch import UnsupportedCase
 
 TARGET = "triton_kernel_call_ffi"
 """jaxlib's name of the launcher."""
@@ -167,4 +168,12 @@ def _lower(
     return rule(context, *operands)
 
 
+def _refuse(context: mlir.LoweringRuleContext, *_: Any, kernel: Any, **__: Any) -> Any:
+    raise UnsupportedCase(
+        f"{kernel.__name__}: chosen for a GPU, but its arrays lie on {'/'.join(context.module_context.platforms)}: "
+        "name implementation='xla', or choose the device by jax.default_device"
+    )
+
+
+mlir.register_lowering(launch_p, _refuse)
 mlir.register_lowering(launch_p, _lower, platform="cuda")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, triton_call
+from pallas_kernels import dispatch, triton_call, triton_launch
 from pallas_kernels.dispatch import UnsupportedCase, lowering_for_gpu
 from pallas_kernels.rms_norm import rms_norm
 from tests.kernels import needs_triton
@@ -53,6 +53,15 @@ def test_another_default_device_than_the_gpu(monkeypatch, device):
         np.testing.assert_array_equal(norm()(X), norm("xla")(X))
         with pytest.raises(UnsupportedCase, match="implementation='triton' needs a CUDA GPU, and JAX runs on 'cpu'"):
             norm("triton")(X)
+
+
+@needs_triton
+def test_arrays_on_another_device_than_the_kernel_was_chosen_for(monkeypatch):
+    """Beside a GPU, an array may have been put on the CPU."""
+    monkeypatch.setattr(triton_launch, "available", lambda: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(UnsupportedCase, match="_forward: chosen for a GPU, but its arrays lie on cpu"):
+        norm()(jax.device_put(X, jax.devices("cpu")[0]))
 
 
 @pytest.mark.parametrize("name", ["cuda", "XLA", 1, np.ones(2), ("triton", "xla")], ids=str)
