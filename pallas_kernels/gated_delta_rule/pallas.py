@@ -14,8 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arguments import Arguments
-from pallas_kernels.batching import fold_batch
 from pallas_kernels.dispatch import UnsupportedCase
 from pallas_kernels.gated_delta_rule import (
     pallas_bwd,
@@ -27,20 +25,21 @@ from pallas_kernels.gated_delta_rule import (
     segments,
 )
 from pallas_kernels.gated_delta_rule.pallas_tiles import BLOCK_V, CHUNK, bytes_of, interpreting
-from pallas_kernels.tiles import ceil_div, check_shared_memory
+from pallas_kernels.tiles import ceil_div, check_choice, check_shared_memory
+from pallas_kernels.triton_call import fold_batch
 
 NAME = "gated_delta_rule"
 
 
 def check(case: Any) -> None:
     """Raises UnsupportedCase unless these kernels do ``case`` on this device."""
-    other, choice = "use implementation='triton', 'xla' or None", Arguments(NAME).choice
+    other = "use implementation='triton', 'xla' or None"
     if jax.default_backend() == "gpu" and not interpreting():
         capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
-        choice("compute capability", capability, ("9.0",), other)
-    choice("dtype", case.dtype, ("bfloat16", "float16"), other)
-    choice("key head size", case.head_size, (64, 128, 256), other)
-    choice("value head size", case.value_size, (case.head_size, 2 * case.head_size), other)
+        check_choice(NAME, "compute capability", capability, ("9.0",), other)
+    check_choice(NAME, "dtype", case.dtype, ("bfloat16", "float16"), other)
+    check_choice(NAME, "key head size", case.head_size, (64, 128, 256), other)
+    check_choice(NAME, "value head size", case.value_size, (case.head_size, 2 * case.head_size), other)
     if max(case.batch, case.heads, ceil_div(case.tokens, CHUNK)) > 65535:
         raise UnsupportedCase(f"{NAME}: {case.batch} rows, {case.heads} heads and {case.tokens} tokens make a grid of "
                               f"more than 65535 programs along one axis; {other}")  # fmt: skip
@@ -50,7 +49,7 @@ def check(case: Any) -> None:
         check_shared_memory(NAME, bytes_of(pallas_scan.scratch(case.head_size, dtype)))
         check_shared_memory(NAME, bytes_of(pallas_bwd.scratch(case.head_size, dtype)))
         out = dtype if case.heads == case.key_heads else jnp.float32
-        check_shared_memory(NAME, bytes_of(pallas_gradients.scratch(case.head_size, dtype, out)))
+        check_shared_memory(NAME, bytes_of(pallas_gradients.scratch(case.head_size, case.value_size, dtype, out)))
 
 
 def _plan(B: int, T: int, H: int, V: int) -> segments.Plan:
@@ -123,14 +122,15 @@ def _backward(q, k, runs, residuals, do, dfinal_state, *, scale: float, normaliz
     (B, T, H, V), groups = do.shape, (*q.shape[:3], -1, q.shape[3])
     plan = _plan(B, T, H, V)
     q_rows, k, do = (_rows(_padded(x, plan), plan) for x in (q, k, do))
-    arrays, dfinal = (q_rows, k, do, inverse, scores, factors), _transposed(dfinal_state)
+    arrays, dfinal = (do, inverse, scores, factors), _transposed(dfinal_state)
     if plan.segments > 1:
-        *_, ends = pallas_bwd.scan_back(*arrays, None, ends=True)
+        *_, ends = pallas_bwd.scan_back(q_rows, k, None, *arrays, None)
         dfinal = pallas_split.join(dfinal, ends, transitions, plan.segments, backwards=True)
-    dstates, dv, dstart = pallas_bwd.scan_back(*arrays, dfinal)
+    dstates, dv, written, dstart = pallas_bwd.scan_back(q_rows, k, r, *arrays, dfinal)
     gradients = pallas_gradients.gradients_within(
-        q_rows, k, gates, factors, r, do, dv, states, dstates, scale=scale, runs=runs is not None, normalize=normalize
-    )
+        q_rows, k, gates, factors, r, do, dv, states, dstates, written, scale=scale, runs=runs is not None,
+        normalize=normalize,
+    )  # fmt: skip
     dq, dk, dg, dbeta, dv = (_sequences(x, T, plan) for x in (*gradients, dv))
     if dq.shape != q.shape:
         dq, dk = (x.reshape(groups).sum(3).astype(q.dtype) for x in (dq, dk))

@@ -7,8 +7,10 @@ of y = v - read_k k S (which is dv):
     dy = A^T w
     D <- carry D + (read_q q)^T do - (read_k k)^T dy
 
-A program has 64 columns of the values and carries D transposed, [64,N], as ``pallas_scan`` does S; what remains can be
-computed for every chunk at once (``pallas_gradients``).
+A program has 64 columns of the values. Its first warpgroup carries D transposed, [64,N], as ``pallas_scan`` does S, and
+publishes it in two summands. From these the second one forms r.(k D) of each token, a part of dbeta and dg: where few
+tokens survive their decays it is nearly all of them, and the 8 bits in which D is kept are too few for it. What remains
+can be computed for every chunk at once (``pallas_gradients``).
 """
 
 from __future__ import annotations
@@ -31,9 +33,9 @@ def stages_for(head_size: int) -> int:
     return {64: 4, 128: 3, 256: 2}[head_size]
 
 
-def copies_for(head_size: int) -> int:
-    """Chunks of outputs in shared memory."""
-    return 1 if head_size == 256 else 2
+def queries_for(head_size: int) -> int:
+    """Chunks of q in shared memory. They are wanted last, so that one may come while its chunk is worked on."""
+    return 1 if head_size == 256 else stages_for(head_size)
 
 
 def _bring(m: Any, place: Any, chunks: int, step: Any, slot: Any) -> None:
@@ -44,40 +46,58 @@ def _bring(m: Any, place: Any, chunks: int, step: Any, slot: Any) -> None:
     plgpu.copy_gmem_to_smem(m.k.at[b, rows, hk], m.k_s.at[slot], full)
     plgpu.copy_gmem_to_smem(m.do.at[b, rows, h, columns], m.do_s.at[slot], full)
     plgpu.copy_gmem_to_smem(m.scores.at[b, h, n], m.scores_s.at[slot], full)
-    plgpu.copy_gmem_to_smem(m.factors.at[b, h, n], m.factors_s.at[slot], full)
+    plgpu.copy_gmem_to_smem(m.factors.at[b, h, n, pl.ds(0, 4)], m.factors_s.at[slot], full)
     plgpu.copy_gmem_to_smem(m.inverse.at[b, h, n], m.inverse_s.at[slot], full)
-    plgpu.copy_gmem_to_smem(m.q.at[b, rows, hk], m.q_s.at[slot], full)
+    if m.q_s.shape[0] > 1:
+        plgpu.copy_gmem_to_smem(m.q.at[b, rows, hk], m.q_s.at[slot], full)
+
+
+def _bring_singles(m: Any, place: Any, chunks: int, step: Any) -> None:
+    """The inputs that have one buffer for all chunks, if there is such a chunk."""
+    b, h, hk, columns = place
+
+    @pl.when(step < chunks)
+    def _():
+        rows = pl.ds((chunks - 1 - step) * CHUNK, CHUNK)
+        if m.r is not None:
+            plgpu.copy_gmem_to_smem(m.r.at[b, rows, h, columns], m.r_s, m.r_full)
+        if m.q_s.shape[0] == 1:
+            plgpu.copy_gmem_to_smem(m.q.at[b, rows, hk], m.q_s.at[0], m.q_full)
 
 
 def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) -> None:
     """The warpgroup that carries the gradient of the state."""
     b, h, columns = place[0], place[1], place[3]
-    size = m.k_s.shape[-1]
-    shape, tokens, copies = (BLOCK_V, size), (BLOCK_V, CHUNK), copies_for(size)
+    size, queries = m.k_s.shape[-1], m.q_s.shape[0]
+    shape, tokens = (BLOCK_V, size), (BLOCK_V, CHUNK)
     room_state, room = getattr(m, "spare_state", None), getattr(m, "spare", None)
 
     def retreat(step, dstate):
-        n, slot, half = chunks - 1 - step, jax.lax.rem(step, jnp.int32(stages)), jax.lax.rem(step, jnp.int32(copies))
+        n, slot = chunks - 1 - step, jax.lax.rem(step, jnp.int32(stages))
         low = dstate.astype(dtype)
         plgpu.barrier_wait(m.full.at[slot])
-        q, k, do, inverse = m.q_s.at[slot], m.k_s.at[slot], m.do_s.at[slot], m.inverse_s.at[slot]
+        k, do, inverse = m.k_s.at[slot], m.do_s.at[slot], m.inverse_s.at[slot]
 
-        def publish_gradient():
-            if m.dstates is not None:
-                plgpu.wait_smem_to_gmem(copies - 1, wait_read_only=True)
-            m.dstates_s.at[half][...] = low
+        def publish_rest():
+            if m.r is not None:
+                m.rest_s[...] = t.split(dstate, dtype)[1]
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(m.gradient_ready)
 
-        def load_rows():
-            if not reads_published(size) and m.dstates is not None:
-                publish_gradient()
+        def during_first():
+            if not reads_published(size) and m.r is not None:
+                m.dstates_s[...] = low
+            publish_rest()
             rows = (plgpu.load(m.factors_s.at[slot, x], layout=COLUMNS) for x in (t.READ_K, t.READ_Q, t.WRITE))
             return plgpu.load(do.T, layout=WGMMA), *rows, m.factors_s[slot, t.CARRY, 0]
 
+        if m.r is not None:
+            pl.when(step > 0)(lambda: plgpu.barrier_wait(m.gradient_read))
         if reads_published(size):
-            publish_gradient()
+            m.dstates_s[...] = low
             plgpu.commit_smem()
-            low = m.dstates_s.at[half]
-        w, (read, read_k, read_q, write, carry) = t.product(low, k.T, tokens, room=room_state, meanwhile=load_rows)
+            low = m.dstates_s
+        w, (read, read_k, read_q, write, carry) = t.product(low, k.T, tokens, room=room_state, meanwhile=during_first)
         w = t.product(do.T, m.scores_s.at[slot], tokens, w * t.along_columns(write, tokens))
         # Two summands each: the inverse's columns can add many almost cancelling w, and without decay all stays.
         high, rest = t.split(w, dtype)
@@ -86,15 +106,15 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
         erased = t.split(dy * t.along_columns(-read_k, tokens), dtype)
 
         def publish_dy():
-            m.dv_s.at[half].T[...] = dy.astype(dtype)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            m.dv_s.T[...] = dy.astype(dtype)
             plgpu.commit_smem()
-            rows = pl.ds(n * CHUNK, CHUNK)
-            plgpu.copy_smem_to_gmem(m.dv_s.at[half], m.dv.at[b, rows, h, columns], commit_group=False)
-            plgpu.copy_smem_to_gmem(m.dstates_s.at[half], m.dstates.at[b, h, n, columns], commit_group=False)
-            plgpu.commit_smem_to_gmem_group()
+            plgpu.copy_smem_to_gmem(m.dv_s, m.dv.at[b, pl.ds(n * CHUNK, CHUNK), h, columns])
 
+        if queries == 1:
+            plgpu.barrier_wait(m.q_full)
+        pairs = [(read, m.q_s.at[jax.lax.rem(step, jnp.int32(queries))]), *((x, k) for x in erased)]
         meanwhile = None if m.dv is None else publish_dy
-        pairs = [(read, q), *((x, k) for x in erased)]
         dstate = t.products(pairs, shape, dstate * carry, room=room, meanwhile=meanwhile)
         plgpu.barrier_arrive(m.used.at[slot])
         return dstate
@@ -103,6 +123,31 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
     if m.dfinal is not None:
         dstate = plgpu.load(m.dfinal.at[b, h, columns], layout=WGMMA, optimized=False)
     m.dinitial[b, h, columns] = jax.lax.fori_loop(0, chunks, retreat, dstate)
+    if m.r is not None:
+        plgpu.barrier_wait(m.gradient_read)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _weigh_writes(m: Any, *, chunks: int, stages: int, place: Any) -> None:
+    """The warpgroup that forms r.(k D) from what is published of D, and writes both."""
+    b, h, columns = place[0], place[1], place[3]
+
+    @pl.loop(0, chunks)
+    def _(step):
+        n, slot = chunks - 1 - step, jax.lax.rem(step, jnp.int32(stages))
+        plgpu.barrier_wait(m.full.at[slot])
+        plgpu.barrier_wait(m.gradient_ready)
+        plgpu.copy_smem_to_gmem(m.dstates_s, m.dstates.at[b, h, n, columns])
+        k = m.k_s.at[slot]
+        seen = t.products([(k, m.dstates_s.T), (k, m.rest_s.T)], (CHUNK, BLOCK_V))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(m.gradient_read)
+        plgpu.barrier_wait(m.r_full)
+        seen *= plgpu.load(m.r_s, layout=WGMMA).astype(jnp.float32)
+        plgpu.commit_smem()  # what was read here is written next by a copy
+        plgpu.barrier_arrive(m.used.at[slot])
+        m.written[b, h, n, jax.lax.axis_index("block")] = seen.sum(axis=1)
+
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -113,32 +158,46 @@ def _body(m: Any, *, chunks: int, stages: int, group: int, dtype: Any) -> None:
 
     @pl.when(warpgroup == 0)
     def _():
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(248, action="increase")
         _carry_gradient(m, chunks=chunks, stages=stages, place=place, dtype=dtype)
 
     @pl.when(warpgroup == 1)
     def _():
+        plgpu.set_max_registers(160, action="decrease")
+        if m.r is not None:
+            _weigh_writes(m, chunks=chunks, stages=stages, place=place)
+
+    @pl.when(warpgroup == 2)
+    def _():
         plgpu.set_max_registers(40, action="decrease")
-        bring_all(m, functools.partial(_bring, m, place, chunks), chunks=chunks, stages=stages)
+        _bring_singles(m, place, chunks, 0)
+        bring, singles = (functools.partial(f, m, place, chunks) for f in (_bring, _bring_singles))
+        bring_all(m, bring, chunks=chunks, stages=stages, after=lambda step: singles(step + 1))
 
     plgpu.barrier_arrive(m.end)
     plgpu.barrier_wait(m.end)
 
 
-def scratch(head_size: int, dtype: Any) -> dict[str, Any]:
-    N, stages, copies = head_size, stages_for(head_size), copies_for(head_size)
+def scratch(head_size: int, dtype: Any, ends: bool = False) -> dict[str, Any]:
+    N, stages, queries = head_size, stages_for(head_size), queries_for(head_size)
     return {
-        "q_s": t.buffer((stages, CHUNK, N), dtype),
+        "q_s": t.buffer((queries, CHUNK, N), dtype),
         "k_s": t.buffer((stages, CHUNK, N), dtype),
         "do_s": t.buffer((stages, CHUNK, BLOCK_V), dtype),
         "inverse_s": t.buffer((stages, *SQUARE), dtype),
         "scores_s": t.buffer((stages, *SQUARE), dtype),
-        "factors_s": plgpu.SMEM((stages, t.FACTORS, CHUNK), jnp.float32),
-        "dstates_s": t.buffer((copies, BLOCK_V, N), dtype),
-        "dv_s": t.buffer((copies, CHUNK, BLOCK_V), dtype),
-        "full": plgpu.Barrier(num_arrivals=6, num_barriers=stages),
-        "used": plgpu.Barrier(num_barriers=stages),
-        "end": plgpu.Barrier(num_arrivals=2),
+        "factors_s": plgpu.SMEM((stages, 4, CHUNK), jnp.float32),
+        "r_s": t.buffer((CHUNK, BLOCK_V), dtype),
+        "dstates_s": t.buffer((BLOCK_V, N), dtype),
+        "rest_s": t.buffer((BLOCK_V, N), dtype),
+        "dv_s": t.buffer((CHUNK, BLOCK_V), dtype),
+        "full": plgpu.Barrier(num_arrivals=5 if queries == 1 else 6, num_barriers=stages),
+        "used": plgpu.Barrier(num_arrivals=1 if ends else 2, num_barriers=stages),
+        "q_full": plgpu.Barrier(),
+        "r_full": plgpu.Barrier(),
+        "gradient_ready": plgpu.Barrier(),
+        "gradient_read": plgpu.Barrier(),
+        "end": plgpu.Barrier(num_arrivals=3),
         **t.spare((BLOCK_V, CHUNK), dtype),
         **t.spare((BLOCK_V, N), dtype, "spare_state"),
     }
@@ -147,36 +206,39 @@ def scratch(head_size: int, dtype: Any) -> dict[str, Any]:
 def scan_back(
     q: jax.Array,
     k: jax.Array,
+    r: jax.Array | None,
     do: jax.Array,
     inverse: jax.Array,
     scores: jax.Array,
     factors: jax.Array,
     dfinal: jax.Array | None,
-    *,
-    ends: bool = False,
-) -> tuple[Any, Any, jax.Array]:
-    """(gradient of the state after each chunk [B,H,chunks,V,N], dv [B,T,H,V], of the state before all [B,H,V,N]).
+) -> tuple[Any, Any, Any, jax.Array]:
+    """(gradient D of the state after each chunk [B,H,chunks,V,N], dv [B,T,H,V], r.(k D), of the state before all).
 
-    Gradients of states are transposed; ``dfinal`` [B,H,V,N] is the last one's, None for zeros. With ``ends`` only the
-    last result is wanted, and the others are None.
+    Gradients of states are transposed; ``dfinal`` [B,H,V,N] is the last one's, None for zeros. r.(k D) is in parts of
+    64 values each, [B,H,chunks,V/64,64] float32. Without ``r`` only the last result, [B,H,V,N], is wanted, and the
+    others are None.
     """
     B, T, K, N = k.shape
     H, V = do.shape[2:]
-    chunks, stages, dtype = T // CHUNK, stages_for(N), k.dtype
+    chunks, stages, dtype, ends = T // CHUNK, stages_for(N), k.dtype, r is None
+    parts = (B, H, chunks, V // BLOCK_V, CHUNK)
     results = t.launch(
         "gated_delta_rule_scan_back",
         lambda m: _body(m, chunks=chunks, stages=stages, group=H // K, dtype=dtype),
         inputs={
-            "q": q, "k": k, "do": do, "inverse": inverse, "scores": scores, "factors": factors,
+            "q": q, "k": k, "r": r, "do": do, "inverse": inverse, "scores": scores, "factors": factors,
             "dfinal": dfinal,
         },
         outputs={
             "dstates": None if ends else jax.ShapeDtypeStruct((B, H, chunks, V, N), dtype),
             "dv": None if ends else jax.ShapeDtypeStruct(do.shape, dtype),
+            "written": None if ends else jax.ShapeDtypeStruct(parts, jnp.float32),
             "dinitial": jax.ShapeDtypeStruct((B, H, V, N), jnp.float32),
         },
-        scratch=scratch(N, dtype),
+        scratch=scratch(N, dtype, ends),
         grid={"b": B, "h": H, "block": V // BLOCK_V},
-        warpgroups=2,
+        warpgroups=3,
+        reduction_bytes=0,
     )  # fmt: skip
-    return results.get("dstates"), results.get("dv"), results["dinitial"]
+    return results.get("dstates"), results.get("dv"), results.get("written"), results["dinitial"]

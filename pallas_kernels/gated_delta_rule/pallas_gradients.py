@@ -9,7 +9,8 @@ scale, so that raw q and k stand in all products:
 
 where dq' and dk' are the gradients of the normalised rows times their inverse norms: dq = dq' - q (q.dq') / |q|^2.
 E_ij q_i.k_j and F_ij k_i.k_j without beta sum to dbeta by columns; with it they are the gradients of c_i - c_j, and
-dg_t is their sum over the pairs i >= t > j.
+dg_t is their sum over the pairs i >= t > j. The inner products of r D and k come from the reverse scan, where D has
+more precision.
 
 Persistent programs take chunks in turn. One warpgroup forms E, F, Q, M and dq, another dk; both read the states some
 values at a time, for which a third brings the next chunk's while these two still work on what needs none of them. Heads
@@ -188,7 +189,7 @@ def _of_keys(m: Any, turn: Any, place: Any, *, plan: _Plan) -> None:
         inner = [(state.at[:, part].T, dstate.at[:, part]) for part in parts]
         return t.accumulate(sums, [[(dv, state)], [(r, dstate)], inner])
 
-    dread = written = along = t.row_zeros()
+    dread = along = t.row_zeros()
     inner = t.zeros(SQUARE)
     for half in range(plan.halves):
         first = (turn * plan.halves + half) * plan.blocks
@@ -198,8 +199,10 @@ def _of_keys(m: Any, turn: Any, place: Any, *, plan: _Plan) -> None:
             factors = [plgpu.load(m.factors_row.at[x], layout=ROWS) for x in range(t.FACTORS - 1)]
         k = plgpu.load(m.k_s[half], layout=WGMMA).astype(jnp.float32)
         dread += (k * read).sum(axis=1)
-        written += (k * write).sum(axis=1)
         if half == plan.halves - 1:
+            written = functools.reduce(
+                jnp.add, [plgpu.load(m.written_s.at[x], layout=ROWS) for x in range(m.written_s.shape[0])]
+            )
             pl.when(turn > 0)(lambda: plgpu.barrier_wait(m.hand_read))
             m.hand.at[DREAD][...] = dread * -factors[t.READ_K]
             m.hand.at[WRITTEN][...] = written * factors[t.WRITE_UNWEIGHTED]
@@ -254,6 +257,7 @@ def _bring_rows(m: Any, plan: _Plan, turn: Any, place: Any) -> None:
     plgpu.copy_gmem_to_smem(m.gates.at[b, h, n], m.by_column, m.inputs_full)
     plgpu.copy_gmem_to_smem(m.factors.at[b, h, n], m.factors_row, m.inputs_full)
     plgpu.copy_gmem_to_smem(m.factors.at[b, h, n], m.factors_column, m.inputs_full)
+    plgpu.copy_gmem_to_smem(m.written.at[b, h, n], m.written_s, m.inputs_full)
     for half in range(plan.halves):
         columns = pl.ds(half * plan.tile.columns, plan.tile.columns)
         plgpu.copy_gmem_to_smem(m.q.at[b, rows, hk, columns], m.q_s[half], m.inputs_full)
@@ -301,7 +305,7 @@ def _body(m: Any, *, chunks: int, heads: int, items: int, plan: _Plan) -> None:
     plgpu.barrier_wait(m.end)
 
 
-def scratch(size: int, dtype: Any, out_dtype: Any) -> dict[str, Any]:
+def scratch(size: int, value_size: int, dtype: Any, out_dtype: Any) -> dict[str, Any]:
     tile = tile_for(size)
     halves = size // tile.columns
     vector = plgpu.SMEM((CHUNK,), jnp.float32)
@@ -314,10 +318,11 @@ def scratch(size: int, dtype: Any, out_dtype: Any) -> dict[str, Any]:
         "q_s": (half,) * halves, "k_s": (half,) * halves, "do_s": values, "dv_s": values, "r_s": values,
         "states_s": states, "dstates_s": states, "queries_s": pairs, "keys_s": pairs, **out,
         "by_row": gates, "by_column": gates, "factors_row": factors, "factors_column": factors,
+        "written_s": plgpu.SMEM((value_size // t.BLOCK_V, CHUNK), jnp.float32),
         "hand": plgpu.SMEM((4, CHUNK), jnp.float32), "column": vector, "dg_s": vector, "dbeta_s": vector,
         "full": plgpu.Barrier(num_arrivals=5, num_barriers=tile.stages),
         "used": plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
-        "inputs_full": plgpu.Barrier(num_arrivals=4 + 2 * halves),
+        "inputs_full": plgpu.Barrier(num_arrivals=5 + 2 * halves),
         "inputs_used": plgpu.Barrier(num_arrivals=2), "pairs_read": plgpu.Barrier(), "hand_read": plgpu.Barrier(),
         "pairs_ready": plgpu.Barrier(), "handed": plgpu.Barrier(), "end": plgpu.Barrier(num_arrivals=3),
     }  # fmt: skip
@@ -333,6 +338,7 @@ def gradients_within(
     dv: jax.Array,
     states: jax.Array,
     dstates: jax.Array,
+    written: jax.Array,
     *,
     scale: float,
     runs: bool,
@@ -351,10 +357,10 @@ def gradients_within(
         lambda m: _body(m, chunks=chunks, heads=H, items=items, plan=plan),
         inputs={
             "q": q, "k": k, "gates": gates, "factors": factors, "r": r, "do": do, "dv": dv,
-            "states": states, "dstates": dstates,
+            "states": states, "dstates": dstates, "written": written,
         },
         outputs={"dq": per_head, "dk": per_head, "dg": per_token, "dbeta": per_token},
-        scratch=scratch(N, k.dtype, per_head.dtype),
+        scratch=scratch(N, V, k.dtype, per_head.dtype),
         grid={"program": min(items, t.PROGRAMS)},
         warpgroups=3,
     )  # fmt: skip

@@ -40,8 +40,18 @@ def _slot(step: Any, count: int) -> Any:
     return jax.lax.rem(step, jnp.int32(count))
 
 
-def bring_all(m: Any, bring: Callable[[Any, Any], None], *, chunks: int, stages: int) -> None:
-    """``bring(step, slot)`` for every chunk, each when its slot is free; then waits until all have been used."""
+def bring_all(
+    m: Any,
+    bring: Callable[[Any, Any], None],
+    *,
+    chunks: int,
+    stages: int,
+    after: Callable[[Any], None] = lambda step: None,
+) -> None:
+    """``bring(step, slot)`` for every chunk, each when its slot is free; then waits until all have been used.
+
+    ``after(step)`` is called when the inputs of a chunk have been used.
+    """
     for step in range(min(stages, chunks)):
         bring(step, step)
 
@@ -49,10 +59,12 @@ def bring_all(m: Any, bring: Callable[[Any, Any], None], *, chunks: int, stages:
     def _(step):
         slot = _slot(step, stages)
         plgpu.barrier_wait(m.used.at[slot])
+        after(step - stages)
         bring(step, slot)
 
     for step in range(max(chunks - stages, 0), chunks):
         plgpu.barrier_wait(m.used.at[step % stages])
+        after(step)
 
 
 def _bring(m: Any, place: Any, n: Any, slot: Any) -> None:

@@ -203,10 +203,12 @@ def launch(
     scratch: dict[str, Any],
     grid: dict[str, int],
     warpgroups: int = 1,
+    reduction_bytes: int = 2048,
 ) -> dict[str, jax.Array]:
     """Runs ``body`` on every point of ``grid``, with all references by name in one namespace.
 
-    An input or output that is None has no reference: its name is None in the namespace.
+    An input or output that is None has no reference: its name is None in the namespace. ``reduction_bytes`` of shared
+    memory are for sums over the rows of a tile; sums along them need none.
     """
     given = {key: x for key, x in inputs.items() if x is not None}
     wanted = {key: x for key, x in outputs.items() if x is not None}
@@ -226,7 +228,7 @@ def launch(
         scratch_types=scratch,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=reduction_bytes),
         interpret=_interpret.get(),
         kernel_name=name,
         **threads,
