@@ -11,7 +11,8 @@ With c the running sum of the log decays g inside a chunk, S the state before it
 (Yang, Kautz, Hatamizadeh: Gated Delta Networks, 2024, section 3.3.) The first kernel writes A, P and four rows of
 factors per chunk; everything that concerns normalisation, padding and document boundaries is inside those, so that the
 scan is dots alone. The scan holds S transposed, [V, N]: then every intermediate result is the left operand of the next
-dot and stays in registers.
+dot and stays in registers. It holds it as N // BN arrays of BN key columns each, one after another the left operand of
+a dot, which are never all in registers beside S then.
 """
 
 from __future__ import annotations
@@ -22,13 +23,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arguments import Arguments
-from pallas_kernels.batching import fold_batch
 from pallas_kernels.gated_delta_rule import segments as split
 from pallas_kernels.gated_delta_rule import triton_split
 from pallas_kernels.gated_delta_rule.triton_tiles import HEAD_SIZES, choose
-from pallas_kernels.tiles import ceil_div
-from pallas_kernels.triton_call import check_installed, interpreting, jit, tl, triton_call
+from pallas_kernels.tiles import ceil_div, check_choice
+from pallas_kernels.triton_call import check_installed, fold_batch, interpreting, jit, tl, triton_call
 
 CHUNK = 64
 
@@ -98,6 +97,23 @@ def dot_in_pairs(left, right, into, PRECISION: tl.constexpr):
 
 
 @jit
+def load_rows(at, inside, WHOLE: tl.constexpr):
+    """What is at ``at``, with zeros where not ``inside``, unless the chunk is whole."""
+    if WHOLE:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=inside, other=0.0)
+
+
+@jit
+def store_rows(at, x, inside, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(at, x.to(at.dtype.element_ty))
+    else:
+        tl.store(at, x.to(at.dtype.element_ty), mask=inside)
+
+
+@jit
 def _within_chunks(
     q_ptr, k_ptr, g_ptr, beta_ptr, run_ptr, T, scale, key_size,
     inverse_ptr, scores_ptr, factors_ptr,
@@ -159,7 +175,7 @@ def _within_chunks(
 def _scan_chunks(
     q_ptr, k_ptr, v_ptr, inverse_ptr, scores_ptr, factors_ptr, initial_ptr, T, length,
     o_ptr, r_ptr, states_ptr, final_ptr,
-    H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
     INITIAL: tl.constexpr, SEGMENTS: tl.constexpr, ENDS: tl.constexpr, WRITES: tl.constexpr, STATES: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -172,15 +188,19 @@ def _scan_chunks(
     b, h = bh // H, bh % H
     NT = tl.cdiv(T, 64)
     first = segment * length
-    rows, n = tl.arange(0, 64), tl.arange(0, N)
+    rows, n = tl.arange(0, 64), tl.arange(0, BN)
     columns = tl.program_id(0) * BV + tl.arange(0, BV)
-    state = tl.zeros([BV, N], tl.float32)
-    if ENDS:
-        state += tl.where(columns[:, None] - V == n[None, :], 1.0, 0.0)
-    elif SEGMENTS > 1:
-        state += tl.load(initial_ptr + ((bh * SEGMENTS + segment) * V + columns[:, None]) * N + n[None, :])
-    elif INITIAL:
-        state += tl.load(initial_ptr + bh * N * V + n[None, :] * V + columns[:, None])
+    state = ()
+    for part in tl.static_range(N // BN):
+        x = tl.zeros([BV, BN], tl.float32)
+        if ENDS:
+            x += tl.where(columns[:, None] - V == part * BN + n[None, :], 1.0, 0.0)
+        elif SEGMENTS > 1:
+            at = ((bh * SEGMENTS + segment) * V + columns[:, None]) * N + part * BN + n[None, :]
+            x += tl.load(initial_ptr + at)
+        elif INITIAL:
+            x += tl.load(initial_ptr + bh * N * V + (part * BN + n[None, :]) * V + columns[:, None])
+        state += (x,)
     at_k = ((b * T + first * 64) * K + h // (H // K)) * N + rows[:, None] * (K * N) + n[None, :]
     at_v = ((b * T + first * 64) * H + h) * V + rows[None, :] * (H * V) + columns[:, None]
     square = (bh * NT + first) * 4096 + rows[:, None] * 64 + rows[None, :]
@@ -188,60 +208,61 @@ def _scan_chunks(
     out = states_ptr + (bh * NT + first) * V * N + columns[:, None] * N + n[None, :]
     dtype = k_ptr.dtype.element_ty
     for chunk in range(first, tl.minimum(first + length, NT)):
-        low = state.to(dtype)
-        if STATES:
-            tl.store(out, low)
+        inside = (chunk * 64 + rows) < T
+        seen, o = tl.zeros([BV, 64], tl.float32), tl.zeros([BV, 64], tl.float32)
+        keys = ()
+        for part in tl.static_range(N // BN):
+            low = state[part].to(dtype)
+            if STATES:
+                tl.store(out + part * BN, low)
+            k = load_rows(k_ptr + at_k + part * BN, inside[:, None], EVEN or ENDS)
+            seen = tl.dot(low, tl.trans(k), seen, input_precision=PRECISION)
+            keys += (k,)
+            if not ENDS:
+                q = load_rows(q_ptr + at_k + part * BN, inside[:, None], EVEN)
+                o = tl.dot(low, tl.trans(q), o, input_precision=PRECISION)
         if ENDS:
-            k = tl.load(k_ptr + at_k)
             v = tl.load(v_ptr + at_v, mask=columns[:, None] < V, other=0.0)
-        elif EVEN:
-            k = tl.load(k_ptr + at_k)
-            q = tl.load(q_ptr + at_k)
-            v = tl.load(v_ptr + at_v)
         else:
-            inside = (chunk * 64 + rows) < T
-            k = tl.load(k_ptr + at_k, mask=inside[:, None], other=0.0)
-            q = tl.load(q_ptr + at_k, mask=inside[:, None], other=0.0)
-            v = tl.load(v_ptr + at_v, mask=inside[None, :], other=0.0)
+            v = load_rows(v_ptr + at_v, inside[None, :], EVEN)
         inverse = tl.load(inverse_ptr + square)
-        y = v.to(tl.float32) - tl.dot(low, tl.trans(k), input_precision=PRECISION) * tl.load(factors + rows)[None, :]
+        y = v.to(tl.float32) - seen * tl.load(factors + rows)[None, :]
         # In pairs: rows of A add many y that almost cancel where keys are alike, and without decay every write stays.
         r = dot_in_pairs(y, tl.trans(inverse), tl.zeros([BV, 64], tl.float32), PRECISION)
         if not ENDS:
             scores = tl.load(scores_ptr + square)
-            o = tl.dot(low, tl.trans(q), input_precision=PRECISION) * tl.load(factors + 64 + rows)[None, :]
-            o = dot_in_pairs(r, tl.trans(scores), o, PRECISION)
-        state *= tl.load(factors + 192)
-        state = dot_in_pairs(r * tl.load(factors + 128 + rows)[None, :], k, state, PRECISION)
+            o = dot_in_pairs(r, tl.trans(scores), o * tl.load(factors + 64 + rows)[None, :], PRECISION)
+        written = r * tl.load(factors + 128 + rows)[None, :]
+        after = ()
+        for part in tl.static_range(N // BN):
+            after += (dot_in_pairs(written, keys[part], state[part] * tl.load(factors + 192), PRECISION),)
+        state = after
         if not ENDS:
-            if EVEN:
-                tl.store(o_ptr + at_v, o.to(o_ptr.dtype.element_ty))
-                if WRITES:
-                    tl.store(r_ptr + at_v, r.to(r_ptr.dtype.element_ty))
-            else:
-                inside = (chunk * 64 + rows) < T
-                tl.store(o_ptr + at_v, o.to(o_ptr.dtype.element_ty), mask=inside[None, :])
-                if WRITES:
-                    tl.store(r_ptr + at_v, r.to(r_ptr.dtype.element_ty), mask=inside[None, :])
+            store_rows(o_ptr + at_v, o, inside[None, :], EVEN)
+            if WRITES:
+                store_rows(r_ptr + at_v, r, inside[None, :], EVEN)
         at_k += 64 * K * N
         at_v += 64 * H * V
         square += 4096
         factors += 256
         out += V * N
-    if ENDS:
-        tl.store(final_ptr + ((bh * (SEGMENTS - 1) + segment) * (V + N) + columns[:, None]) * N + n[None, :], state)
-    elif segment == SEGMENTS - 1:
-        tl.store(final_ptr + bh * N * V + n[None, :] * V + columns[:, None], state)
+    for part in tl.static_range(N // BN):
+        if ENDS:
+            at = (bh * (SEGMENTS - 1) + segment) * (V + N) + columns[:, None]
+            tl.store(final_ptr + at * N + part * BN + n[None, :], state[part])
+        elif segment == SEGMENTS - 1:
+            tl.store(final_ptr + bh * N * V + (part * BN + n[None, :]) * V + columns[:, None], state[part])
 
 
 def check(case: Any) -> None:
     """Raises UnsupportedCase unless these kernels do ``case``."""
     check_installed("gated_delta_rule")
-    choice = Arguments("gated_delta_rule").choice
     if not interpreting():  # dots of float32 operands in full precision do not use the tensor cores
-        choice("dtype", case.dtype, ("bfloat16", "float16"), "cast q, k and v or use implementation='xla'")
-    choice("key head size", case.head_size, HEAD_SIZES, "use implementation='xla'")
-    choice("value head size", case.value_size, (case.head_size, 2 * case.head_size), "use implementation='xla'")
+        low = ("bfloat16", "float16")
+        check_choice("gated_delta_rule", "dtype", case.dtype, low, "cast q, k and v or use implementation='xla'")
+    check_choice("gated_delta_rule", "key head size", case.head_size, HEAD_SIZES, "use implementation='xla'")
+    sizes = (case.head_size, 2 * case.head_size)
+    check_choice("gated_delta_rule", "value head size", case.value_size, sizes, "use implementation='xla'")
 
 
 def precision(dtype: Any) -> str:
@@ -278,7 +299,8 @@ def _launch_scan(q, k, v, inverse, scores, factors, initial, outputs, plan, *, e
     return triton_call(
         _scan_chunks, q, k, v, inverse, scores, factors, initial, T, plan.length, out_shape=outputs,
         grid=(columns // tile.block, B * H, segments), num_warps=tile.warps, num_stages=tile.stages,
-        H=H, K=K, N=N, V=V, BV=tile.block, INITIAL=initial is not None, SEGMENTS=plan.segments, ENDS=ends,
+        H=H, K=K, N=N, V=V, BV=tile.block, BN=min(N, tile.keys),
+        INITIAL=initial is not None, SEGMENTS=plan.segments, ENDS=ends,
         WRITES=writes, STATES=states, EVEN=T % CHUNK == 0, PRECISION=precision(k.dtype),
     )  # fmt: skip
 

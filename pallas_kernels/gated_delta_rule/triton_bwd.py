@@ -8,8 +8,10 @@ y = v - exp(c) k S (which is dv):
     D <- exp(c_last) D + scale (exp(c) q)^T do - (exp(c) k)^T dy
 
 The forward scan wrote S of every chunk, this one writes D, both transposed; ``triton_gradients`` does the rest, from
-p_ij = do_i.r_j P_ij / beta_j, l_ij = dy_i.r_j L_ij / beta_j and w_j = exp(c_last - c_j) r_j.(k_j D), which give
-dbeta_j = sum_i (p_ij - l_ij) + w_j without a division, and dg beside it.
+p_ij = do_i.r_j P_ij / beta_j, l_ij = dy_i.r_j L_ij / beta_j and d_j = exp(c_last - c_j) r_j.(k_j D), which give
+dbeta_j = sum_i (p_ij - l_ij) + d_j without a division, and dg beside it. The inner products r_j.(k_j D) are formed
+here, with 16 bits of D: where few tokens survive their decays they are nearly all of dg and dbeta, and the 8 bits in
+which D is kept are too few for them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule import segments as split
 from pallas_kernels.gated_delta_rule import triton_split
-from pallas_kernels.gated_delta_rule.triton import CHUNK, dot_in_pairs, precision
+from pallas_kernels.gated_delta_rule.triton import CHUNK, dot_in_pairs, load_rows, precision, store_rows
 from pallas_kernels.gated_delta_rule.triton_gradients import gradients
 from pallas_kernels.gated_delta_rule.triton_tiles import choose
 from pallas_kernels.tiles import ceil_div
@@ -30,9 +32,9 @@ from pallas_kernels.triton_call import jit, tl, triton_call
 
 @jit
 def _reverse_scan(
-    q_ptr, k_ptr, do_ptr, inverse_ptr, scores_ptr, factors_ptr, dfinal_ptr, T, length,
-    dstates_ptr, dv_ptr, dinitial_ptr,
-    H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    q_ptr, k_ptr, r_ptr, do_ptr, inverse_ptr, scores_ptr, factors_ptr, dfinal_ptr, T, length,
+    dstates_ptr, dv_ptr, written_ptr, dinitial_ptr,
+    H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
     SEGMENTS: tl.constexpr, ENDS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As the forward scan: with ENDS only D before each segment but the first, from zeros after all but the last."""
@@ -42,15 +44,19 @@ def _reverse_scan(
     b, h = bh // H, bh % H
     NT = tl.cdiv(T, 64)
     end = tl.minimum((segment + 1) * length, NT)
-    rows, n = tl.arange(0, 64), tl.arange(0, N)
+    rows, n = tl.arange(0, 64), tl.arange(0, BN)
     columns = tl.program_id(0) * BV + tl.arange(0, BV)
     at_state = bh * N * V + n[None, :] * V + columns[:, None]
-    if ENDS:
-        dstate = tl.load(dfinal_ptr + at_state, mask=(segment == SEGMENTS - 1) & (columns[:, None] < V), other=0.0)
-    elif SEGMENTS > 1:
-        dstate = tl.load(dfinal_ptr + ((bh * SEGMENTS + segment) * V + columns[:, None]) * N + n[None, :])
-    else:
-        dstate = tl.load(dfinal_ptr + at_state)
+    dstate = ()
+    for part in tl.static_range(N // BN):
+        if ENDS:
+            mask = (segment == SEGMENTS - 1) & (columns[:, None] < V)
+            dstate += (tl.load(dfinal_ptr + at_state + part * BN * V, mask=mask, other=0.0),)
+        elif SEGMENTS > 1:
+            at = ((bh * SEGMENTS + segment) * V + columns[:, None]) * N + part * BN + n[None, :]
+            dstate += (tl.load(dfinal_ptr + at),)
+        else:
+            dstate += (tl.load(dfinal_ptr + at_state + part * BN * V),)
     start = b * T + (end - 1) * 64
     at_k = (start * K + h // (H // K)) * N + rows[:, None] * (K * N) + n[None, :]
     at_v = (start * H + h) * V + rows[None, :] * (H * V) + columns[:, None]
@@ -58,84 +64,96 @@ def _reverse_scan(
     square = last * 4096 + rows[:, None] * 64 + rows[None, :]
     factors = factors_ptr + last * 256
     out = dstates_ptr + last * V * N + columns[:, None] * N + n[None, :]
+    written = written_ptr + (last * (V // BV) + tl.program_id(0)) * 64 + rows
     dtype = k_ptr.dtype.element_ty
     for step in range(end - segment * length):
-        low = dstate.to(dtype)
-        if not ENDS:
-            tl.store(out, low)
-        if EVEN:
-            k = tl.load(k_ptr + at_k)
-            q = tl.load(q_ptr + at_k)
-            do = tl.load(do_ptr + at_v)
-        else:
-            inside = ((end - 1 - step) * 64 + rows) < T
-            k = tl.load(k_ptr + at_k, mask=inside[:, None], other=0.0)
-            q = tl.load(q_ptr + at_k, mask=inside[:, None], other=0.0)
-            do = tl.load(do_ptr + at_v, mask=inside[None, :], other=0.0)
+        inside = ((end - 1 - step) * 64 + rows) < T
+        seen = tl.zeros([BV, 64], tl.float32)
+        keys = ()
+        for part in tl.static_range(N // BN):
+            low = dstate[part].to(dtype)
+            if not ENDS:
+                tl.store(out + part * BN, low)
+            k = load_rows(k_ptr + at_k + part * BN, inside[:, None], EVEN)
+            rest = (dstate[part] - low.to(tl.float32)).to(dtype)
+            seen = tl.dot(rest, tl.trans(k), seen, input_precision=PRECISION)
+            seen = tl.dot(low, tl.trans(k), seen, input_precision=PRECISION)
+            keys += (k,)
+        do = load_rows(do_ptr + at_v, inside[None, :], EVEN)
         inverse = tl.load(inverse_ptr + square)
         scores = tl.load(scores_ptr + square)
-        w = tl.dot(low, tl.trans(k), input_precision=PRECISION) * tl.load(factors + 128 + rows)[None, :]
-        w = tl.dot(do, scores, w, input_precision=PRECISION)
-        dy = dot_in_pairs(w, inverse, tl.zeros([BV, 64], tl.float32), PRECISION)
-        dstate *= tl.load(factors + 192)
-        read = (do.to(tl.float32) * tl.load(factors + 64 + rows)[None, :]).to(dtype)
-        dstate = tl.dot(read, q, dstate, input_precision=PRECISION)
-        dstate = dot_in_pairs(dy * -tl.load(factors + rows)[None, :], k, dstate, PRECISION)
         if not ENDS:
-            if EVEN:
-                tl.store(dv_ptr + at_v, dy.to(dv_ptr.dtype.element_ty))
-            else:
-                inside = ((end - 1 - step) * 64 + rows) < T
-                tl.store(dv_ptr + at_v, dy.to(dv_ptr.dtype.element_ty), mask=inside[None, :])
+            r = load_rows(r_ptr + at_v, inside[None, :], EVEN)
+            tl.store(written, tl.sum(seen * r.to(tl.float32), 0))
+        w = tl.dot(do, scores, seen * tl.load(factors + 128 + rows)[None, :], input_precision=PRECISION)
+        dy = dot_in_pairs(w, inverse, tl.zeros([BV, 64], tl.float32), PRECISION)
+        read = (do.to(tl.float32) * tl.load(factors + 64 + rows)[None, :]).to(dtype)
+        erased = dy * -tl.load(factors + rows)[None, :]
+        before = ()
+        for part in tl.static_range(N // BN):
+            q = load_rows(q_ptr + at_k + part * BN, inside[:, None], EVEN)
+            d = tl.dot(read, q, dstate[part] * tl.load(factors + 192), input_precision=PRECISION)
+            before += (dot_in_pairs(erased, keys[part], d, PRECISION),)
+        dstate = before
+        if not ENDS:
+            store_rows(dv_ptr + at_v, dy, inside[None, :], EVEN)
         at_k -= 64 * K * N
         at_v -= 64 * H * V
         square -= 4096
         factors -= 256
         out -= V * N
-    if ENDS:
-        link = bh * (SEGMENTS - 1) + segment - 1
-        tl.store(dinitial_ptr + (link * V + columns[:, None]) * N + n[None, :], dstate)
-    elif segment == 0:
-        tl.store(dinitial_ptr + at_state, dstate)
+        written -= V // BV * 64
+    for part in tl.static_range(N // BN):
+        if ENDS:
+            link = bh * (SEGMENTS - 1) + segment - 1
+            tl.store(dinitial_ptr + (link * V + columns[:, None]) * N + part * BN + n[None, :], dstate[part])
+        elif segment == 0:
+            tl.store(dinitial_ptr + at_state + part * BN * V, dstate[part])
 
 
-def _launch_scan(q, k, do, inverse, scores, factors, dfinal, outputs, plan, *, ends: bool):
+def _launch_scan(q, k, r, do, inverse, scores, factors, dfinal, outputs, plan, tile, *, ends: bool):
     B, T, K, N = k.shape
     H, V = do.shape[2:]
-    tile = choose("reverse_scan", N)
     return triton_call(
-        _reverse_scan, q, k, do, inverse, scores, factors, dfinal, T, plan.length, out_shape=outputs,
+        _reverse_scan, q, k, r, do, inverse, scores, factors, dfinal, T, plan.length, out_shape=outputs,
         grid=(V // tile.block, B * H, plan.segments - 1 if ends else plan.segments),
-        num_warps=tile.warps, num_stages=tile.stages, H=H, K=K, N=N, V=V, BV=tile.block, SEGMENTS=plan.segments,
+        num_warps=tile.warps, num_stages=tile.stages, H=H, K=K, N=N, V=V, BV=tile.block, BN=min(N, tile.keys),
+        SEGMENTS=plan.segments,
         ENDS=ends, EVEN=T % CHUNK == 0, PRECISION=precision(k.dtype),
     )  # fmt: skip
 
 
-def _scan_back(q, k, do, inverse, scores, factors, transitions, dfinal) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(gradient of the state after each chunk, transposed [B,H,chunks,V,N]; dv; dinitial_state)."""
+def _scan_back(q, k, r, do, inverse, scores, factors, transitions, dfinal) -> tuple[jax.Array, ...]:
+    """(gradient of the state after each chunk, transposed [B,H,chunks,V,N]; dv; r.(k D); dinitial_state).
+
+    r.(k D) is a sum over values, here in parts of some of them: [B,H,chunks,parts,64] float32.
+    """
     B, T, _, N = k.shape
     H, V = do.shape[2:]
-    plan = split.plan(B * H * V // 64, ceil_div(T, CHUNK), wanted=256)
-    arrays = (q, k, do, inverse, scores, factors)
+    chunks = ceil_div(T, CHUNK)
+    plan = split.plan(B * H * V // 64, chunks, wanted=256)
+    tile = choose("reverse_scan", N, B * H * plan.segments * V)
+    arrays = (q, k, r, do, inverse, scores, factors)
     if plan.segments > 1:
         small = jax.ShapeDtypeStruct((B, 1), k.dtype)
         ends = jax.ShapeDtypeStruct((B, H, plan.segments - 1, V, N), jnp.float32)
-        *_, ends = _launch_scan(*arrays, dfinal, (small, small, ends), plan, ends=True)
+        *_, ends = _launch_scan(*arrays, dfinal, (small, small, small, ends), plan, tile, ends=True)
         dfinal = triton_split.join(dfinal, ends, transitions, backwards=True)
     outputs = (
-        jax.ShapeDtypeStruct((B, H, ceil_div(T, CHUNK), V, N), k.dtype),
+        jax.ShapeDtypeStruct((B, H, chunks, V, N), k.dtype),
         jax.ShapeDtypeStruct(do.shape, do.dtype),
+        jax.ShapeDtypeStruct((B, H, chunks, V // tile.block, CHUNK), jnp.float32),
         jax.ShapeDtypeStruct((B, H, N, V), jnp.float32),
     )
-    return _launch_scan(*arrays, dfinal, outputs, plan, ends=False)
+    return _launch_scan(*arrays, dfinal, outputs, plan, tile, ends=False)
 
 
 def backward(q, k, g, beta, runs, initial_state, residuals, do, dfinal_state, *, scale, normalize) -> tuple[Any, ...]:
     """(dq, dk, dv, dg, dbeta, dinitial_state); the protocol is in ``api``."""
     r, inverse, scores, factors, states, transitions = residuals
-    dstates, dv, dinitial = _scan_back(q, k, do, inverse, scores, factors, transitions, dfinal_state)
+    dstates, dv, written, dinitial = _scan_back(q, k, r, do, inverse, scores, factors, transitions, dfinal_state)
     dq, dk, dg, dbeta = gradients(
-        q, k, g, beta, runs, r, do, dv, states, dstates, factors, scale=scale, normalize=normalize
+        q, k, g, beta, runs, r, do, dv, states, dstates, written, factors, scale=scale, normalize=normalize
     )
     if dq.shape != q.shape:
         grouped = (*q.shape[:3], dq.shape[2] // q.shape[2], q.shape[3])

@@ -11,7 +11,8 @@ and the second adds them to those that pass through the states, with the raw q a
     x = scale exp(c) rq do S + U k,    dq = x - rq^2 (x.q) q
     y = exp(c_last - c) beta rk r D - exp(c) rk dy S + U^T q + (W + W^T) k,    dk = y - rk^2 (y.k) k
  No dot takes the transpose of another dot's result (Triton 3.4 to 3.7 gets that wrong on
-Hopper): U and W pass through memory.
+Hopper): U and W pass through memory. The reverse scan wrote r.(k D), of which dbeta and dg have need in more precision
+than that of the D here.
 """
 
 from __future__ import annotations
@@ -103,11 +104,11 @@ def _pairs(
 
 @jit
 def _gradients(
-    q_ptr, k_ptr, r_ptr, do_ptr, dv_ptr, states_ptr, dstates_ptr, factors_ptr,
+    q_ptr, k_ptr, r_ptr, do_ptr, dv_ptr, states_ptr, dstates_ptr, written_ptr, factors_ptr,
     from_q_ptr, from_k_ptr, rows_ptr, dg_pairs_ptr, dbeta_pairs_ptr, T, key_size, value_size,
     dq_ptr, dk_ptr, dg_ptr, dbeta_ptr,
     H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BN: tl.constexpr,
-    NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -121,7 +122,6 @@ def _gradients(
     dq_ptr += (first * H + h) * N
     dk_ptr += (first * H + h) * N
     at, at_out, at_v = i * (K * N) + n[None, :], i * (H * N) + n[None, :], i * (H * V) + j
-    w = tl.zeros([64], tl.float32)
     dread = tl.zeros([64], tl.float32)
     along_q = tl.zeros([64], tl.float32)
     along_k = tl.zeros([64], tl.float32)
@@ -147,7 +147,6 @@ def _gradients(
         q = tl.load(q_ptr + part * BN + at, mask=inside, other=0.0)
         k = tl.load(k_ptr + part * BN + at, mask=inside, other=0.0)
         dwrite *= tl.load(rows_ptr + here * 256 + 128 + rows)[:, None]
-        w += tl.sum(dwrite * k.to(tl.float32), 1)
         y *= -tl.load(factors_ptr + here * 256 + rows)[:, None]
         dread += tl.sum(y * k.to(tl.float32), 1)
         y += dwrite * tl.load(rows_ptr + here * 256 + 192 + rows)[:, None]
@@ -182,6 +181,10 @@ def _gradients(
 
     at_t = (first + rows) * H + h
     live = chunk * 64 + rows < T
+    w = tl.zeros([64], tl.float32)
+    for part in tl.static_range(PARTS):
+        w += tl.load(written_ptr + (here * PARTS + part) * 64 + rows)
+    w *= tl.load(rows_ptr + here * 256 + 128 + rows)
     dbeta = tl.load(dbeta_pairs_ptr + at_t, mask=live) + w
     tl.store(dbeta_ptr + at_t, dbeta, mask=live)
     w *= tl.load(rows_ptr + here * 256 + 192 + rows)
@@ -190,7 +193,9 @@ def _gradients(
     tl.store(dg_ptr + at_t, dg, mask=live)
 
 
-def gradients(q, k, g, beta, runs, r, do, dv, states, dstates, factors, *, scale, normalize) -> tuple[Any, ...]:
+def gradients(
+    q, k, g, beta, runs, r, do, dv, states, dstates, written, factors, *, scale, normalize
+) -> tuple[Any, ...]:
     """(dq, dk [B,T,H,N] of each value head, dg, dbeta [B,T,H] float32)."""
     B, T, K, N = k.shape
     H, V = r.shape[2:]
@@ -207,7 +212,8 @@ def gradients(q, k, g, beta, runs, r, do, dv, states, dstates, factors, *, scale
     )  # fmt: skip
     tile = choose("gradients", N)
     return triton_call(
-        _gradients, q, k, r, do, dv, states, dstates, factors, *pairs, T, N, V,
+        _gradients, q, k, r, do, dv, states, dstates, written, factors, *pairs, T, N, V,
         out_shape=(per_head, per_head, gates, gates),
-        grid=(chunks, B * H), num_warps=tile.warps, num_stages=tile.stages, BN=tile.block, **options,
+        grid=(chunks, B * H), num_warps=tile.warps, num_stages=tile.stages, BN=tile.block,
+        PARTS=written.shape[3], **options,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Triton 3.4 to 3.7 compiles some backward kernels to wrong code on Hopper, silently. So a test holds every choice to
 those with which all GPU tests, whose truth is the float64 recurrence, have passed on an H200
-(``tests/kernels/test_gated_delta_rule.py``).
+(``test_gated_delta_rule.py``; the list is in ``test_gated_delta_rule_plan.py``).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ HEAD_SIZES = (64, 128, 256)
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """``block`` is the number of value columns of a scan, or of key columns of the gradient kernel."""
+    """``block`` is the number of value columns of a scan, or of key columns of the gradient kernel.
+
+    A scan multiplies ``keys`` of a state's key columns at a time: fewer need fewer registers.
+    """
 
     block: int
     warps: int
     stages: int
-
-
-# Programs with which a wide block leaves less than half of an H200 idle; with fewer, narrow blocks are more programs.
-MANY = 64
+    keys: int = 256
 
 
 def choose(kernel: str, head_size: int, values: int = 0) -> Tile:
@@ -32,8 +32,8 @@ def choose(kernel: str, head_size: int, values: int = 0) -> Tile:
 
     ``values`` are all columns of values that the launch works on at once, of every head, row and segment.
     """
-    wide = _WIDE.get((kernel, head_size))
-    return wide if wide and values >= MANY * wide.block and _hopper() else _CHOICES[kernel, head_size]
+    least, wide = _WIDE.get((kernel, head_size), (0, None))
+    return wide if wide and values >= least and _hopper() else _CHOICES[kernel, head_size]
 
 
 def _hopper() -> bool:
@@ -42,7 +42,13 @@ def _hopper() -> bool:
     return device.platform != "gpu" or device.compute_capability == "9.0"
 
 
-_WIDE = {("scan", 256): Tile(128, 8, 2)}
+# From how many columns of values on, and which: with fewer, narrow blocks are more programs for the multiprocessors.
+_WIDE = {
+    ("scan", 128): (64 * 128, Tile(64, 4, 2, keys=64)),
+    ("scan", 256): (64 * 128, Tile(128, 8, 2, keys=64)),
+    ("reverse_scan", 128): (128 * 128, Tile(128, 8, 2)),
+    ("reverse_scan", 256): (64 * 128, Tile(128, 8, 2, keys=64)),
+}
 
 
 _CHOICES = {
@@ -51,10 +57,10 @@ _CHOICES = {
     ("within", 256): Tile(64, 4, 1),
     ("scan", 64): Tile(32, 4, 2),
     ("scan", 128): Tile(32, 4, 2),
-    ("scan", 256): Tile(32, 4, 2),
+    ("scan", 256): Tile(32, 4, 2, keys=64),
     ("reverse_scan", 64): Tile(64, 4, 2),
     ("reverse_scan", 128): Tile(64, 4, 2),
-    ("reverse_scan", 256): Tile(64, 4, 2),
+    ("reverse_scan", 256): Tile(16, 4, 2, keys=64),
     ("pairs", 64): Tile(64, 4, 3),
     ("pairs", 128): Tile(64, 4, 3),
     ("pairs", 256): Tile(64, 4, 3),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 
@@ -146,6 +145,16 @@ PACKED = {
     "all_padding": rows([(0, 131)], [(0, 66), (1, 65)]),
     "length_one": rows([(i + 1, 1) for i in range(131)], [(0, 64)] + [(i + 1, 1) for i in range(67)]),
 }
+
+
+def test_few_tokens_survive(implementation):
+    """Decays leave few inner products to make up dg and dbeta: rounding one factor of them to 8 bits showed in a norm.
+
+    With D rounded before r.(k D), one such draw in twenty had an error of dg above 5e-3.
+    """
+    shape = ODD if implementation == "xla" else dict(TILED, batch=1, kv_heads=1, heads=2, size=128)
+    for seed in range(4):
+        check(*make_inputs(158, decays=(0.01, 0.1, 20.0), seed=seed, **shape), implementation)
 
 
 @pytest.mark.parametrize("kind", PACKED)
@@ -329,44 +338,12 @@ def test_every_tile(monkeypatch, kernels, size, value_size, segments):
     """Every choice of tile that ships, in one scan and in a split one; the wide ones are for many programs."""
     tokens = 150 + segments
     if kernels == "triton, wide":
-        monkeypatch.setattr(triton_tiles, "MANY", 1)
+        always = {key: (0, tile) for key, (_, tile) in triton_tiles._WIDE.items()}
+        monkeypatch.setattr(triton_tiles, "_WIDE", always)
         kernels, tokens = "triton", 155 + segments  # not a program that jit has kept
     monkeypatch.setattr(split, "plan", lambda _, chunks, wanted: split.Plan(segments, -(-chunks // segments)))
     shape = dict(batch=1, kv_heads=1, heads=2, size=size, value_size=value_size, dtype="bfloat16")
     check(*make_inputs(tokens, decays=(0.01, 0.1, 20.0), **shape), kernels)
-
-
-# (block, warps, stages) of each kernel with which this whole file has passed on an H200, at every head size.
-CHECKED = {
-    "within": {(64, 4, 1)},
-    "scan": {(32, 4, 2), (128, 8, 2)},
-    "reverse_scan": {(64, 4, 2)},
-    "pairs": {(64, 4, 3)},
-    "gradients": {(64, 4, 1)},
-}
-
-
-@pytest.mark.parametrize("size", [64, 128, 256])
-@pytest.mark.parametrize("kernel", CHECKED)
-def test_only_checked_tiles_are_chosen(kernel, size):
-    for values in (size, 64 * 256, 2**20):
-        assert dataclasses.astuple(triton_tiles.choose(kernel, size, values)) in CHECKED[kernel]
-
-
-def test_wide_tiles_are_for_many_programs_on_hopper(monkeypatch):
-    narrow = triton_tiles.choose("scan", 256)
-    assert triton_tiles.choose("scan", 256, 64 * 128 - 128) == narrow != triton_tiles.choose("scan", 256, 64 * 128)
-    monkeypatch.setattr(triton_tiles, "_hopper", lambda: False)
-    assert triton_tiles.choose("scan", 256, 64 * 128) == narrow
-
-
-@pytest.mark.parametrize("programs", [1, 16, 33, 34, 128])
-@pytest.mark.parametrize("chunks", [1, 47, 48, 49, 512, 1000])
-@pytest.mark.parametrize("wanted", [132, 256])
-def test_split_covers_every_chunk_once(programs, chunks, wanted):
-    plan = split.plan(programs, chunks, wanted)
-    assert (plan.segments - 1) * plan.length < chunks <= plan.segments * plan.length
-    assert plan.segments == 1 or (programs <= 33 and plan.segments > 2 and plan.length >= 16)
 
 
 def test_recurrence_is_the_reference():

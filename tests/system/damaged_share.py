@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lte_jax import agreement
-from lte_jax.checkpoint import CheckpointError, Checkpoints
+from lte_jax.checkpoint import CheckpointError, Checkpoints, abstract_like
 
 
 def damage(step: Path, kind: str) -> None:
@@ -49,8 +49,7 @@ def try_kind(folder: Path, kind: str) -> str:
             damage(folder / "2", kind)
         agreement.exchange("damaged")
         try:
-            wanted = jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=place)
-            found = checkpoints.restore({"params": {"w": wanted}})
+            found = checkpoints.restore({"params": abstract_like(tree)})
         except CheckpointError as error:
             return str(error)
         finally:
