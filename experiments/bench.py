@@ -43,7 +43,9 @@ def define_flags() -> None:
     flags.DEFINE_list("batches", ["1", "16"], "For --model: rows at a time.")
     flags.DEFINE_bool("prompts", True, "For --model: time the prompts of batches too.")
     flags.DEFINE_string(
-        "turns", None, "For --model: a file; programs that share it compile at once and measure in turn."
+        "turns",
+        None,
+        "For --model: a file; programs that share it compile at once, and measure in turn while none compiles.",
     )
     flags.DEFINE_string("lines", None, "Time nothing: put the lines that --model --json wrote into --results.")
     flags.DEFINE_string("operation", None, "A folder of pallas_kernels: gated_delta_rule, ...")
@@ -55,7 +57,11 @@ def define_flags() -> None:
     flags.DEFINE_bool("tiny", None, "Tiny shapes; default where there is no GPU.")
     flags.DEFINE_bool("errors", True, "Compare outputs and gradients with float32.")
     flags.DEFINE_integer("rounds", 5, "Turns that each side has.")
-    flags.DEFINE_string("lock", None, "A file to hold while timing: several processes then compile side by side.")
+    flags.DEFINE_string(
+        "lock",
+        None,
+        "A file to hold while timing: several processes then compile side by side, and also while another times.",
+    )
     flags.DEFINE_bool("write", False, "Write JSON and page into --results.")
     flags.DEFINE_string(
         "json",
@@ -166,7 +172,7 @@ def _models() -> None:
         with _turn(FLAGS.turns, fcntl.LOCK_SH):  # the compiler tries products on the GPU: nobody measures meanwhile
             bench.compile()
             bench.allocate()
-        with _turn(FLAGS.turns, fcntl.LOCK_EX):
+        with _turn(FLAGS.turns, fcntl.LOCK_EX), _turn(FLAGS.lock, fcntl.LOCK_EX):
             for row in bench.rows():
                 line = json.dumps({**row, "run": run})
                 print(line, flush=True)

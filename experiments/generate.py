@@ -11,7 +11,6 @@ import dataclasses
 import json
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,17 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from experiments.warned import say_warnings
 from lte_jax import restore
+from lte_jax.continuations import Generation, StopFilter
 from lte_jax.conversation import Conversation
 from lte_jax.data.tokenizer import Tokenizer, known_text
-from lte_jax.generate import Generation, StopFilter, generate
+from lte_jax.generate import generate
 from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel
 from lte_jax.sampling import Sampling
 from lte_jax.sharding import rows_mesh
+from lte_jax.whole_files import write_text
 
 FLAGS = flags.FLAGS
 
@@ -38,10 +40,15 @@ def define_flags() -> None:
     flags.DEFINE_string("tokenizer", None, "'bytes', a tokenizer.json or its folder, in place of the checkpoint's own.")
     flags.DEFINE_string("prompt", None, "The text to continue.")
     flags.DEFINE_string("prompts_file", None, 'Prompts: one a line, or JSON lines with "prompt" (*.jsonl).')
-    flags.DEFINE_bool("interactive", False, "A conversation: each line typed is continued; /new begins anew.")
+    flags.DEFINE_bool(
+        "interactive",
+        False,
+        "A conversation: each line typed is answered by at most --max_new_tokens tokens; /new begins anew. Where the "
+        "cache grows (full attention, NSA), the whole conversation has room for the model's max_length tokens.",
+    )
     flags.DEFINE_string("output", None, "Where the answers to a file of prompts go, as JSON lines; default the screen.")
     flags.DEFINE_bool("log_probs", False, "With --output: each answer's token ids and their log-probabilities too.")
-    flags.DEFINE_integer("max_new_tokens", 128, "At most so many tokens a prompt.")
+    flags.DEFINE_integer("max_new_tokens", 128, "At most so many tokens for each prompt, or line of a conversation.")
     flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token.")
     flags.DEFINE_integer("top_k", 0, "Draw among the k most likely tokens; 0 is no limit.")
     flags.DEFINE_float("top_p", 1.0, "Draw among the fewest tokens whose probabilities reach p; 1 is no limit.")
@@ -204,7 +211,7 @@ def answer_file(speaker: Speaker, path: str, output: str | None, batch_size: int
         raise ValueError(f"--output={output}: there is no folder {Path(output).parent}")
     prompts = read_prompts(path)
     encoded = [speaker.encode(prompt) for prompt in prompts]
-    clock, partial = Clock(), Path(f"{output}.partial")
+    clock = Clock()
     records = []
     with tqdm(total=len(prompts), unit="prompt", disable=None) as bar:
         for start in range(0, len(prompts), batch_size):
@@ -220,8 +227,7 @@ def answer_file(speaker: Speaker, path: str, output: str | None, batch_size: int
                     tqdm.write(f"{prompts[start + row]}{text}\n")
             bar.update(len(batch))
     if output is not None:
-        partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
-        partial.replace(output)
+        write_text(Path(output), "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     return f"{len(prompts)} prompts, {clock}"
 
 
@@ -323,7 +329,7 @@ def _run() -> None:
 
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # at lower levels orbax tells its whole life
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    say_warnings()
     try:
         if len(argv) > 1:
             raise ValueError(f"{argv[1]!r}: no such argument; settings are given as flags")

@@ -23,12 +23,12 @@ from absl import app, flags, logging
 from experiments.suite import Suite
 from lte_jax import LTE, WindowAttention, configs, restore
 from lte_jax.data import Batches, Mixture
-from lte_jax.evaluate.answers import write_json
 from lte_jax.evaluate.scores import score_batches
 from lte_jax.experiment import ExperimentConfig
 from lte_jax.mixers import lte_cache
 from lte_jax.mixers.base import MixerConfig
 from lte_jax.mixers.lte_store import RULES
+from lte_jax.whole_files import write_json
 
 FLAGS = flags.FLAGS
 SLIDING = "sliding"

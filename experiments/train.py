@@ -49,8 +49,8 @@ def main(argv: list[str]) -> None:
         _prepare()
         finished = _train()
     except Exception as error:
+        from lte_jax.bad_steps import TrainingError
         from lte_jax.checkpoint import CheckpointError
-        from lte_jax.train import TrainingError
 
         if not isinstance(error, (ValueError, OSError, CheckpointError, TrainingError)):
             _leave(traceback.format_exc())
@@ -98,16 +98,19 @@ def _train() -> bool:
     import jax
 
     from experiments.suite import Suite
-    from lte_jax import configs
+    from lte_jax import configs, runs
     from lte_jax.train import train
 
     config = configs.load_named("experiments.configs", FLAGS.config)
     config = config.override(FLAGS.set) if isinstance(config, Suite) else configs.override(config, FLAGS.set)
+    workdir = Path(FLAGS.workdir)
+    wanted = {workdir / run.name: run for run in config.runs} if isinstance(config, Suite) else {workdir: config}
+    for folder, run in wanted.items():  # before the settings are printed, which are long
+        runs.check_free(folder, configs.to_dict(run), FLAGS.allow_change)
     if jax.process_index() == 0:
         print(configs.to_json(config))
     options: dict[str, Any] = {"profile": _profile(FLAGS.profile), "init_from": FLAGS.init_from}
     options["allow_change"] = FLAGS.allow_change
-    workdir = Path(FLAGS.workdir)
     if not isinstance(config, Suite):
         return train(config, workdir, **options).finished
     return _train_all(config, workdir, options)

@@ -12,7 +12,6 @@ the machine's or the code's fault ends the search and renames nothing.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -113,10 +112,13 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that look complete, oldest first; ``restore`` proves it, and renames those that are damaged."""
+        return [step for step in self._numbers() if self._damage(step) is None]
+
+    def _numbers(self) -> list[int]:
+        """Of everything that is named as a step, whole or not, oldest first."""
         if not self.folder.is_dir():
             return []
-        numbers = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit() and path.is_dir()]
-        return sorted(step for step in numbers if self._damage(step) is None)
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
 
     def save(self, step: int, items: Items, meta: Mapping[str, Any], metric: float | None = None) -> None:
         """Writes ``items``, trees of arrays, and ``meta``; arrays may be donated as soon as this returns.
@@ -234,11 +236,8 @@ class Checkpoints:
         return None
 
     def _candidates(self) -> list[int]:
-        """The steps in the folder as process 0 sees it, newest first."""
-        found = []
-        if self.folder.is_dir():
-            found = sorted((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), reverse=True)
-        return json.loads(exchange(json.dumps(found))[0])
+        """The steps in the folder as process 0 sees it, whole or not, newest first."""
+        return json.loads(exchange(json.dumps(self._numbers()[::-1]))[0])
 
     def _try(self, step: int, abstract: Items, check: Any) -> tuple[Restored | None, str]:
         """A step that is whole for all processes, or why it is proved damaged for one of them."""
@@ -367,16 +366,3 @@ class Checkpoints:
 
 def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def abstract_like(tree: Any, sharding: jax.sharding.Sharding | None = None) -> Any:
-    """Shapes, dtypes and shardings of a tree's arrays; ``sharding`` replaces theirs."""
-    return jax.tree.map(
-        functools.partial(_abstract_leaf, sharding=sharding),
-        tree,
-        is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct),
-    )
-
-
-def _abstract_leaf(leaf: Any, sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or getattr(leaf, "sharding", None))

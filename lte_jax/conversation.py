@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lte_jax.continuations import Generation, Rows
 from lte_jax.decode import decode_weights, stacked_cache
-from lte_jax.generate import Generation, Rows, begin_loop, decode_steps, pad_left, read_chunk
+from lte_jax.generate import begin_loop, decode_steps, pad_left, read_chunk
 from lte_jax.inputs import check_tokens
+from lte_jax.lengths import warn_beyond
 from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel
 from lte_jax.sampling import Sampling
@@ -66,6 +68,7 @@ class Conversation:
 
         Raises:
           ValueError: no tokens, ids outside the vocabulary, or more than a growing cache holds.
+          LengthWarning (a warning): the conversation may be longer than the model was made for.
         """
         if not len(tokens):
             raise ValueError("the turn is empty: give some text")
@@ -75,8 +78,10 @@ class Conversation:
             raise ValueError(
                 f"the conversation may reach {longest} tokens, and its cache holds max_length={bound}; begin a new one"
             )
+        warn_beyond(self.length + len(tokens) + max_new_tokens, self._model.config.max_length)
         logits = self._read(tokens, self._reading)
         self._reading = "streaming"
+        self.length += len(tokens)
         rows, said = Rows(1, *self._options, on_tokens), 0
         loop = begin_loop(self._cache, logits, [self._seed])
         while said < max_new_tokens and not rows.done():
@@ -95,11 +100,10 @@ class Conversation:
             self._cache = stacked_cache(before)
             rest = found.tokens[said - self._steps :]
             if rest:
-                self._read(rest, "streaming", counted=True)
+                self._read(rest, "streaming")
         return found
 
-    def _read(self, tokens: Sequence[int], reading: Reading, counted: bool = False) -> jax.Array:
+    def _read(self, tokens: Sequence[int], reading: Reading) -> jax.Array:
         ids, mask = pad_left([tokens])
         logits, self._cache = read_chunk(self._graph, self._state, ids, mask, self._cache, reading=reading)
-        self.length += 0 if counted else len(tokens)
         return logits

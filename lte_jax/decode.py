@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from lte_jax.blocks import Block
 from lte_jax.layers import Linear
 from lte_jax.mixers.base import Aux, Mixer
-from lte_jax.model import Block, LanguageModel, ModelCache
+from lte_jax.model import LanguageModel, ModelCache
 from pallas_kernels.row_product import row_product
 
 

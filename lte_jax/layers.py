@@ -47,11 +47,30 @@ class InitRule:
 
 
 def parameter(
-    initializer: Initializer, shape: Sequence[int], axes: Sequence[str | None], param_dtype: DTypeLike, rngs: nnx.Rngs
+    initializer: Initializer,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs,
+    read_in: DTypeLike | None = None,
 ) -> nnx.Param:
-    """A parameter of ``shape`` whose dimensions carry the logical names ``axes``."""
+    """A parameter of ``shape`` whose dimensions carry the logical names ``axes``.
+
+    ``read_in``: the dtype that every reader casts it to first, where there is such (``as_read``).
+    """
     assert len(axes) == len(shape), f"{len(axes)} axis names for {len(shape)} dimensions"
-    return nnx.Param(initializer(rngs.params(), tuple(shape), param_dtype), axes=tuple(axes))
+    named: dict[str, Any] = {} if read_in is None else {"read_in": jnp.dtype(read_in)}
+    return nnx.Param(initializer(rngs.params(), tuple(shape), param_dtype), axes=tuple(axes), **named)
+
+
+def as_read(state: Any) -> Any:
+    """A module's state with each weight in the dtype that its readers cast it to: cast once, and no gradient wider."""
+
+    def cast(variable: nnx.Variable) -> nnx.Variable:
+        dtype = variable.get_metadata().get("read_in")
+        return variable if dtype is None else variable.replace(variable.get_value().astype(dtype))
+
+    return jax.tree.map(cast, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 class Linear(nnx.Module):
@@ -69,7 +88,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         use_bias: bool = False,
     ):
-        self.weight = parameter(init, (in_features, out_features), axes, param_dtype, rngs)
+        self.weight = parameter(init, (in_features, out_features), axes, param_dtype, rngs, read_in=dtype)
         self.bias = (
             parameter(jax.nn.initializers.zeros, (out_features,), axes[1:], param_dtype, rngs) if use_bias else None
         )
@@ -128,10 +147,24 @@ def rotary(x: Float[Array, "B T H N"], positions: Positions, theta: float) -> Fl
     x1 and x2 are the first and the second half of the head, and positions count from the start of the document.
     The rotation is computed in float32 and returned in the dtype of x.
     """
+    cos, sin = (part[..., None, :] for part in rotation(positions, x.shape[-1] // 2, theta))
+    return operand(_turn(x, cos, sin))
+
+
+@jax.custom_vjp
+def _turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     half = x.shape[-1] // 2
-    cos, sin = (part[..., None, :] for part in rotation(positions, half, theta))
     x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return operand(jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype))
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def _turn_back(angle: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, None, None]:
+    """The turn by the opposite angle. The derivative of the slices would pad both halves and add them up."""
+    cos, sin = angle
+    return _turn(dy, cos, -sin), None, None
+
+
+_turn.defvjp(lambda x, cos, sin: (_turn(x, cos, sin), (cos, sin)), _turn_back)
 
 
 def mlp_width(width: int, hidden_ratio: float, intermediate_size: int | None) -> int:

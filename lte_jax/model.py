@@ -18,15 +18,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lte_jax import partition
+from lte_jax.blocks import Unit
 from lte_jax.depth import through
 from lte_jax.dims import Hidden, SegmentIds, Tokens
 from lte_jax.inputs import check_room, check_tokens, mask_to_segment_ids, zero_padding
-from lte_jax.layers import Embedding, GatedMLP, InitRule, Linear, RMSNorm, document_positions, mlp_width, row_positions
-from lte_jax.mixers import mixer_module, mixer_name
+from lte_jax.layers import Embedding, InitRule, Linear, RMSNorm, as_read, document_positions, row_positions
+from lte_jax.mixers import mixer_name
 from lte_jax.mixers.base import Aux, MixerConfig, Reading
 from lte_jax.mixers.lte import make_router, needs_shared_router
-from lte_jax.model_config import ModelConfig, with_emitters
-from lte_jax.remat import operand
+from lte_jax.model_config import ModelConfig
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +36,7 @@ class ModelOutput:
 
     Attributes:
       logits: [B, T, L] float32.
-      scores: retention scores r of each LTE layer, keyed by layer, [B, T, K] float32; empty without LTE layers.
+      scores: retention scores r, [B, T, K] float32, by the LTE layer's number (from 0, over all layers); may be empty.
       selected: the tokens that stay beyond the window, keyed likewise, [B, T, K] bool.
     """
 
@@ -59,50 +59,6 @@ class ModelCache:
     length: jax.Array
     layers: tuple[Any, ...]
     max_length: int | None = dataclasses.field(metadata={"static": True})
-
-
-class Block(nnx.Module):
-    """Pre-norm residual layer: x += mixer(rms(x)); x += mlp(rms(x))."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        mixer: MixerConfig,
-        *,
-        init: InitRule,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-        implementation: str | None,
-    ):
-        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.mixer_norm = RMSNorm(config.width, eps=config.norm_eps, **types)
-        self.mixer = mixer_module(mixer)(
-            mixer, config.width, init=init, max_length=config.max_length, implementation=implementation, **types
-        )
-        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, **types)
-        inner = mlp_width(config.width, config.hidden_ratio, config.intermediate_size)
-        self.mlp = GatedMLP(config.width, inner, init=init, **types)
-
-    def __call__(self, x: Hidden, **kwargs: Any) -> tuple[Hidden, Aux]:
-        y, aux = self.mixer(operand(self.mixer_norm(x)), **kwargs)
-        return self._finish(x, y, kwargs["segment_ids"]), aux
-
-    def extend(self, x: Hidden, cache: Any, **kwargs: Any) -> tuple[Hidden, Any, Aux]:
-        y, cache, aux = self.mixer.extend(self.mixer_norm(x), cache, return_aux=True, **kwargs)
-        return self._finish(x, y, kwargs["segment_ids"]), cache, aux
-
-    def _finish(self, x: Hidden, y: Hidden, segment_ids: SegmentIds | None) -> Hidden:
-        x = operand(x + y)
-        x = x + self.mlp(operand(self.mlp_norm(x)))
-        return partition.constrain(zero_padding(x, segment_ids), "batch", "length", None)
-
-
-class Unit(nnx.Module):
-    """One repeat of the pattern: what a scan step runs."""
-
-    def __init__(self, config: ModelConfig, **kwargs: Any):
-        self.blocks = nnx.List([Block(config, mixer, **kwargs) for mixer in with_emitters(config.pattern)])
 
 
 class LanguageModel(nnx.Module):
@@ -185,6 +141,7 @@ class LanguageModel(nnx.Module):
         positions = row_positions(input_ids) if segment_ids is None else document_positions(segment_ids)
         shared = dict(positions=positions, segment_ids=segment_ids, reading=reading)
         graph, state = nnx.split(self.units)
+        state = as_read(state) if reading == "train" else state
 
         def step(x: Hidden, inputs: tuple[Any, jax.Array | None]) -> tuple[Hidden, tuple[Aux, ...]]:
             unit = nnx.merge(graph, inputs[0])
@@ -287,13 +244,18 @@ class LanguageModel(nnx.Module):
         """``extend`` without checks, head or jit, for loops that are compiled as a whole; also returns the routing."""
         graph, state = nnx.split(self.units)
 
-        def step(x: Hidden, inputs: tuple[Any, tuple[Any, ...]]) -> tuple[Hidden, tuple[Any, tuple[Aux, ...]]]:
-            unit = nnx.merge(graph, inputs[0])
-            x, caches, auxes = self.extend_unit(unit, x, inputs[1], segment_ids=segment_ids, reading=reading)
-            return x, (caches, auxes)
+        # The stack of caches is carried and changed in place; as input and output of the scan it would be there twice.
+        def step(carry: tuple[Hidden, Any], inputs: tuple[Any, jax.Array]) -> tuple[tuple[Hidden, Any], Any]:
+            (x, layers), (weights, index) = carry, inputs
+            unit, caches = nnx.merge(graph, weights), jax.tree.map(lambda leaf: leaf[index], layers)
+            x, caches, auxes = self.extend_unit(unit, x, caches, segment_ids=segment_ids, reading=reading)
+            x, caches = jax.lax.optimization_barrier((x, caches))  # the stack is read before it is changed
+            put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+            return (x, jax.tree.map(put, layers, caches)), auxes
 
         x = zero_padding(self.embeddings(input_ids), segment_ids)
-        x, (layers, auxes) = jax.lax.scan(step, x, (state, cache.layers))
+        repeats = jnp.arange(self.config.num_layers // len(self.config.pattern))
+        (x, layers), auxes = jax.lax.scan(step, (x, cache.layers), (state, repeats))
         new = input_ids.shape[1] if segment_ids is None else jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
         cache = dataclasses.replace(cache, length=cache.length + new, layers=layers)
         return self.norm(x), cache, self._stack_routing(auxes)

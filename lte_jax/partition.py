@@ -26,32 +26,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from lte_jax import retained, sharding
+from lte_jax.partition_plan import (
+    KEYS,
+    ROWS,
+    SEQUENCE,
+    SLOTS,
+    TENSOR,
+    Arrays,
+    Axes,
+    Plan,
+    current_mesh,
+    ends,
+    pad_front,
+    with_past,
+)
 from pallas_kernels import block_attention as blocks
 from pallas_kernels import gated_delta_rule as delta
 from pallas_kernels import rms_norm as norms
 from pallas_kernels import short_convolution as convolutions
 from pallas_kernels import window_attention as windows
-
-SEQUENCE, TENSOR = "sequence", "tensor"
-
-Arrays = dict[str, Any]
-Axes = tuple[str | None, ...]
-
-ROWS: Axes = ("batch", "length", "heads", None)
-KEYS: Axes = ("batch", "length", "kv_heads", None)
-SLOTS: Axes = ("batch", None, "kv_heads", None)
-
-
-def current_mesh() -> AbstractMesh | None:
-    """The mesh of several devices that is being traced for; None where there is none, or inside another shard_map."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or not set(sharding.AXES) <= set(mesh.axis_names):
-        return None
-    return None if any(kind == AxisType.Manual for kind in mesh.axis_types) else mesh
+from pallas_kernels.short_convolution.rows import final_state
 
 
 def check_heads(name: str, config: Any, mesh: Mesh) -> None:
@@ -107,7 +105,7 @@ def window_attention(
         names = zip(columns._fields, columns, strict=True)
         beside |= {f"column_{name}": (x, SLOTS[: x.ndim]) for name, x in names}
     named: Any = {"q": (q, ROWS), "k": (k, KEYS), "v": (v, KEYS), **beside}
-    plan = _Plan(mesh, q.shape, k.shape, whole=columns is not None or q.shape[1] != k.shape[1])
+    plan = Plan(mesh, q.shape, k.shape, whole=columns is not None or q.shape[1] != k.shape[1])
 
     def local(arrays: Arrays) -> Array:
         arrays = plan.own_kv_heads(arrays)
@@ -118,11 +116,11 @@ def window_attention(
             past = plan.shards - 1
             if window is not None and (expiry is None or budget is not None):
                 past = min(past, -(-(window - 1) // tokens))
-            own, arrays = arrays, _with_past(arrays, past)
+            own, arrays = arrays, with_past(arrays, past)
             if expiry is not None and past < plan.shards - 1:
                 assert budget is not None
                 own |= {"segments": arrays["segments"][:, -tokens:]}
-                first, _ = _ends(arrays["segments"], len(arrays["q"]))
+                first, _ = ends(arrays["segments"], len(arrays["q"]))
                 kept = retained.columns(own, first, axis=SEQUENCE, past=past, budget=budget)
         return windows.window_attention(
             arrays["q"],
@@ -152,14 +150,14 @@ def block_attention(
         "gates": (gates, ROWS),
         "segments": (segment_ids, KEYS[:2]),
     }
-    plan = _Plan(mesh, q.shape, k.shape, share_groups=False)
+    plan = Plan(mesh, q.shape, k.shape, share_groups=False)
 
     def local(arrays: Arrays) -> Array:
         tokens = arrays["q"].shape[1]
         if plan.shards > 1:
-            arrays = _with_past(arrays, plan.shards - 1)
+            arrays = with_past(arrays, plan.shards - 1)
             before = (plan.shards - 1) * tokens  # queries that other devices have: their outputs are dropped
-            arrays |= {name: _pad_front(arrays[name], before) for name in ("q", "gates")}
+            arrays |= {name: pad_front(arrays[name], before) for name in ("q", "gates")}
         o = blocks.block_attention(
             *(arrays[name] for name in ("q", "k", "v", "gates")), segment_ids=arrays.get("segments"), **options
         )
@@ -188,7 +186,7 @@ def gated_delta_rule(
     state_axes: Axes = ("batch", "heads", None, None)
     named: Any = {"q": (q, KEYS), "k": (k, KEYS), "v": (v, ROWS), "g": (g, ROWS[:3]), "beta": (beta, ROWS[:3])}
     named |= {"segments": (segment_ids, KEYS[:2]), "state": (initial_state, state_axes)}
-    plan = _Plan(mesh, v.shape, k.shape, whole=initial_state is not None)
+    plan = Plan(mesh, v.shape, k.shape, whole=initial_state is not None)
 
     def local(arrays: Arrays) -> tuple[Array, ...]:
         arrays = plan.own_kv_heads(arrays, ("q", "k"))
@@ -208,7 +206,7 @@ def gated_delta_rule(
 def short_convolution(
     x: Array, weight: Array, *, segment_ids: Array | None = None, initial_state: Array | None = None, **options: Any
 ) -> tuple[Array, Array]:
-    """``pallas_kernels.short_convolution`` on the current mesh; a shard receives the last inputs of the one before."""
+    """``pallas_kernels.short_convolution`` on the current mesh; a shard receives the last inputs of those before."""
     mesh, given = current_mesh(), {"segment_ids": segment_ids, "initial_state": initial_state, **options}
     if mesh is None:
         return convolutions.short_convolution(x, weight, **given)  # type: ignore[arg-type]
@@ -219,19 +217,11 @@ def short_convolution(
     def local(arrays: Arrays) -> tuple[Array, Array]:
         x, segments, before = arrays["x"], arrays.get("segments"), arrays.get("state")
         if over_shards:
-            state, before = before, _from_before(x[:, 1 - taps :], 1, shards)
-            if segments is not None:
-                same = _from_before(segments[:, 1 - taps :], 1, shards) == _ends(segments, len(x))[0][:, None]
-                before = jnp.where(same[..., None], before, jnp.zeros((), x.dtype))
-            if state is not None:
-                before = jnp.where(jax.lax.axis_index(SEQUENCE) == 0, state, before)
+            before, whole = _inputs_before(x, segments, before, taps - 1)
         y, after = convolutions.short_convolution(
             x, arrays["weight"], segment_ids=segments, initial_state=before, **options
         )
-        if over_shards:
-            last = jax.lax.axis_index(SEQUENCE) == shards - 1
-            after = jax.lax.psum(jnp.where(last, after, jnp.zeros((), after.dtype)), SEQUENCE)
-        return y, after
+        return y, whole if over_shards else after
 
     named: dict[str, tuple[Any, Axes]] = {
         "x": (x, ("batch", length, "heads")),
@@ -254,6 +244,20 @@ def rms_norm(x: Array, weight: Array, gate: Array | None = None, *, axes: Axes, 
     local = functools.partial(norms.rms_norm, **options)
     specs = (rows, PartitionSpec(), rows)  # the last is not used where there is no gate
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(x, weight, gate)
+
+
+def residual_rms_norm(x: Array, weight: Array, **options: Any) -> tuple[Array, Array]:
+    """``pallas_kernels.rms_norm.residual_rms_norm`` of x [B,T,D] on the current mesh."""
+    mesh = current_mesh()
+    if mesh is None:
+        return norms.residual_rms_norm(x, weight, **options)
+    if mesh.shape["tensor"] > 1:
+        # Rows are whole on each device of ``tensor``: split by hand, their gradients would be summed over it.
+        return norms.residual_rms_norm(x, weight, **{**options, "implementation": "xla"})
+    rows = sharding.spec(("batch", "length", None), x.shape, mesh, every=True)
+    local = functools.partial(norms.residual_rms_norm, **options)
+    specs = (rows, PartitionSpec())
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(rows, rows), check_vma=False)(x, weight)
 
 
 def sum_over_tokens(function: Any, rows: Array, weight: Array, labels: Array) -> Any:
@@ -279,89 +283,6 @@ def sum_over_tokens(function: Any, rows: Array, weight: Array, labels: Array) ->
     )(rows, weight, labels)
 
 
-class _Plan:
-    """What of one call is split on a mesh.
-
-    Args:
-      rows: shape [B,T,H,_] of what has all heads. keys: [B,U,K,_].
-      whole: tokens are not split.
-      share_groups: the query heads of one KV head may lie on several devices.
-    """
-
-    def __init__(
-        self,
-        mesh: AbstractMesh,
-        rows: tuple[int, ...],
-        keys: tuple[int, ...],
-        *,
-        whole: bool = False,
-        share_groups: bool = True,
-    ):
-        self.mesh = mesh
-        self._heads, self._kv_heads = rows[2], keys[2]
-        ways = mesh.shape[TENSOR]
-        split = self._heads % ways == 0
-        self._slice = split and self._kv_heads % ways != 0
-        if self._slice and not (share_groups and ways % self._kv_heads == 0):
-            split = self._slice = False
-        self._names = {"batch": "batch", "heads": "heads" if split else None, "kv_heads": "kv_heads" if split else None}
-        sequence = mesh.shape[SEQUENCE]
-        self.shards = 1 if whole or rows[1] % sequence or rows[1] != keys[1] else sequence
-        self._names["length"] = "length" if self.shards == sequence else None
-
-    def _spec(self, axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
-        return sharding.spec([self._names.get(axis or "") for axis in axes], shape, self.mesh, every=True)
-
-    def run(self, local: Any, named: dict[str, tuple[Any, Axes]], out_axes: Any) -> Any:
-        arrays = {name: x for name, (x, _) in named.items() if x is not None}
-        specs = {name: self._spec(named[name][1][: x.ndim], x.shape) for name, x in arrays.items()}
-        leaf = isinstance(out_axes[0], str)
-        shapes = {"batch": arrays["q"].shape[0], "length": arrays["q"].shape[1], "heads": self._heads}
-
-        def out(axes: Axes) -> PartitionSpec:
-            return self._spec(axes, tuple(shapes.get(axis or "", 1) for axis in axes))
-
-        out_specs = out(out_axes) if leaf else tuple(out(axes) for axes in out_axes)
-        return jax.shard_map(local, mesh=self.mesh, in_specs=(specs,), out_specs=out_specs, check_vma=False)(arrays)
-
-    def own_kv_heads(self, arrays: Arrays, names: tuple[str, ...] | None = None) -> Arrays:
-        """The one KV head that this device's heads read, where each device holds them all."""
-        if not self._slice:
-            return arrays
-        names = names or tuple(name for name in arrays if name not in ("q", "segments"))
-        ways = self.mesh.shape[TENSOR]
-        mine = jax.lax.axis_index(TENSOR) // (ways // self._kv_heads)
-        return arrays | {name: jax.lax.dynamic_slice_in_dim(arrays[name], mine, 1, axis=2) for name in names}
-
-
-def _pad_front(x: Array, count: int) -> Array:
-    return jnp.pad(x, ((0, 0), (count, 0)) + ((0, 0),) * (x.ndim - 2))
-
-
-def _from_before(x: Array, back: int, shards: int) -> Array:
-    """What the device ``back`` places before this one on the sequence axis holds; zeros where there is none."""
-    return jax.lax.ppermute(x, SEQUENCE, [(i, i + back) for i in range(shards - back)])
-
-
-def _with_past(arrays: Arrays, past: int) -> Arrays:
-    """The arrays of keys with those of ``past`` devices before this one in front; devices not there are padding."""
-    shards = jax.lax.axis_size(SEQUENCE)
-    tokens = arrays["k"].shape[1]
-    segments = arrays.get("segments")
-    arrays = arrays | {"segments": jnp.ones(arrays["k"].shape[:2], jnp.int32) if segments is None else segments}
-    joined = {
-        name: jnp.concatenate([*(_from_before(x, back, shards) for back in range(past, 0, -1)), x], axis=1)
-        for name, x in arrays.items()
-        if name in ("k", "v", "scores", "expiry", "segments")
-    }
-    if "expiry" in joined:
-        expiry = joined["expiry"]  # counted from the row's first token, now from the first that is here
-        start = (jax.lax.axis_index(SEQUENCE) - past) * tokens
-        moves = (expiry > 0) & (expiry < windows.NEVER)
-        joined["expiry"] = jnp.where(moves, jnp.maximum(expiry - start, 0), expiry)
-    return arrays | joined
-
-
 def _state_before(inputs: list[Array], segments: Array | None, implementation: str | None, shards: int) -> Array:
     """The delta rule's state before this device's tokens."""
     q, k, v, g, beta = inputs
@@ -375,7 +296,7 @@ def _state_before(inputs: list[Array], segments: Array | None, implementation: s
 
     unit = jnp.broadcast_to(jnp.eye(N, dtype=jnp.float32), (B, H, N, N))
     maps = after(jnp.zeros((*v.shape[:3], N), v.dtype), unit)
-    gathered = [jax.lax.all_gather(x, SEQUENCE) for x in (maps, after(v, None), *_ends(segments, B))]
+    gathered = [jax.lax.all_gather(x, SEQUENCE) for x in (maps, after(v, None), *ends(segments, B))]
     state, last = jnp.zeros((B, H, N, V), jnp.float32), jnp.zeros(B, jnp.int32)
     mine, states = jax.lax.axis_index(SEQUENCE), []
     for A, S, first, end in zip(*gathered, strict=True):
@@ -387,13 +308,28 @@ def _state_before(inputs: list[Array], segments: Array | None, implementation: s
     return jnp.stack(states)[mine]
 
 
-def _ends(segments: Array | None, batch: int) -> tuple[Array, Array]:
-    """Numbers of the first and the last document among a shard's tokens, [B]; 0 where all are padding."""
-    if segments is None:
-        one = jnp.ones(batch, jnp.int32)
-        return one, one
-    real = segments != 0
-    row = jnp.arange(batch)
-    first = segments[row, jnp.argmax(real, axis=1)]
-    last = segments[row, segments.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)]
-    return first, last
+def _inputs_before(x: Array, segments: Array | None, state: Array | None, history: int) -> tuple[Array, Array]:
+    """The short convolution's state [B,history,D] before this device's tokens, and the one after the whole row.
+
+    Shards of padding, and those whose last document has fewer than ``history`` tokens, hand on what came before them.
+    """
+    first, end = ends(segments, len(x))
+    count = jnp.full_like(end, history)
+    if segments is not None:
+        tokens = jnp.sum((segments == end[:, None]) & (segments != 0), axis=1, dtype=jnp.int32)
+        count = jnp.minimum(tokens, history)
+    own = final_state(x, segments, None, history)
+    gathered = [jax.lax.all_gather(one, SEQUENCE) for one in (own, jnp.stack([first, end, count]))]
+    state, last = jnp.zeros_like(own) if state is None else state, jnp.zeros_like(end)
+    states = []
+    for tail, (first, end, count) in zip(*gathered, strict=True):
+        # A state enters only the document that it comes from, that of the whole row the first one that there is.
+        enters = (first == last) | (first == 0) | (last == 0)
+        state = jnp.where(enters[:, None, None], state, jnp.zeros((), x.dtype))
+        states.append(state)
+        slot = jnp.arange(history, dtype=jnp.int32) + count[:, None]
+        moved = jnp.take_along_axis(state, jnp.minimum(slot, history - 1)[..., None], axis=1)
+        stays = (slot < history) & (first == end)[:, None]
+        state = tail + jnp.where(stays[..., None], moved, jnp.zeros((), x.dtype))
+        last = jnp.where(first == 0, last, end)
+    return jnp.stack(states)[jax.lax.axis_index(SEQUENCE)], state

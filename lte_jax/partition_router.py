@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from lte_jax import sharding
-from lte_jax.partition import KEYS, SEQUENCE, current_mesh
+from lte_jax.partition_plan import KEYS, SEQUENCE, current_mesh
 from pallas_kernels import router
 from pallas_kernels.router import Convolution, Dropout
 

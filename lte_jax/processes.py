@@ -15,10 +15,11 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
+
+from pallas_kernels.visible_gpus import visible_gpus
 
 HEARTBEAT_SECONDS = 60
 """After so long without a sign of life from one process, the others end."""
@@ -81,7 +82,7 @@ def join(
             "--distributed, and neither SLURM nor Open MPI started this process: use srun or mpirun, "
             "`python -m experiments.launch.local`, or give --coordinator, --num_processes and --process_id"
         )
-    devices = local_devices(place, visible_gpus(os.environ))
+    devices = local_devices(place, len(visible_gpus(os.environ)))
     jax.distributed.initialize(cluster_detection_method=place.launcher, local_device_ids=devices, **options)
 
 
@@ -109,16 +110,6 @@ def _tasks_per_node(text: str) -> list[int]:
             raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE={text!r}: not a count such as 8(x2),4; unset or correct it")
         found += [int(match[1])] * int(match[2] or 1)
     return found
-
-
-def visible_gpus(environment: Mapping[str, str]) -> int:
-    """How many GPUs this process sees: those of CUDA_VISIBLE_DEVICES, else those of the node; 0 on a CPU."""
-    if environment.get("JAX_PLATFORMS", "").startswith("cpu"):
-        return 0
-    named = environment.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return len([name for name in named.split(",") if name.strip() not in ("", "-1")])
-    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
 
 
 def local_devices(place: Place, gpus: int) -> list[int]:

@@ -18,7 +18,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,31 +70,46 @@ def claim(workdir: str | Path, config: dict[str, Any], stated: Sequence[str] = (
         else, or another launch is at work in it.
     """
     folder = Path(workdir).absolute()
-    lock, failure = None, None
-    if jax.process_index() == 0:
-        try:
-            lock = _take(folder, config, stated)
-        except (RunError, OSError) as error:
-            failure = error
-    answer = exchange("taken" if failure is None else str(failure))[0]
-    if failure is not None:
-        raise failure
-    if answer != "taken":
-        raise RunError(answer)
+    lock = _on_process_0(lambda: _take(folder, config, stated))
     if jax.process_count() > 1:
         check_same(read_config(folder), config, str(folder), stated)
     return folder, lock
 
 
-def _take(folder: Path, config: dict[str, Any], stated: Sequence[str]) -> IO[str]:
-    others = [path.name for path in folder.iterdir() if path.name != LOCK] if folder.exists() else []
-    if others and not (folder / CONFIG).is_file():
+def check_free(workdir: str | Path, config: dict[str, Any], stated: Sequence[str] = ()) -> None:
+    """Raises RunError, on every process, where ``claim`` would because of what the folder holds; writes nothing."""
+    _on_process_0(lambda: _check_contents(Path(workdir).absolute(), config, stated))
+
+
+def _on_process_0[T](do: Callable[[], T]) -> T | None:
+    """What ``do`` returns there, None on the others; where it cannot be done, every process raises."""
+    done, failure = None, None
+    if jax.process_index() == 0:
+        try:
+            done = do()
+        except (RunError, OSError) as error:
+            failure = error
+    answer = exchange("done" if failure is None else str(failure))[0]
+    if failure is not None:
+        raise failure
+    if answer != "done":
+        raise RunError(answer)
+    return done
+
+
+def _check_contents(folder: Path, config: dict[str, Any], stated: Sequence[str]) -> None:
+    if (folder / CONFIG).is_file():
+        check_same(read_config(folder), config, str(folder), stated)
+    elif folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
         raise RunError(f"{folder} is not empty and holds no {CONFIG} of a run: name another --workdir")
+
+
+def _take(folder: Path, config: dict[str, Any], stated: Sequence[str]) -> IO[str]:
+    _check_contents(folder, config, stated)
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     try:
-        if (folder / CONFIG).is_file():
-            check_same(read_config(folder), config, str(folder), stated)
+        _check_contents(folder, config, stated)  # again, now that no other launch changes them
         partial = folder / f".{CONFIG}-{os.getpid()}"
         partial.write_text(json.dumps(config, indent=2) + "\n")
         partial.replace(folder / CONFIG)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from lte_jax import losses, optim, partition, retention, sharding, spikes
 from lte_jax.mixers import mixer_name
@@ -19,9 +20,14 @@ from lte_jax.model_config import ModelConfig
 from lte_jax.optim import OptimizerConfig
 from lte_jax.retention import PenaltyConfig, PenaltyState
 from lte_jax.spikes import SpikeConfig, SpikeState
+from pallas_kernels.dispatch import on_gpu
 
 Params = dict[str, jax.Array]
 """Parameters by name, such as "units/blocks/0/mixer/q_proj/weight"; layers of a pattern are stacked."""
+
+# Products by cuBLAS, never as XLA's own Triton kernels. The compiler then writes sums of products, such as the gradient
+# of what several projections read, as products that add to what is there, which costs nothing. And it tries less.
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +97,13 @@ class Builder:
             self.param_shapes[name] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=place)
         self.lte = learned_retention(config.model)
 
-    def _new_model(self) -> LanguageModel:
+    def _new_model(self, param_dtype: DTypeLike = jnp.float32) -> LanguageModel:
         compute = self.config.compute
         return LanguageModel(
             self.config.model,
             rngs=nnx.Rngs(params=self.config.seed),
             dtype=jnp.dtype(compute.dtype),
+            param_dtype=param_dtype,
             implementation=compute.implementation,
             remat=compute.remat,
             layers=compute.layers,
@@ -145,7 +152,9 @@ class Builder:
     def train_step(self) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
         """(state, batch) -> (state, metrics), compiled; the old state is donated."""
         places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
-        return jax.jit(self._step, donate_argnums=0, out_shardings=(places, sharding.replicated(self.mesh)))
+        options = COMPILER_OPTIONS if on_gpu() else None
+        where = (places, sharding.replicated(self.mesh))
+        return jax.jit(self._step, donate_argnums=0, out_shardings=where, compiler_options=options)
 
     def evaluate_step(self, reading: str) -> Callable[[Params, dict[str, jax.Array]], dict[str, jax.Array]]:
         """(params, batch) -> sums {"loss", "correct", "targets"} over the batch's labels, compiled."""

@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from lte_jax import configs, memory, metrics, plots, restore, runs, sharding
+from lte_jax import bad_steps, configs, memory, metrics, plots, restore, runs, sharding
+from lte_jax.bad_steps import BadSteps
 from lte_jax.checkpoint import Checkpoints
 from lte_jax.data import Batches, DataError, UnreadableError
 from lte_jax.experiment import ExperimentConfig, step_config
@@ -29,14 +30,7 @@ from lte_jax.step import Builder, Params, TrainState
 INTERRUPTED = 75
 """Exit code after a signal: everything is saved, run the same command again (EX_TEMPFAIL)."""
 
-KEPT_BATCHES = 3
-"""So many batches are kept of steps that were not finite, and as many of spikes."""
-
 Batch = dict[str, np.ndarray]
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the last good checkpoint is intact."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +126,6 @@ class _Run:
         self.heldout: tuple[int, dict[str, float]] | None = None
         """The step of the last evaluation, and its numbers."""
         self.reporter: metrics.Reporter | None = None
-        self.kept_batches = {"nonfinite": 0, "spike": 0}
         self.watch = Stopwatch()
         self.interrupted = False
         """By a signal to any of the processes, as all of them have learnt it from the same step."""
@@ -187,6 +180,7 @@ class _Run:
         else:
             state = self.builder.init_state()
         self.reporter = self._new_reporter()
+        self.bad_steps = BadSteps(self.folder, self.reporter.say)
         if restored is not None:
             self.reporter.changed(self.step, runs.changes(restored.meta["config"], settings))
         return state
@@ -273,28 +267,8 @@ class _Run:
         self.interrupted |= bool(interrupted)
         self.reporter.step(step, numbers)
         if spike or not applied:
-            self._keep_batch(step, batch, numbers, "spike" if spike else "nonfinite", bool(applied))
-        if in_row >= self.config.optimizer.max_skipped:
-            raise TrainingError(
-                f"the loss or gradient was not finite in {in_row} steps in a row, up to step {step}: training stops; "
-                "look at the batches in nonfinite-*.npz, or go on with --set optimizer.learning_rate=(a lower one) "
-                "--allow_change=optimizer.learning_rate"
-                if not spike
-                else f"the loss was a spike in {in_row} steps in a row, up to step {step}: training stops; look at the "
-                "batches in spike-*.npz, or go on with a higher --set spikes.sigmas or with --set spikes.skip=false"
-            )
-
-    def _keep_batch(self, step: int, batch: Batch, numbers: dict[str, Any], kind: str, applied: bool) -> None:
-        """Writes this process's rows of a step that went wrong, for the first few of each kind."""
-        assert self.reporter is not None
-        self.reporter.say(
-            f"WARNING: step {step} is {'a loss spike' if applied else 'skipped'}: loss {float(numbers['loss'])}, "
-            f"gradient norm {float(numbers['grad_norm'])}"
-        )
-        if self.kept_batches[kind] < KEPT_BATCHES:
-            place = self.folder / f"{kind}-{step}-process{jax.process_index()}.npz"
-            np.savez(place, **batch)  # type: ignore[arg-type]
-        self.kept_batches[kind] += 1
+            self.bad_steps.keep(step, batch, numbers, "spike" if spike else "nonfinite", bool(applied))
+        bad_steps.check(int(in_row), self.config.optimizer.max_skipped, step, bool(spike))
 
     def _evaluation_is_due(self) -> bool:
         due = self.step == self.config.steps or self.step % self.config.evaluation.every == 0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.dispatch import UnsupportedCase
 
@@ -58,22 +60,40 @@ class Arguments:
         H, K = self.sizes["H"], self.sizes["K"]
         self.require(H % K == 0, f"there are H = {H} heads and K = {K} key heads; H must be a multiple of K")
 
+    def record(self, name: str, value: Any, kind: type) -> None:
+        """``value`` is one of the NamedTuples ``kind``; its fields are still to be checked."""
+        self.require(isinstance(value, kind), f"{name} is {type(value).__name__}; it must be a {kind.__name__}")
+
+    def number(self, name: str, value: Any, least: float = -math.inf) -> float:
+        """``value`` as a float: finite, at least ``least``, and known when the program is traced."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError, jax.errors.JAXTypeError) as error:
+            raise UnsupportedCase(f"{self.operation}: {name} is {value!r}; it must be a number, not traced") from error
+        self.require(math.isfinite(number), f"{name}={number}; it must be finite")
+        self.require(number >= least, f"{name}={number}; it must be at least {least}")
+        return number
+
     def scale(self, scale: float | None) -> float:
         """Of the logits; None is N^-1/2."""
-        if scale is None:
-            return self.sizes["N"] ** -0.5
-        try:
-            value = float(scale)
-        except (TypeError, ValueError, jax.errors.JAXTypeError) as error:
-            raise UnsupportedCase(f"{self.operation}: scale is {scale!r}; it must be a number, not traced") from error
-        self.require(math.isfinite(value), f"scale={value}; it must be finite")
-        return value
+        return self.sizes["N"] ** -0.5 if scale is None else self.number("scale", scale)
 
-    def count(self, name: str, value: Any) -> None:
-        """``value`` is an int of at least 1; True is none."""
+    def count(self, name: str, value: Any, least: int = 1) -> None:
+        """``value`` is a Python integer of at least ``least``; True is none."""
         whole = isinstance(value, int) and not isinstance(value, bool)
-        self.require(whole and value >= 1, f"{name}={value!r}; it must be an integer >= 1")
+        self.require(whole and value >= least, f"{name}={value!r}; it must be a Python integer >= {least}")
 
-    def choice(self, name: str, value: object, allowed: Sequence[object]) -> None:
-        """``value`` is one of ``allowed``."""
-        self.require(value in allowed, f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+    def choice(self, name: str, value: object, allowed: Iterable[object], fix: str = "") -> None:
+        """``value`` is one of ``allowed``; ``fix`` says what to do instead."""
+        known = any(type(value) is type(one) and value == one for one in allowed)
+        listed = ", ".join(map(str, allowed))
+        self.require(known, f"{name}={value!r} is not one of {listed}" + (f"; {fix}" if fix else ""))
+
+    def dtype(self, name: str, value: Any) -> np.dtype:
+        """``value`` as a dtype, one of ``FLOATS``."""
+        try:
+            dtype = jnp.dtype(value)
+        except TypeError as error:
+            raise UnsupportedCase(f"{self.operation}: {name}={value!r} is no dtype; use a float one") from error
+        self.choice(name, str(dtype), FLOATS)
+        return dtype

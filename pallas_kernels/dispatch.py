@@ -12,11 +12,10 @@ functions that its operation's ``api.py`` calls.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import importlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("pallas", "triton", "xla")
 
-_lowering_for_gpu: contextvars.ContextVar[bool] = contextvars.ContextVar("lowering_for_gpu", default=False)
+# A context of JAX's: what is traced within it is kept apart from what is traced outside, and never run there.
+_lowering_for_gpu = jax.make_user_context(False)
 
 
 class UnsupportedCase(ValueError):
@@ -36,18 +36,19 @@ class UnsupportedCase(ValueError):
     """
 
 
-@contextlib.contextmanager
-def lowering_for_gpu() -> Iterator[None]:
+def lowering_for_gpu() -> AbstractContextManager[None]:
     """Treats the process as one with a GPU, so that kernels can be lowered or compiled (not run) without one."""
-    token = _lowering_for_gpu.set(True)
-    try:
-        yield
-    finally:
-        _lowering_for_gpu.reset(token)
+    return _lowering_for_gpu(True)
+
+
+def platform() -> str:
+    """Of the device that what is traced now will run on, as far as ``jax.default_device`` and the backend tell."""
+    chosen = jax.config.jax_default_device
+    return jax.default_backend() if chosen is None else getattr(chosen, "platform", chosen)
 
 
 def on_gpu() -> bool:
-    return _lowering_for_gpu.get() or jax.default_backend() == "gpu"
+    return _lowering_for_gpu.value or platform() in ("gpu", "cuda")
 
 
 class Operation:
@@ -86,7 +87,7 @@ class Operation:
         raise UnsupportedCase(f"{self.name}: no implementation supports {case}")
 
     def _load(self, name: str, case: Any) -> ModuleType:
-        if name not in IMPLEMENTATIONS:
+        if not isinstance(name, str) or name not in IMPLEMENTATIONS:
             raise UnsupportedCase(
                 f"{self.name}: implementation={name!r} is not one of {', '.join(IMPLEMENTATIONS)}; "
                 "None picks the fastest"
@@ -98,7 +99,7 @@ class Operation:
         if name != "xla" and not on_gpu():
             raise UnsupportedCase(
                 f"{self.name}: implementation={name!r} needs a CUDA GPU, and JAX runs on "
-                f"{jax.default_backend()!r} here; use implementation='xla' or None"
+                f"{platform()!r} here; use implementation='xla' or None"
             )
         module = importlib.import_module(f"pallas_kernels.{self.name}.{name}")
         module.check(case)

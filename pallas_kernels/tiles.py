@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import jax
 
 from pallas_kernels.dispatch import UnsupportedCase
+
+HOPPER = 90
 
 # Bytes of shared memory that one program may use, by compute capability (CUDA C++ programming guide, table of limits).
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -15,11 +17,13 @@ def ceil_div(length: int, tile: int) -> int:
     return -(-length // tile)
 
 
-def check_choice(operation: str, name: str, value: object, allowed: Sequence[object], fix: str) -> None:
-    """Raises UnsupportedCase unless ``value`` is one of ``allowed``; ``fix`` says what to do instead."""
-    if value not in allowed:
-        listed = ", ".join(str(a) for a in allowed)
-        raise UnsupportedCase(f"{operation}: {name}={value} is not one of {listed}; {fix}")
+def capability() -> int:
+    """Compute capability, 90 for 9.0, of the GPU that kernels are made for; Hopper's where there is none to ask."""
+    device = jax.local_devices()[0]
+    if device.platform != "gpu":
+        return HOPPER
+    digits = str(device.compute_capability).replace(".", "")
+    return int(digits) if digits.isdigit() else 0  # none of NVIDIA's
 
 
 def check_shared_memory(operation: str, buffers: dict[str, int], capability: int = 90) -> int:

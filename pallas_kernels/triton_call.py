@@ -13,15 +13,12 @@ Triton:
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
-import functools
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +40,8 @@ except ImportError:
         """Stands in for ``triton.jit`` where Triton is not installed: the kernel can be named but not called."""
         return function
 
+
+LONGEST_AXIS = 65_535  # of a grid, all but the first
 
 INSTALL = "install the extra with GPU support: pip install '.[cuda]' (triton 3.6)"
 
@@ -73,7 +72,14 @@ class CompiledKernel:
     ptx: str
 
 
-_recorded: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("recorded", default=None)
+class _Recording:
+    """Where calls are noted. A context of JAX's holds it, so that nothing traced under one is met outside of it."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+
+_recording = jax.make_user_context(None)
 
 
 def interpreting() -> bool:
@@ -85,7 +91,7 @@ def check_installed(operation: str) -> None:
     """Raises UnsupportedCase, saying what to install, unless ``triton_call`` can launch a kernel."""
     if triton is None:
         raise UnsupportedCase(f"{operation}: implementation='triton' needs triton, which is missing; {INSTALL}")
-    if not (interpreting() or _recorded.get() is not None or triton_launch.available()):
+    if not (interpreting() or _recording.value is not None or triton_launch.available()):
         raise UnsupportedCase(
             f"{operation}: implementation='triton' needs JAX's CUDA plugin, which is missing; {INSTALL}"
         )
@@ -109,7 +115,7 @@ def triton_call(
       *arguments: arrays, and Python numbers passed by value. None stands for an absent optional array: the kernel gets
         some valid pointer that it must not use (guard the use by a constexpr).
       out_shape: a ShapeDtypeStruct, or a sequence of them.
-      grid: up to three numbers of programs, each at least 1.
+      grid: up to three numbers of programs, each at least 1 and all but the first at most ``LONGEST_AXIS``.
       num_warps, num_stages: as in Triton.
       input_output_aliases: {index among the arguments: index of the output that shares its buffer}.
       zeroed_outputs: indices of the outputs to clear before the launch.
@@ -117,15 +123,24 @@ def triton_call(
 
     Returns:
       The output, or a tuple of outputs if ``out_shape`` is a sequence. There is no vmap rule: fold into the batch.
+
+    Raises:
+      UnsupportedCase: the grid is longer than a GPU has axes for, as may be found out only once vmap has folded rows.
     """
+    if max(grid[1:], default=1) > LONGEST_AXIS:
+        raise UnsupportedCase(
+            f"{kernel.__name__}: {tuple(grid)} programs; all axes but the first have at most {LONGEST_AXIS}: "
+            "take fewer rows at a time, or implementation='xla'"
+        )
     single = hasattr(out_shape, "shape")
     outputs = tuple(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in ([out_shape] if single else out_shape))
     some_array = next((a for a in arguments if is_array(a)), None)
     # A Python float would arrive as float64 and make every result that it touches float64.
     arguments = tuple(np.float32(a) if isinstance(a, float) else some_array if a is None else a for a in arguments)
-    recorded = _recorded.get()
-    if recorded is not None:
-        recorded.append(Call(kernel, arguments, outputs, num_warps, num_stages, tuple(constexprs.items())))
+    if _recording.value is not None:
+        _recording.value.calls.append(
+            Call(kernel, arguments, outputs, num_warps, num_stages, tuple(constexprs.items()))
+        )
         results = tuple(jnp.zeros(o.shape, o.dtype) for o in outputs)
     elif interpreting():
         from pallas_kernels import triton_interpreter  # it needs Triton
@@ -150,55 +165,15 @@ def triton_call(
     return results[0] if single else tuple(results)
 
 
-def fold_batch(function: Callable, static: Sequence[str] = ()) -> Callable:
-    """Gives ``function`` a vmap rule: its arrays, in and out, all lead with the batch, and vmap's axis joins it.
-
-    Args:
-      function: takes pytrees of arrays (None allowed) and keyword-only values named in ``static``.
-    """
-
-    @functools.wraps(function)
-    def call(*arguments: Any, **options: Any) -> Any:
-        assert set(options) == set(static), options
-        return batched(options)(*arguments)
-
-    def batched(options: dict[str, Any]) -> Callable:
-        body = jax.custom_batching.custom_vmap(functools.partial(function, **options))
-
-        @body.def_vmap
-        def rule(size: int, mapped: Any, *arguments: Any) -> Any:
-            def fold(array: jax.Array, is_mapped: bool) -> jax.Array:
-                array = array if is_mapped else jnp.broadcast_to(array, (size, *array.shape))
-                return array.reshape(size * array.shape[1], *array.shape[2:])
-
-            results = batched(options)(*jax.tree.map(fold, arguments, tuple(mapped)))
-            results = jax.tree.map(lambda array: array.reshape(size, -1, *array.shape[1:]), results)
-            return results, jax.tree.map(lambda _: True, results)
-
-        return body
-
-    return call
-
-
-@contextlib.contextmanager
-def _recording() -> Iterator[list[Call]]:
-    calls: list[Call] = []
-    token = _recorded.set(calls)
-    try:
-        with lowering_for_gpu():
-            yield calls
-    finally:
-        _recorded.reset(token)
-
-
 def record_calls(function: Callable, *arguments: Any) -> list[Call]:
     """The kernel calls that ``function(*arguments)`` would make, in order; nothing runs and no GPU is needed.
 
     ``arguments`` may be ShapeDtypeStructs. Use ``jax.grad`` or ``jax.vjp`` inside ``function`` to see a backward pass.
     """
-    with _recording() as calls:
-        jax.eval_shape(lambda *a: function(*a), *arguments)
-    return calls
+    recording = _Recording()
+    with lowering_for_gpu(), _recording(recording):
+        jax.eval_shape(function, *arguments)
+    return recording.calls
 
 
 def compile_call(call: Call, capability: int = 90) -> CompiledKernel:

@@ -17,13 +17,11 @@ import jax.extend as jex
 import numpy as np
 from jax.interpreters import mlir, xla
 
-from pallas_kernels import triton_programs
+from pallas_kernels import tiles, triton_programs
+from pallas_kernels.dispatch import UnsupportedCase
 
 TARGET = "triton_kernel_call_ffi"
 """jaxlib's name of the launcher."""
-
-HOPPER = 90
-"""Compute capability where a program is lowered without a GPU."""
 
 # Triton's names of jax's types.
 TYPES = {
@@ -148,7 +146,7 @@ def _lower(
         arguments.insert(index, value)
     first_output = len(arguments)
     arguments += outputs
-    capability = gpu_triton.get_compute_capability(0) if jax.default_backend() == "gpu" else HOPPER
+    capability = tiles.capability()
     made = triton_programs.program(source(kernel, arguments, constexprs, num_warps, num_stages, capability))
     parameters = []
     for index, argument in enumerate(arguments):
@@ -170,4 +168,12 @@ def _lower(
     return rule(context, *operands)
 
 
+def _refuse(context: mlir.LoweringRuleContext, *_: Any, kernel: Any, **__: Any) -> Any:
+    raise UnsupportedCase(
+        f"{kernel.__name__}: chosen for a GPU, but its arrays lie on {'/'.join(context.module_context.platforms)}: "
+        "name implementation='xla', or choose the device by jax.default_device"
+    )
+
+
+mlir.register_lowering(launch_p, _refuse)
 mlir.register_lowering(launch_p, _lower, platform="cuda")

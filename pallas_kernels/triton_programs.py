@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -170,15 +170,15 @@ def _read(path: Path) -> Program | None:
 def _write(path: Path, program: Program) -> None:
     entry = dataclasses.asdict(program)
     entry["checksum"] = _checksum(entry)
+    # Not one of tempfile's, which its user alone may read: all who share the folder would compile and write in turn.
+    part = path.with_name(f"{path.stem[:8]}{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=path.stem[:8], suffix=".part", dir=path.parent)
         try:
-            with os.fdopen(handle, "w") as file:
+            with open(part, "x") as file:
                 json.dump(entry, file)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
         logger.warning("a Triton kernel is not kept: %s cannot be written (%s)", path, error)

@@ -9,20 +9,24 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments.launch.local import visible_gpus
 from pallas_kernels import triton_call
 from pallas_kernels.dispatch import lowering_for_gpu
+from pallas_kernels.visible_gpus import visible_gpus
 from tests import exhaustive_page, rotation
 
 
 def choose_devices() -> None:
     """Before JAX starts a device: eight simulated ones on the CPU, or one GPU for each worker, in turn."""
     options = "--xla_force_host_platform_device_count=8"
-    if gpus := visible_gpus():
+    if gpus := visible_gpus(os.environ):
         options += " --xla_gpu_autotune_level=0"  # compilation is what GPU tests wait for, and nothing here is timed
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         if "PYTEST_XDIST_WORKER" in os.environ:  # gw0, gw1, ...
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ["PYTEST_XDIST_WORKER"][2:]) % len(gpus)]
+    else:
+        # Each fused loop through MLIR takes milliseconds to compile: with XLA's older emitters a program takes a third.
+        # The programs that users run go through the newer ones in CI's training run, and with XLA_FLAGS set by hand.
+        options += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
     os.environ.setdefault("XLA_FLAGS", options)
 
 
@@ -30,6 +34,9 @@ choose_devices()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_threefry_partitionable", True)
+# Tracing makes many objects that live long: collecting after every 700, through all modules, is a third of its time.
+gc.freeze()
+gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,10 +57,14 @@ def interpreted_kernels_count_as_a_gpus():
 
 
 def pytest_generate_tests(metafunc):
-    """``implementation``: each one of the operation that the file tests; a GPU's run under ``pytest -m gpu``."""
+    """``implementation``: each one of the operation that the file tests; a GPU's run under ``pytest -m gpu``.
+
+    A file leaves some out by naming the others: IMPLEMENTATIONS.
+    """
     if "implementation" in metafunc.fixturenames:
         operation = metafunc.module.__name__.rpartition(".test_")[2]
-        names = importlib.import_module(f"pallas_kernels.{operation}.api").OPERATION.implementations
+        offered = importlib.import_module(f"pallas_kernels.{operation}.api").OPERATION.implementations
+        names = getattr(metafunc.module, "IMPLEMENTATIONS", offered)
         values = [name if name == "xla" else pytest.param(name, marks=pytest.mark.gpu) for name in names[::-1]]
         metafunc.parametrize("implementation", values)
 

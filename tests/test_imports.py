@@ -20,8 +20,15 @@ ALLOWED = {
     "lte_jax.depth": ("lte_jax.remat", "pallas_kernels"),
     "lte_jax.sharding": ("lte_jax.dims", "pallas_kernels"),
     "lte_jax.retained": ("pallas_kernels",),
-    "lte_jax.partition": ("lte_jax.dims", "lte_jax.retained", "lte_jax.sharding", "pallas_kernels"),
-    "lte_jax.partition_router": ("lte_jax.sharding", "lte_jax.partition", "pallas_kernels"),
+    "lte_jax.partition_plan": ("lte_jax.sharding", "pallas_kernels"),
+    "lte_jax.partition": (
+        "lte_jax.dims",
+        "lte_jax.retained",
+        "lte_jax.sharding",
+        "lte_jax.partition_plan",
+        "pallas_kernels",
+    ),
+    "lte_jax.partition_router": ("lte_jax.sharding", "lte_jax.partition_plan", "pallas_kernels"),
     "lte_jax.mixers.lte_router": ("lte_jax.dims", "lte_jax.layers", "lte_jax.partition_router", "pallas_kernels"),
     "lte_jax.mixers": (
         "lte_jax.dims",
@@ -29,6 +36,7 @@ ALLOWED = {
         "lte_jax.layers",
         "lte_jax.remat",
         "lte_jax.partition",
+        "lte_jax.partition_plan",
         "lte_jax.mixers",
         "pallas_kernels",
     ),
@@ -37,7 +45,8 @@ ALLOWED = {
 MODEL = ("lte_jax.dims", "lte_jax.layers", "lte_jax.inputs", "lte_jax.remat", "lte_jax.sharding", "lte_jax.mixers")
 MODEL += ("lte_jax.partition", "lte_jax.depth")
 ALLOWED["lte_jax.model_config"] = (*MODEL,)
-ALLOWED["lte_jax.model"] = (*MODEL, "lte_jax.model_config")
+ALLOWED["lte_jax.blocks"] = (*MODEL, "lte_jax.model_config")
+ALLOWED["lte_jax.model"] = (*MODEL, "lte_jax.model_config", "lte_jax.blocks")
 PROGRAMS = ("lte_jax.train", "lte_jax.evaluate", "lte_jax.generate")
 FILES = sorted(path for part in ("pallas_kernels", "lte_jax", "experiments") for path in (ROOT / part).rglob("*.py"))
 

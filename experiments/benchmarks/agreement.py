@@ -11,6 +11,7 @@ apart do two runs come by rounding alone.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 import sys
@@ -83,39 +84,46 @@ def batches(config: Any) -> Iterator[dict[str, np.ndarray]]:
         found.close()
 
 
-def losses(config: Any, dtype: str, implementation: str | None, steps: int) -> np.ndarray:
-    """The loss of every step of one run."""
+def losses(name: str, config: Any, steps: int) -> np.ndarray:
+    """The loss of every step of one run, with a line of progress each 50."""
     from lte_jax.experiment import step_config
     from lte_jax.sharding import MeshConfig, make_mesh
     from lte_jax.step import Builder, ComputeConfig
 
-    compute = ComputeConfig(dtype=dtype, implementation=implementation, remat="dots")  # type: ignore[arg-type]
+    dtype, implementation, precision = RUNS[name]
+    compute = ComputeConfig(
+        dtype=dtype,  # type: ignore[arg-type]
+        implementation=implementation,
+        remat="dots",
+        layers="scan" if implementation == "xla" else None,  # XLA's own form compiles the longest
+    )
     settings = dataclasses.replace(step_config(config, 1024), compute=compute)
     builder = Builder(settings, make_mesh(MeshConfig(), jax.local_devices()[:1]))
-    state, step, found = builder.init_state(), builder.train_step(), []
-    for _, batch in zip(range(steps), batches(config), strict=False):
-        state, numbers = step(state, batch)
-        found.append(numbers["loss"])
+    began, found = time.perf_counter(), []
+    with jax.default_matmul_precision(precision):
+        state, step = builder.init_state(), builder.train_step()
+        for number, batch in zip(range(1, steps + 1), batches(config), strict=False):
+            state, numbers = step(state, batch)
+            found.append(numbers["loss"])
+            if number == 1 or number % 50 == 0:
+                loss = float(found[-1])
+                print(f"{name}: loss {loss:.4f} at step {number}, {time.perf_counter() - began:.1f} s", flush=True)
     return np.asarray(jax.device_get(found), np.float64)
 
 
 def compare(steps: int, rows: int, runs: Sequence[str] = ("bfloat16",), rate: float = RATE) -> dict[str, Any]:
-    """The curves, and by run the largest relative difference to "float32" of their averages over ``SPAN`` steps."""
+    """The curves, and by run the largest relative difference to "float32" of their averages over ``SPAN`` steps.
+
+    The runs go side by side, a thread each: they compile together, and the device takes their steps in turn.
+    """
     config = experiment(rows, steps, rate)
-    curves, smooth, seconds, apart = {}, {}, {}, {}
-    for name in ("float32", *(run for run in runs if run != "float32")):
-        dtype, implementation, precision = RUNS[name]
-        began = time.perf_counter()
-        with jax.default_matmul_precision(precision):
-            curves[name] = losses(config, dtype, implementation, steps)
-        seconds[name] = round(time.perf_counter() - began, 1)
-        smooth[name] = np.convolve(curves[name], np.ones(SPAN) / SPAN, "valid")
-        apart[name] = np.abs(smooth[name] / smooth["float32"] - 1)
-        print(
-            f"{name}: {seconds[name]} s, loss {curves[name][0]:.4f} to {curves[name][-1]:.4f}, apart by at most "
-            f"{100 * apart[name].max():.3f} %",
-            flush=True,
-        )
+    names = ("float32", *(run for run in runs if run != "float32"))
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+        curves = dict(zip(names, pool.map(lambda name: losses(name, config, steps), names), strict=True))
+    smooth = {name: np.convolve(curve, np.ones(SPAN) / SPAN, "valid") for name, curve in curves.items()}
+    apart = {name: np.abs(curve / smooth["float32"] - 1) for name, curve in smooth.items()}
+    for name, distance in apart.items():
+        print(f"{name}: apart by at most {100 * distance.max():.3f} %", flush=True)
     for step in range(SPAN, steps + 1, 20):
         columns = [f"{name} {smooth[name][step - SPAN]:.4f}, {100 * apart[name][step - SPAN]:.3f} %" for name in curves]
         print(f"steps {step - SPAN + 1} to {step}: {'; '.join(columns)}", flush=True)
@@ -129,7 +137,6 @@ def compare(steps: int, rows: int, runs: Sequence[str] = ("bfloat16",), rate: fl
         "largest_of_single_steps": {
             name: float(np.abs(curve / curves["float32"] - 1).max()) for name, curve in curves.items()
         },
-        "seconds": seconds,
         "device": jax.local_devices()[0].device_kind,
         "curves": {name: np.round(curve, 5).tolist() for name, curve in curves.items()},
     }

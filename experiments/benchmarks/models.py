@@ -26,6 +26,7 @@ from lte_jax import LTE, NSA, FullAttention, GatedDeltaNet, ModelConfig, WindowA
 from lte_jax.convert import abstract_model
 from lte_jax.decode import decode_weights, layer_caches
 from lte_jax.generate import Loop, decode_steps, read_chunk
+from lte_jax.lengths import device_bytes
 from lte_jax.sampling import Sampling
 
 NAMES = ("gdn", "gdn_swa", "lalte", "lansa", "gdn_attn", "transformer")
@@ -133,8 +134,7 @@ class Bench:
         self._programs: dict[Any, Program | str] = {}
         self._state: Any = None
         self._weights: Any = None
-        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        self._limit = math.inf if limit is None else float(limit)
+        self._limit = device_bytes() or math.inf
 
     def _cache(self, state: Any, batch: int, length: int) -> Any:
         return nnx.merge(self._graph, state).init_cache(batch, length + self.plan.chunk)
@@ -156,7 +156,8 @@ class Bench:
         """All programs, several at a time; nothing is allocated. What cannot be compiled leaves its reason."""
         wanted: dict[Any, tuple[str, int, Any]] = {}
         for length, batches in self.plan.cases():
-            for batch in {1, *batches}:
+            batches = [batch for batch in batches if self._too_large(batch, length) is None]
+            for batch in {1, *batches} if batches else ():
                 cache = self._shape_of_cache(batch, length)
                 kinds = ["prompt"] if batch == 1 or self.plan.prompts else []
                 for kind in [*kinds, *(["token"] if batch in batches else [])]:
@@ -173,6 +174,14 @@ class Bench:
     def _key(kind: str, batch: int, cache: Any) -> Any:
         return kind, batch, tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(cache))
 
+    def _too_large(self, batch: int, length: int) -> str | None:
+        """Says so where weights and cache alone, which every program has as arguments, are more than the device has.
+
+        The compiler would search for minutes for a plan that there is not.
+        """
+        least = _bytes(self._shapes) + _bytes(self._shape_of_cache(batch, length))
+        return f"needs over {least / 2**30:.0f} GiB" if least > self._limit else None
+
     def _find(self, kind: str, batch: int, length: int) -> Program | str:
         found = self._programs[self._key(kind, batch, self._shape_of_cache(batch, length))]
         if isinstance(found, Program) and found.bytes > self._limit:
@@ -188,6 +197,14 @@ class Bench:
     def rows(self) -> Iterator[dict[str, Any]]:
         """A line for each length and batch, as it is known. ``compile`` and ``allocate`` come before."""
         for length, batches in self.plan.cases():
+            large = {batch: self._too_large(batch, length) for batch in batches}
+            for batch in [batch for batch in batches if large[batch] is not None]:
+                size = _bytes(self._shape_of_cache(batch, length))
+                why = {"prompt_missing": large[batch], "missing": large[batch]}
+                yield self._line(length, batch, {"cache_bytes": size, **why})
+            batches = [batch for batch in batches if large[batch] is None]
+            if not batches:
+                continue
             single = self._find("prompt", 1, length)
             if not isinstance(single, Program):
                 yield from (self._line(length, batch, {"missing": single}) for batch in batches)
@@ -203,7 +220,6 @@ class Bench:
         found: dict[str, Any] = {"cache_bytes": batch * sum(leaf.nbytes for leaf in jax.tree.leaves(cache))}
         found["chunks"] = length // self.plan.chunk
         try:
-            rows, last = _repeat(cache, batch), jnp.repeat(logits, batch, axis=0)
             if prompt is None:
                 pass
             elif not isinstance(prompt, Program):
@@ -211,10 +227,13 @@ class Bench:
             elif batch == 1:
                 found |= {"prompt_bytes": prompt.bytes, "prompt": prompt_time, "timed_chunks": found["chunks"]}
             else:
-                seconds, timed, rows = self._read_batch(prompt, rows, batch, length)
+                seconds, timed = self._read_batch(prompt, _repeat(cache, batch, axis=1), batch, length)
                 found |= {"prompt_bytes": prompt.bytes, "prompt": seconds, "timed_chunks": timed}
             if not isinstance(token, Program):
                 return {**found, "missing": token}
+            # Taken apart before it is repeated: a batch's whole cache is never there twice.
+            rows = _repeat(layer_caches(cache), batch, axis=0)
+            last = jnp.repeat(logits, batch, axis=0)
             return {**found, "token_bytes": token.bytes, **self._decode(token, rows, last, batch)}
         except jax.errors.JaxRuntimeError as error:
             return {**found, "missing": _reason(error)}
@@ -234,8 +253,8 @@ class Bench:
         jax.block_until_ready(logits)
         return time.perf_counter() - start, logits, cache
 
-    def _read_batch(self, program: Program, cache: Any, batch: int, length: int) -> tuple[float, int, Any]:
-        """Seconds for a batch's prompt, how many chunks were timed for it, and the cache at the prompt's end."""
+    def _read_batch(self, program: Program, cache: Any, batch: int, length: int) -> tuple[float, int]:
+        """Seconds for a batch's prompt, and how many chunks were timed for it. It consumes the cache."""
         chunks = length // self.plan.chunk
         places = range(chunks)
         if batch * length > WHOLE and chunks > SAMPLES:
@@ -247,11 +266,11 @@ class Bench:
             start = time.perf_counter()
             _, cache = jax.block_until_ready(self._chunk(program, batch, cache, place))
             seconds.append(time.perf_counter() - start)
-        return statistics.mean(seconds) * chunks, len(seconds), _at(cache, length)
+        return statistics.mean(seconds) * chunks, len(seconds)
 
     def _decode(self, program: Program, cache: Any, logits: jax.Array, batch: int) -> dict[str, Any]:
         keys = jax.vmap(jax.random.key)(jnp.arange(batch, dtype=jnp.uint32))
-        loop = Loop(layer_caches(cache), logits, None, keys)
+        loop = Loop(cache, logits, None, keys)
         del cache
         times = []
         for _ in range(self.plan.rounds + 1):
@@ -263,9 +282,8 @@ class Bench:
 
     def _line(self, length: int, batch: int, found: dict[str, Any]) -> dict[str, Any]:
         plan = self.plan
-        weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._shapes))
         case = {"who": "ours", "model": plan.name, "size": plan.size, "length": length, "batch": batch}
-        return {**case, "weights_bytes": weights, **found}
+        return {**case, "weights_bytes": _bytes(self._shapes), **found}
 
 
 def _program(future: Any) -> Program | str:
@@ -283,9 +301,13 @@ def _reason(error: Exception) -> str:
     return "out of memory" if text.startswith("RESOURCE_EXHAUSTED") else text[:120]
 
 
-def _repeat(cache: Any, batch: int) -> Any:
-    """The cache of one sequence for ``batch`` of them; a copy, which a program may consume."""
-    layers = jax.tree.map(lambda leaf: jnp.repeat(leaf, batch, axis=1), cache.layers)
+def _bytes(shapes: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def _repeat(cache: Any, batch: int, axis: int) -> Any:
+    """The cache of one sequence for ``batch`` of them; a copy, which a program may consume. ``axis``: of the rows."""
+    layers = jax.tree.map(lambda leaf: jnp.repeat(leaf, batch, axis=axis), cache.layers)
     return dataclasses.replace(cache, length=jnp.repeat(cache.length, batch), layers=layers)
 
 

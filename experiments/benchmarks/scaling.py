@@ -50,13 +50,17 @@ class Side:
         shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[n]) for n, x in self.arrays.items()}
         abstract = self.builder.abstract_state()
         compiled: Any = self.builder.train_step().lower(abstract, shapes).compile()  # type: ignore[attr-defined]
-        self.batch, self.state = jax.device_put(self.arrays, places), self.builder.init_state()
-        self.step = compiled
+        self.places, self.step = places, compiled
         seconds = time.perf_counter() - began
         print(f"{self.name}: compiled in {seconds:.1f} s; {memory.report(abstract, compiled)}", flush=True)
 
+    def start(self) -> None:
+        """Fills the devices' memory, after ``compile``, and warms up."""
+        self.batch, self.state = jax.device_put(self.arrays, self.places), self.builder.init_state()
+        self.run(2)
+
     def run(self, steps: int) -> float:
-        """Seconds of a step, over ``steps`` of them, after ``compile``."""
+        """Seconds of a step, over ``steps`` of them, after ``start``."""
         state, numbers = self.state, {}
         began = time.perf_counter()
         for _ in range(steps):
@@ -82,7 +86,7 @@ def main(argv: list[str]) -> None:
         list(pool.map(Side.compile, sides))
     with clock.alone(FLAGS.lock):
         for side in sides:
-            side.run(2)
+            side.start()
         for turn in range(FLAGS.rounds):
             for side in sides:
                 side.seconds.append(side.run(FLAGS.steps))

@@ -4,10 +4,11 @@
     python -m experiments.benchmarks.training --model=lalte --size=1.4B --rows=4 --remat=dots --breakdown=FOLDER
 
 Random tokens in rows of ``--length``, weights as training starts (LTE's routers keep nearly all tokens), bfloat16
-computation with float32 weights. One line of JSON for each setting: seconds of lowering (which compiles the Triton
-kernels) and of compilation, of the first step, the median step, tokens per second, MFU, the peak of the memory, and
-the first losses, by which settings can be compared. ``--breakdown`` prints the kernels of a step and their
-milliseconds, and writes the device's timeline.
+computation with float32 weights (with ``--weights=bfloat16`` the weights, their gradients and AdamW's moments have 2
+bytes, as in the authors' training; no recipe of this project does that). One line of JSON for each setting: seconds of
+lowering (which compiles the Triton kernels) and of compilation, of the first step, the median step, tokens per second,
+MFU, the peak of the memory, and the first losses, by which settings can be compared. ``--breakdown`` prints the kernels
+of a step and their milliseconds, and writes the device's timeline.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
@@ -44,6 +46,7 @@ def define_flags() -> None:
     flags.DEFINE_list("remat", ["dots"], "Policies of lte_jax.remat; each is timed.")
     flags.DEFINE_list("layers", ["auto"], "scan, unroll, or auto for the rule of the model; each is timed.")
     flags.DEFINE_string("implementation", None, "triton, xla, ...; default the fastest.")
+    flags.DEFINE_enum("weights", "float32", ["float32", "bfloat16"], "Type of the weights and of AdamW's moments.")
     flags.DEFINE_integer("steps", 10, "Steps whose median counts.")
     flags.DEFINE_string("breakdown", None, "A folder for the kernels of a step.")
     flags.DEFINE_string("lock", None, "A file to hold while timing: several processes then compile side by side.")
@@ -75,7 +78,17 @@ def builder(remat: str, layers: str) -> Any:
         seed=0,
         length=FLAGS.length,
     )
-    return Builder(config, make_mesh(MeshConfig(), jax.local_devices()[:1]))
+    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    if FLAGS.weights == "float32":
+        return Builder(config, mesh)
+
+    class Narrow(Builder):
+        """Weights as the computation has them; the moments are of their type."""
+
+        def _new_model(self) -> Any:
+            return super()._new_model(param_dtype=jnp.bfloat16)
+
+    return Narrow(config, mesh)
 
 
 def batches(vocabulary: int) -> list[dict[str, jax.Array]]:
@@ -123,6 +136,7 @@ def measure(remat: str, layers: str) -> dict[str, Any]:
         "rows": FLAGS.rows,
         "remat": remat,
         "layers": layers,
+        "weights": FLAGS.weights,
         "lower": round(low - began, 1),
         "compile": round(compiled - low, 1),
         "first_step": round(first, 2),

@@ -26,6 +26,8 @@ from pathlib import Path
 
 from absl import app, flags
 
+from pallas_kernels.visible_gpus import visible_gpus
+
 INTERRUPTED = 75
 FLAGS = flags.FLAGS
 
@@ -54,7 +56,7 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     try:
-        gpus = visible_gpus()
+        gpus = visible_gpus(os.environ)
         launch = Launch(
             processes=len(gpus) if FLAGS.processes is None else FLAGS.processes,
             simulate=FLAGS.simulate,
@@ -67,15 +69,6 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     sys.exit(run(launch, gpus))
-
-
-def visible_gpus() -> list[str]:
-    """The names that CUDA_VISIBLE_DEVICES gives, or the numbers of this machine's GPUs."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
-    numbers = [path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia*")]
-    return sorted((number for number in numbers if number.isdigit()), key=int)
 
 
 def check(launch: Launch, gpus: Sequence[str]) -> None:

@@ -13,15 +13,15 @@ import dataclasses
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lte_jax.data.packing import DataError
 from lte_jax.data.pipeline import exit_with_parent
 from lte_jax.data.shards import FORMAT, MANIFEST, Shard, check_shard, write_json, write_shard
-from lte_jax.data.sources import Unit, find_units
-from lte_jax.data.tasks import SPLITS
+from lte_jax.data.sources import Unit, find_units, read_documents
+from lte_jax.data.tasks import SPLITS, Split
 from lte_jax.data.text import Text, padding_id
 from lte_jax.data.tokenizer import load_tokenizer
 
@@ -41,7 +41,8 @@ def make_plan(settings: Text, folder: str | Path, part_bytes: int = 64 * 2**20) 
     """Plans the shards and records the plan, or finds that it is the one recorded there.
 
     Raises:
-      DataError: for bad settings or data, or a folder that holds something else or another plan.
+      DataError: for bad settings or data, a split that would be empty, or a folder that holds something else or
+        another plan.
     """
     settings.check()
     if part_bytes < 1:
@@ -68,10 +69,32 @@ def make_plan(settings: Text, folder: str | Path, part_bytes: int = 64 * 2**20) 
     elif folder.exists() and any(entry.name != f"{PLAN}.tmp" for entry in folder.iterdir()):
         raise DataError(f"out={str(folder)!r}: it holds other files, which are never overwritten; use another folder")
     else:
+        _check_splits(settings, units)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / PLAN, record)
     (folder / "parts").mkdir(exist_ok=True)
     return plan
+
+
+def _check_splits(settings: Text, units: Iterable[Unit]) -> None:
+    """Raises DataError where a split would be empty, before anything is packed; reads until each has a document."""
+    missing, documents = set(_splits(settings)), 0
+    for unit in units:
+        for document in read_documents(unit, settings.field, settings.undecodable):
+            documents += 1
+            missing.discard("heldout" if settings.is_heldout(document) else "train")
+            if not missing:
+                return
+    raise DataError(
+        f"path={settings.path!r}, heldout={settings.heldout}: of {documents} documents none falls into the "
+        f"{' and the '.join(sorted(missing))} part; give more documents, change heldout, or set heldout=0 here and "
+        "data.heldout where the shards are read"
+    )
+
+
+def _splits(settings: Text) -> tuple[Split, ...]:
+    """Those that shards of these settings have."""
+    return SPLITS if settings.heldout else ("train",)
 
 
 def is_done(plan: Plan, number: int) -> bool:
@@ -131,10 +154,10 @@ def finish(plan: Plan) -> dict[str, Any]:
     tokenizer = load_tokenizer(plan.settings.tokenizer)
     parts = [json.loads(_part_file(plan, number).read_text(encoding="utf-8")) for number in range(len(plan.parts))]
     shards = {split: [part[split] for part in parts if part[split]] for split in SPLITS}
-    for split in SPLITS:
-        if not shards[split] and (split == "train" or plan.settings.heldout):
+    for split in _splits(plan.settings):
+        if not shards[split]:
             raise DataError(
-                f"path={plan.settings.path!r}, heldout={plan.settings.heldout}: no document is in the {split} part; "
+                f"path={plan.settings.path!r}, heldout={plan.settings.heldout}: no row is in the {split} part; "
                 "give more documents or change heldout"
             )
     tokenizer.save(plan.folder / "tokenizer")

@@ -123,6 +123,12 @@ class TextNeedles(Task):
                 hay += sentences[int(rng.integers(len(sentences)))]
             return hay[:size]
         text = _text_tokens(self.haystack, self.tokenizer)
+        require(
+            len(text) >= size,
+            f"length={self.length}",
+            f"{self.haystack} has {len(text)} tokens, a row needs {size} of hay, and none stands there twice",
+            "shorten length (--lengths), or give more text",
+        )
         start = int(rng.integers(len(text)))
         return [int(token) for token in text[(start + np.arange(size)) % len(text)]]
 

@@ -87,14 +87,5 @@ class Answers:
         return record
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes results; the file appears whole or not at all."""
-    text = json.dumps(values, indent=2, default=str) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def _key(kind: str, request: Any) -> str:
     return hashlib.sha256(json.dumps([kind, request], sort_keys=True, default=str).encode()).hexdigest()[:32]

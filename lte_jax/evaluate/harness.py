@@ -31,6 +31,7 @@ from tqdm import tqdm
 from lte_jax import sharding
 from lte_jax.data.tokenizer import Tokenizer, check_fits, known_text
 from lte_jax.evaluate.answers import Answers
+from lte_jax.lengths import check_lengths
 from lte_jax.losses import token_losses
 from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel
@@ -58,7 +59,8 @@ class HarnessModel(TemplateLM):
       mesh: the devices that share a batch's rows, each with whole weights; None for the model's own device.
 
     Raises:
-      ValueError: a tokenizer that does not fit the vocabulary or lacks a token, or a file of other answers.
+      ValueError: a tokenizer that does not fit the vocabulary or lacks a token, a file of other answers, or a batch
+        that no device can hold.
     """
 
     def __init__(
@@ -87,8 +89,7 @@ class HarnessModel(TemplateLM):
             raise ValueError(f"tokenizer {tokenizer.name!r} names no bos token; set add_bos_token=False")
         self.model, self.text, self.generator = model, tokenizer, generator
         self.max_length = model.config.max_length if max_length is None else max_length
-        if self.max_length > model.config.max_length:
-            logger.warning("max_length=%d: the model was made for %d", self.max_length, model.config.max_length)
+        check_lengths(model, -(-batch_size // (1 if mesh is None else mesh.size)), self.max_length)
         self.max_gen_toks, self.batch_size, self.reading = max_gen_toks, batch_size, reading
         self.add_bos_token = add_bos_token
         self.truncated = 0

@@ -11,6 +11,7 @@ from lte_jax import configs
 from lte_jax.data import Batches, DataError, DataSet
 from lte_jax.data.tasks import Split
 from lte_jax.evaluate.scores import Scores, score_batches
+from lte_jax.lengths import check_lengths
 from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel
 
@@ -65,6 +66,7 @@ def score(
     rows = data.rows(split, batch_size=batch_size)
     if not len(rows):
         raise DataError(f"heldout=0: {type(data).__name__} holds out no rows; set heldout, or score --split=train")
+    check_lengths(model, batch_size, data.length)
     source = Batches(rows, batch_size, pad_last=True)
     try:
         return score_batches(model, itertools.islice(source, batches), reading=reading, buckets=buckets)

@@ -22,10 +22,9 @@ from lte_jax.data.sources import find_units, read_documents
 from lte_jax.data.tasks import Task
 from lte_jax.data.tokenizer import Tokenizer, check_fits
 from lte_jax.evaluate.scores import score_tokens
+from lte_jax.lengths import check_lengths
 from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel
-
-NAMES = ("needles", "mqar", "copying", "positions", "bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +83,7 @@ def needles(
     lie where the task draws them: a question counts in the depth's range that its needle fell into.
     """
     rows = []
+    check_lengths(model, options.batch_size, max(lengths or [task.length]))
     for length in lengths or [task.length]:
         if isinstance(task, TextNeedles):
             for depth in np.linspace(0, 1, depths) if depths > 1 else [0.5]:
@@ -102,6 +102,7 @@ def needles(
 def mqar(model: LanguageModel, options: Options, *, parts: Sequence[tuple[int, int]], vocabulary: int) -> Result:
     """Accuracy of multi-query recall for each (length, pairs)."""
     rows = []
+    check_lengths(model, options.batch_size, max(length for length, _ in parts))
     for length, pairs in parts:
         task = MQAR(length=length, pairs=pairs, vocabulary=vocabulary)
         found = [hit for hits, _ in _answers(model, task, options) for hit in hits]
@@ -112,6 +113,7 @@ def mqar(model: LanguageModel, options: Options, *, parts: Sequence[tuple[int, i
 def copying(model: LanguageModel, task: Copying, options: Options, *, lengths: Sequence[int] | None = None) -> Result:
     """Share of symbols that are copied right, by the row's length."""
     rows = []
+    check_lengths(model, options.batch_size, max(lengths or [task.length]))
     for length in lengths or [task.length]:
         longer = dataclasses.replace(task, length=length)
         found = [hit for hits, _ in _answers(model, longer, options) for hit in hits]
@@ -129,6 +131,7 @@ def positions(
     rows = [ids[:length] for ids in _documents(tokenizer, path) if len(ids) >= length]
     if not rows:
         raise DataError(f"{path}: no document has {length} tokens; shorten --lengths or give longer ones")
+    check_lengths(model, options.batch_size, length)
     rows = rows[: options.num_samples]
     losses = np.concatenate(
         [loss for loss, _ in _losses(model, [row[:-1] for row in rows], [row[1:] for row in rows], options)]
@@ -160,6 +163,7 @@ def bytes_perplexity(
     if first is None:
         raise DataError(f"tokenizer {tokenizer.name!r} has no token to begin a text with; give one with bos or eos")
     length = model.config.max_length if length is None else length
+    check_lengths(model, options.batch_size, length)
     rows = []
     for unit in find_units(path):
         nll, size = 0.0, 0

@@ -23,6 +23,7 @@ from flax import nnx
 from lte_jax.decode import take_apart
 from lte_jax.inputs import check_tokens
 from lte_jax.layers import rotary
+from lte_jax.lengths import check_lengths
 from lte_jax.mixers import lte, lte_store, mixer_name
 from lte_jax.mixers.base import Aux
 from lte_jax.mixers.lte_config import needs_shared_router, rule_scores
@@ -89,6 +90,7 @@ def probe(model: LanguageModel, tokens: np.ndarray) -> Found:
     if tokens.ndim != 1 or not tokens.size:
         raise ValueError(f"tokens have the shape {tokens.shape}; they must be one row of at least 1 token")
     check_tokens(tokens[None], model.config.vocab_size)
+    check_lengths(model, 1, tokens.size)
     graph, state = nnx.split(model)
     x = jax.jit(lambda state: nnx.merge(graph, state).embeddings(jnp.asarray(tokens[None])))(state)
     seen: list[dict[str, Any]] = []

@@ -14,7 +14,6 @@ import json
 import os
 import random
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ import numpy as np
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from lte_jax.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from lte_jax.evaluate.harness import HarnessModel
+from lte_jax.evaluate.ruler import check_asked, check_variable_tracking, own_tokenizers, replaced
 
 SETS: dict[str, tuple[str, ...]] = {
     "short_context": (
@@ -108,9 +107,16 @@ def run_tasks(
       log_samples: whether the documents, answers and scores come along, under "samples".
 
     Raises:
-      ValueError: an unknown task (near ones are named), or documents that are neither on a hub nor in local files.
+      ValueError: an unknown task (near ones are named), documents that are neither on a hub nor in local files, or
+        lengths that the adapter would cut or
+        that the task cannot make.
     """
     names = expand(tasks)
+    if lengths and max(lengths) > adapter.max_length:
+        raise ValueError(
+            f"--lengths={max(lengths)}: every such sample would be cut to max_length={adapter.max_length}; raise "
+            "--max_length above it, or shorten them"
+        )
     values = {**(metadata or {}), "tokenizer": adapter.text.name}
     if lengths:
         values["max_seq_lengths"] = list(lengths)
@@ -119,11 +125,15 @@ def run_tasks(
         if name not in OWN and not manager.match_tasks([name]):
             near = difflib.get_close_matches(name, [*manager.all_tasks, *OWN, *SETS], n=3)
             raise ValueError(f"--tasks: the harness has no task {name!r}{'; near: ' + ', '.join(near) if near else ''}")
+    if {"ruler", "ruler_vt"} & set(names):
+        check_variable_tracking(adapter.text, lengths or [4096])
     os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would fork to bootstrap, and a fork of JAX's threads may hang
     random.seed(seed)  # RULER draws its samples when it is loaded
     np.random.seed(seed)
-    with local_documents(local_data), _tokenizers():
+    with local_documents(local_data), own_tokenizers():
         loaded = [task for name in names for task in _load(manager, name, local_data)]
+    for task in loaded:
+        check_asked(task.task_name, task.eval_docs)
     found = simple_evaluate(
         adapter,
         tasks=loaded,
@@ -209,60 +219,13 @@ def local_documents(folder: str | None) -> Iterator[None]:
         kind = next(iter(files.values())).suffix[1:].replace("jsonl", "json")
         return original(kind, data_files={part: str(file) for part, file in files.items()}, split=split)
 
-    with _replaced(datasets, "load_dataset", load):
+    with replaced(datasets, "load_dataset", load):
         yield
-
-
-@contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
 
 
 def _split_files(folder: Path) -> dict[str, Path]:
     kinds = (".jsonl", ".json", ".parquet", ".csv")
     return {file.stem: file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in kinds}
-
-
-class _Counted:
-    """A tokenizer as RULER calls it: ``tokenizer(text).input_ids``."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self.input_ids: list[int] = []
-
-    def __call__(self, text: str) -> _Counted:
-        found = _Counted(self._tokenizer)
-        found.input_ids = self._tokenizer.encode(text)
-        return found
-
-
-@contextlib.contextmanager
-def _tokenizers() -> Iterator[None]:
-    """Within it, RULER finds the project's tokenizers by name, and others as ever."""
-    try:
-        from lm_eval.tasks.ruler import common_utils
-    except ImportError:
-        yield  # no RULER here: a task that needs it will say so
-        return
-    original = common_utils.get_tokenizer
-
-    def find(tokenizer: str | None = None, pretrained: str | None = None, **kwargs: Any) -> Any:
-        name = tokenizer or pretrained
-        if name is not None and (name == BYTES or Path(name).exists()):
-            return _Counted(load_tokenizer(name))
-        return original(tokenizer, pretrained, **kwargs)
-
-    users = [f"lm_eval.tasks.ruler.{part}_utils" for part in ("niah", "vt", "cwe", "fwe", "qa")]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_replaced(common_utils, "get_tokenizer", find))
-        for module in (sys.modules[user] for user in users if user in sys.modules):
-            stack.enter_context(_replaced(module, "get_tokenizer", find))
-        yield
 
 
 def write_samples(samples: dict[str, list[dict[str, Any]]], path: Path) -> None:

@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Float32
 from lte_jax.dims import Hidden, Positions, SegmentIds
 from lte_jax.layers import InitRule, Linear, RMSNorm, parameter
 from lte_jax.mixers.base import Aux, Mixer, MixerConfig, Reading
-from lte_jax.partition import ROWS, gated_delta_rule, rms_norm, short_convolution
+from lte_jax.partition import gated_delta_rule, rms_norm, short_convolution
+from lte_jax.partition_plan import ROWS
 from pallas_kernels.dispatch import Operation
 from pallas_kernels.gated_deltanet import Parameters, Projections, State, gated_deltanet_step
 from pallas_kernels.gated_deltanet.api import OPERATION as STEP

@@ -24,9 +24,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from lte_jax.dims import Hidden, Keys, Positions, Queries, Scores, SegmentIds, Selected, Values
+from lte_jax.dims import Hidden, Keys, Positions, Queries, Scores, SegmentIds, Values
 from lte_jax.layers import InitRule, Linear, rotary, rotation
-from lte_jax.mixers import lte_cache, lte_store
+from lte_jax.mixers import lte_cache, lte_kept, lte_store
 from lte_jax.mixers.base import Aux, Mixer, Reading
 from lte_jax.mixers.lte_cache import LTECache
 from lte_jax.mixers.lte_config import Config, check_reading, make_router, needs_shared_router, rule_scores
@@ -34,7 +34,7 @@ from lte_jax.mixers.lte_router import Router
 from lte_jax.partition import window_attention
 from pallas_kernels.lte_inputs import api as lte_inputs
 from pallas_kernels.lte_inputs import lte_inputs_step
-from pallas_kernels.window_attention.api import NEVER, Columns
+from pallas_kernels.window_attention.api import NEVER
 
 READINGS = ("train", "prompt", "streaming")
 
@@ -111,7 +111,7 @@ class LTE(Mixer):
         q, k = (rotary(part, positions, self.config.rope_theta) for part in (q, k))
         real = None if segment_ids is None else segment_ids != 0
         ranks = lte_store.ranked(jax.lax.stop_gradient(ranks), positions, self.config.sinks, real)
-        expiry, selected = self._retain(ranks, positions, segment_ids, reading)
+        expiry, selected = lte_kept.of_documents(self.config, ranks, positions, segment_ids, reading)
         if select is not None:
             everything = jnp.ones_like(selected) if real is None else jnp.broadcast_to(real[..., None], selected.shape)
             expiry = jnp.where(select, expiry, NEVER)
@@ -254,7 +254,9 @@ class LTE(Mixer):
             position = jnp.concatenate([past.position, position], axis=1)
             real = jnp.concatenate([past.position >= 0, real], axis=1)
         ranks = lte_store.ranked(scores, position, self.config.sinks, real)
-        expiry, columns, store, selected = self._retain_chunk(ranks, position, k, v, cache, before, new)
+        expiry, columns, store, selected = lte_kept.of_piece(
+            self.config, ranks, position, k, v, cache, before, new, self.dtype
+        )
         o = self._attend(
             q,
             k.astype(self.dtype),
@@ -310,63 +312,6 @@ class LTE(Mixer):
             recent = lte_cache.last_inputs(inputs, 2 * reach, k.shape[1] if new is None else new)
             recent = recent.astype(cache.recent.dtype)
         return scores, own, recent
-
-    def _retain_chunk(
-        self,
-        ranks: Float32[Array, "B U K"],
-        position: Int32[Array, "B U"],
-        k: Keys,
-        v: Values,
-        cache: LTECache,
-        before: int,
-        new: Int32[Array, "B"],
-    ) -> tuple[Int32[Array, "B U K"], Columns | None, lte_store.Store, Selected]:
-        """What becomes of keys and slots during the call: expiries, the store as columns, the store after it."""
-        budget, ring = self.config.budget, self.config.window + 1
-        left = before + new - ring  # keys of a smaller index have left the window by the end of the call
-        if not before:
-            gone = jnp.arange(ranks.shape[1], dtype=jnp.int32) < left[:, None]
-            best = lte_store.best_of_document(jnp.where(gone[..., None], ranks, -jnp.inf), budget)
-            slots = lte_store.slots_of_best(best, budget)
-            slots = jnp.where(slots < 0, slots, slots + budget)
-            store = lte_store.refill(cache.store, slots, k, v, position, ranks)
-            return jnp.where(best, NEVER, 0), None, store, jnp.where(gone[..., None], best, ranks > -jnp.inf)
-        held = cache.store
-        all_ranks = jnp.concatenate([held.score, ranks], axis=1)
-        all_positions = jnp.concatenate([held.position, jnp.broadcast_to(position[..., None], ranks.shape)], axis=1)
-        successor = lte_store.successors(all_ranks, all_positions, budget)
-        slots = lte_store.slots_after(all_ranks, successor, budget, budget + left)
-        store = lte_store.refill(held, slots, k, v, position, ranks)
-        expiry = lte_store.expiries(successor, budget, ring)
-        start = cache.length - before  # the position of index 0
-        columns = Columns(
-            held.k.astype(self.dtype),
-            held.v.astype(self.dtype),
-            held.position - start[:, None, None],
-            expiry[:, :budget],
-        )
-        selected = (all_ranks > -jnp.inf) & (successor >= (budget + left)[:, None, None])
-        return expiry[:, budget:], columns, store, selected[:, budget:]
-
-    def _retain(
-        self, ranks: Float32[Array, "B T K"], positions: Positions, segment_ids: SegmentIds | None, reading: Reading
-    ) -> tuple[Int32[Array, "B T K"], Selected]:
-        """Expiry and selection of every token of whole documents."""
-        tokens, ring = ranks.shape[1], self.config.window + 1
-        candidate = ranks > -jnp.inf
-        if reading == "train" and self.config.retention == "learned":
-            return jnp.where(candidate, NEVER, 0), candidate
-        bounds = None if segment_ids is None else lte_store.document_bounds(segment_ids)
-        end = tokens if bounds is None else bounds[1]
-        left = jnp.arange(tokens, dtype=jnp.int32) < jnp.broadcast_to(jnp.asarray(end) - ring, positions.shape)
-        left = left[..., None]
-        if reading == "prompt":
-            best = lte_store.best_of_document(jnp.where(left, ranks, -jnp.inf), self.config.budget, bounds)
-            return jnp.where(best, NEVER, 0), jnp.where(left, best, candidate)
-        position = jnp.broadcast_to(positions[..., None], ranks.shape)
-        successor = lte_store.successors(ranks, position, self.config.budget, bounds)
-        last = jnp.broadcast_to(jnp.asarray(end) - ring, positions.shape)[..., None]
-        return lte_store.expiries(successor, 0, ring), candidate & (successor >= last)
 
     def _project(self, x: Hidden) -> tuple[Queries, Keys, Values]:
         def split(y: Array) -> Array:

@@ -59,14 +59,6 @@ def cache_bytes(batch: int, window: int, budget: int, heads: int, size: int, rea
     return batch * (4 + heads * per_head)
 
 
-def kept_positions(cache: LTECache) -> Int32[Array, "B M K"]:
-    """The positions that each head retains beyond the window, ascending; -1, first, for its empty slots.
-
-    The window itself is the last W+1 positions, ``cache.length - (W+1)`` up. Works on stacked caches too.
-    """
-    return jnp.sort(cache.store.position, axis=-2)
-
-
 def unroll(cache: LTECache) -> Past:
     """The ring's tokens in order of position; those before the start of the document have negative positions."""
     size = cache.ring_k.shape[1]

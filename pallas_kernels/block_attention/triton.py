@@ -8,6 +8,7 @@ head, ``triton_gather`` does it block by block.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
 from pallas_kernels.arguments import Arguments
+from pallas_kernels.batching import fold_batch
 from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool
 from pallas_kernels.block_attention.plan import Readers, Union, readers, union
 from pallas_kernels.block_attention.triton_gather import gathered
@@ -28,8 +30,10 @@ from pallas_kernels.block_attention.triton_tiles import (
     slots,
     tile_rows,
 )
-from pallas_kernels.tiles import check_choice
-from pallas_kernels.triton_call import check_installed, fold_batch, jit, tl, triton_call
+from pallas_kernels.triton_call import check_installed, jit, tl, triton_call
+
+# The compressed branch, its logsumexp and the selected blocks: ``triton_select.select``, or another form of it.
+Select = Callable[[Any, Array, Array, Array, Layout], tuple[Array, Float32[Array, "B T H"], Int32[Array, "B T K M"]]]
 
 
 class Residuals(NamedTuple):
@@ -46,32 +50,10 @@ class Residuals(NamedTuple):
 
 @jit
 def _selected_kernel(
-    q,
-    k,
-    v,
-    start,
-    position,
-    first,
-    bits,
-    count,
-    T,
-    U,
-    L,
-    o,
-    lse,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    N: tl.constexpr,
-    V: tl.constexpr,
-    S: tl.constexpr,
-    SCALE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    N_BLOCK: tl.constexpr,
-    V_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, v, start, position, first, bits, count, T, U, L, o, lse, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
+    N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     # The last tiles first: they have the most blocks to read.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -118,8 +100,9 @@ def check(case: Any) -> None:
     """Raises UnsupportedCase where these kernels do not run the case."""
     check_installed("block_attention")
     fix = "use implementation='xla'"
-    check_choice("block_attention", "block_size", case.block_size, (16, 32, 64), fix)
-    require = Arguments("block_attention: triton").require
+    check = Arguments("block_attention: triton")
+    require = check.require
+    check.choice("block_size", case.block_size, (16, 32, 64), fix)
     group = case.H // case.K
     require(group <= 64, f"{group} query heads per KV head; there must be at most 64: {fix}")
     require(max(case.N, case.V) <= 128, f"head sizes N={case.N}, V={case.V}; both must be at most 128: {fix}")
@@ -128,16 +111,25 @@ def check(case: Any) -> None:
     require(numbers < 2**31, f"one row of the batch holds {numbers} numbers, which are counted in 32 bits: {fix}")
 
 
-def forward(case: Any, q: Array, k: Array, v: Array, layout: Layout | None) -> tuple[tuple[Array, Array], Residuals]:
+def forward(
+    case: Any, q: Array, k: Array, v: Array, layout: Layout | None, select: Select = select
+) -> tuple[tuple[Array, Array], Residuals]:
     """See ``api``."""
-    return fold_batch(_forward, ("case",))(q, k, v, layout, case=case)
+    return fold_batch(_forward, ("case", "select"))(q, k, v, layout, case=case, select=select)
 
 
 def attend(
-    case: Any, q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, position: Int32[Array, "B T"]
+    case: Any,
+    q: Array,
+    k: Array,
+    v: Array,
+    pooled_k: Array,
+    pooled_v: Array,
+    position: Int32[Array, "B T"],
+    select: Select = select,
 ) -> tuple[Array, Array]:
     """See ``api``."""
-    return fold_batch(_attend, ("case",))(q, k, v, pooled_k, pooled_v, position, case=case)
+    return fold_batch(_attend, ("case", "select"))(q, k, v, pooled_k, pooled_v, position, case=case, select=select)
 
 
 def backward(*arguments: Any) -> Any:
@@ -154,23 +146,23 @@ def step(*arguments: Any) -> Any:
     return run(*arguments)
 
 
-def _forward(q: Array, k: Array, v: Array, layout: Layout | None, *, case: Any) -> Any:
+def _forward(q: Array, k: Array, v: Array, layout: Layout | None, *, case: Any, select: Select) -> Any:
     case = dataclasses.replace(case, B=q.shape[0])
     pooled_k, pooled_v = pool(k, layout, case.block_size), pool(v, layout, case.block_size)
-    return _both(case, q, k, v, pooled_k, pooled_v, layout or plain_layout(case.B, case.T, case.block_size))
+    return _both(case, q, k, v, pooled_k, pooled_v, layout or plain_layout(case.B, case.T, case.block_size), select)
 
 
 def _attend(
-    q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, position: Array, *, case: Any
+    q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, position: Array, *, case: Any, select: Select
 ) -> tuple[Array, Array]:
     case = dataclasses.replace(case, B=q.shape[0])
     zero = jnp.zeros_like(position)
     layout = Layout(zero, position, zero, jnp.zeros((case.B, 1), jnp.int32))
-    return _both(case, q, k, v, pooled_k, pooled_v, layout)[0]
+    return _both(case, q, k, v, pooled_k, pooled_v, layout, select)[0]
 
 
 def _both(
-    case: Any, q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, layout: Layout
+    case: Any, q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, layout: Layout, select: Select
 ) -> tuple[tuple[Array, Array], Residuals]:
     o_c, lse_c, indices = select(case, q, pooled_k, pooled_v, layout)
     if gathers_forward(case):

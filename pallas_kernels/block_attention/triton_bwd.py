@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
+from pallas_kernels.batching import fold_batch
 from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool, unpool
 from pallas_kernels.block_attention.plan import Readers, block_bound, ordinals, readers
 from pallas_kernels.block_attention.triton import Residuals, plan_union
@@ -34,7 +35,7 @@ from pallas_kernels.block_attention.triton_tiles import (
     tile_rows,
 )
 from pallas_kernels.tiles import ceil_div
-from pallas_kernels.triton_call import fold_batch, jit, tl, triton_call
+from pallas_kernels.triton_call import jit, tl, triton_call
 
 
 @jit
@@ -58,35 +59,11 @@ def _store_partial(dk, dv, row, gk, gv, N: tl.constexpr, V: tl.constexpr, N_BLOC
 
 @jit
 def _pieces_kernel(
-    q,
-    k,
-    v,
-    do,
-    lse,
-    delta,
-    reader,
-    first,
-    begin,
-    end,
-    T,
-    E,
-    dk,
-    dv,
-    GRADIENT_SCALE: tl.constexpr,
-    M: tl.constexpr,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    N: tl.constexpr,
-    V: tl.constexpr,
-    S: tl.constexpr,
-    SCALE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    N_BLOCK: tl.constexpr,
-    V_BLOCK: tl.constexpr,
+    q, k, v, do, lse, delta, reader, first, begin, end, T, E, dk, dv, GRADIENT_SCALE: tl.constexpr, M: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, N: tl.constexpr, V: tl.constexpr, S: tl.constexpr,
+    SCALE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, N_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     piece = (batch * K + head) * tl.num_programs(0) + tl.program_id(0)
     at, stop = tl.load(begin + piece), tl.load(end + piece)
@@ -139,35 +116,11 @@ def _sum_kernel(
 
 @jit
 def _means_kernel(
-    q,
-    pooled_k,
-    pooled_v,
-    do,
-    lse,
-    delta,
-    position,
-    base,
-    first,
-    T,
-    tokens_each,
-    C,
-    dk,
-    dv,
-    BLOCKS: tl.constexpr,
-    GRADIENT_SCALE: tl.constexpr,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    N: tl.constexpr,
-    V: tl.constexpr,
-    S: tl.constexpr,
-    SCALE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    N_BLOCK: tl.constexpr,
-    V_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, pooled_k, pooled_v, do, lse, delta, position, base, first, T, tokens_each, C, dk, dv, BLOCKS: tl.constexpr,
+    GRADIENT_SCALE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, N: tl.constexpr, V: tl.constexpr,
+    S: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, N_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Gradients of BLOCKS block means from one range of tokens."""
     part, head, batch = tl.program_id(1), tl.program_id(2) % K, (tl.program_id(2) // K).to(tl.int64)
     entry = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
-from pallas_kernels.block_attention.blocks import Layout
+from pallas_kernels.block_attention.blocks import Layout, table_size
 from pallas_kernels.block_attention.triton_tiles import (
     load_heads,
     load_keys,
@@ -81,24 +81,33 @@ def _next_bit(bits, bound, reach, unit, wanted: tl.constexpr):
 
 @jit
 def _next_two_bits(bits, bound, reach, unit, wanted: tl.constexpr):
-    """Two bits with one sum over threads, of three counts below 1024."""
+    """Two bits with one sum over threads: three counts side by side in one integer."""
+    WIDE: tl.constexpr = bits.shape[0] * bits.shape[2] >= 1024
+    DTYPE: tl.constexpr = tl.int64 if WIDE else tl.int32
+    FIELD: tl.constexpr = 21 if WIDE else 10
+    MASK: tl.constexpr = (1 << FIELD) - 1
     one, two, three = bound | unit, bound | (unit * 2), bound | (unit * 3)
-    count = (bits >= one[None, :, None]).to(tl.int32) + ((bits >= two[None, :, None]).to(tl.int32) << 10)
-    count = tl.sum(tl.sum(count + ((bits >= three[None, :, None]).to(tl.int32) << 20), 2), 0)
-    n1, n2, n3 = count & 1023, (count >> 10) & 1023, count >> 20
+    count = (bits >= one[None, :, None]).to(DTYPE) + ((bits >= two[None, :, None]).to(DTYPE) << FIELD)
+    count = tl.sum(tl.sum(count + ((bits >= three[None, :, None]).to(DTYPE) << (2 * FIELD)), 2), 0)
+    n1, n2, n3 = (
+        (count & MASK).to(tl.int32),
+        ((count >> FIELD) & MASK).to(tl.int32),
+        (count >> (2 * FIELD)).to(tl.int32),
+    )
     bound = tl.where(n3 >= wanted, three, tl.where(n2 >= wanted, two, tl.where(n1 >= wanted, one, bound)))
     reach = tl.where(n3 >= wanted, n3, tl.where(n2 >= wanted, n2, tl.where(n1 >= wanted, n1, reach)))
     return bound, reach
 
 
 @jit
-def largest_bound(bits, wanted: tl.constexpr):
+def largest_bound(bits, wanted: tl.constexpr, ALONE: tl.constexpr):
     """(bound, reach) for each token: ``reach`` of its bits are at least ``bound``, as many as wanted if they can be.
 
     The bound's bits are found from the highest down, until no token has too many: most need half of them. More than are
-    wanted reach it where some are equal, fewer where there are no more.
+    wanted reach it where some are equal, fewer where there are no more. ALONE: nothing else runs on the multiprocessor,
+    so that rounds cost what their waits do, and half as many with three comparisons each are faster.
     """
-    PAIRS: tl.constexpr = bits.shape[2] <= 4 and bits.shape[0] * bits.shape[2] < 1024
+    PAIRS: tl.constexpr = ALONE or (bits.shape[2] <= 4 and bits.shape[0] * bits.shape[2] < 1024)
     bound = tl.zeros([bits.shape[1]], tl.int32)
     bound, reach = _next_bit(bits, bound, total(bits >= 0), 1 << 30, wanted)
     unit = 1 << 29
@@ -116,13 +125,13 @@ def largest_bound(bits, wanted: tl.constexpr):
 
 
 @jit
-def chosen(bits, number, wanted: tl.constexpr):
+def chosen(bits, number, wanted: tl.constexpr, ALONE: tl.constexpr):
     """Which blocks of each token have the ``wanted`` largest; of equal ones, the smaller number.
 
     bits and number, in the form of ``columns``: the bits of importances, which order as integers do, as they are not
     negative; -1 is no candidate. Counts alone, where a sort would move every number.
     """
-    bound, reach = largest_bound(bits, wanted)
+    bound, reach = largest_bound(bits, wanted, ALONE)
     take = bits >= bound[None, :, None]
     if tl.max(reach, 0) > wanted:  # more are equal than are wanted, which is rare
         above, at = bits > bound[None, :, None], bits == bound[None, :, None]
@@ -135,15 +144,17 @@ def chosen(bits, number, wanted: tl.constexpr):
 
 
 @jit
-def store_chosen(pointer, value, number, current, count, candidate, G: tl.constexpr, M: tl.constexpr):
+def store_chosen(
+    pointer, value, number, current, count, candidate, G: tl.constexpr, M: tl.constexpr, ALONE: tl.constexpr = False
+):
     """Writes each token's selected blocks, ascending, behind ``pointer`` [TOKENS]; -1 fills up.
 
     value: importances of the blocks ``number``, in the form of ``columns``, where ``candidate``: up to the token's own
-    block ``current`` [TOKENS]. ``count``: M, or 0 to write nothing.
+    block ``current`` [TOKENS]. ``count``: M, or 0 to write nothing. ALONE: see ``largest_bound``.
     """
     forced = (number == 0) | (number >= current[None, :, None] - 1)
     bits = tl.where(candidate, tl.where(forced, G * 1.0, value).to(tl.int32, bitcast=True), -1)
-    take = chosen(bits, number, M)
+    take = chosen(bits, number, M, ALONE)
     # As many blocks are taken before a block as behind it in its thread and in the threads behind: numbers count down.
     taken = take.to(tl.int32)
     held = tl.sum(taken, 2)[:, :, None]
@@ -198,6 +209,21 @@ def _look(
 
 
 @jit
+def _pick(
+    importance, indices, position, base, t, line, exists, entry, head, C, K: tl.constexpr, G: tl.constexpr,
+    S: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Selects the blocks of tokens t [PICK], to whose importances a pointer each leads; writes lines of indices."""
+    number = entry - tl.load(base + t, mask=exists, other=0)[None, :, None]
+    at = tl.load(position + t, mask=exists, other=-1)
+    current = tl.where(at >= 0, at // S, -1)
+    candidate = (number >= 0) & (number <= current[None, :, None])
+    value = tl.load(importance[None, :, None] + entry, mask=candidate & (entry < C), other=0.0)
+    pointer = indices + (line * K + head) * M
+    store_chosen(pointer, value, number, current, tl.where(exists, M, 0), candidate, G, M)
+
+
+@jit
 def _select_kernel(
     q, pooled_k, pooled_v, position, base, T, C, tiles, o, lse, indices, scratch, C_BLOCK: tl.constexpr,
     PICK: tl.constexpr, LANES: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
@@ -226,14 +252,23 @@ def _select_kernel(
         for row in range(0, TOKENS, PICK):
             t = tile * TOKENS + row + line
             exists = (t < T) & (row + line < TOKENS)
-            number = entry - tl.load(base + t, mask=exists, other=0)[None, :, None]
-            at = tl.load(position + t, mask=exists, other=-1)
-            current = tl.where(at >= 0, at // S, -1)
-            candidate = (number >= 0) & (number <= current[None, :, None])
-            value = tl.load(scratch + (row + line)[None, :, None] * C + entry, mask=candidate & (entry < C), other=0.0)
-            pointer = indices + (t * K + head) * M
-            store_chosen(pointer, value, number, current, tl.where(exists, M, 0), candidate, G, M)
+            _pick(scratch + (row + line) * C, indices, position, base, t, t, exists, entry, head, C, K, G, S, M)
         tl.debug_barrier()  # and only then written again
+
+
+@jit
+def _pick_kernel(
+    importance, position, base, first, T, TOKENS, C, indices, C_BLOCK: tl.constexpr, PICK: tl.constexpr,
+    LANES: tl.constexpr, K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    line = tl.program_id(0) * PICK + tl.arange(0, PICK)
+    t = tl.load(first) + line
+    exists = (line < TOKENS) & (t < T)
+    importance += ((batch * K + head) * TOKENS + line) * C
+    indices += batch * TOKENS * (K * M)
+    entry = columns(C_BLOCK, PICK, LANES)
+    _pick(importance, indices, position + batch * T, base + batch * T, t, line, exists, entry, head, C, K, G, S, M)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +286,7 @@ class Tiles:
 
 TILES = Tiles()
 MANY = Tiles(lanes=32)  # for tiles of 8 tokens and more
+PICKING = Tiles(lanes=32)  # where importances are in memory
 
 
 def select(
@@ -263,8 +299,7 @@ def select(
     chosen_tiles = MANY if TOKENS >= 8 else TILES
     tiles = ceil_div(case.T, TOKENS)
     programs = min(tiles, ceil_div(chosen_tiles.programs, case.B * case.K))
-    # A token's own block may be incomplete, and so in no table; where documents are packed it counts behind its base.
-    C_BLOCK = power_of_2(C + 1 if case.segment_ids or case.U % case.block_size else C, 32)
+    C_BLOCK = _columns_block(case)
     shared = min(32, power_of_2(32 * chosen_tiles.warps // TOKENS))
     lanes = max(shared, min(chosen_tiles.lanes, C_BLOCK // chosen_tiles.held))
     *results, _ = triton_call(
@@ -287,3 +322,32 @@ def select(
         **constants,
     )
     return tuple(results)
+
+
+def pick(
+    case: Any, importance: Float32[Array, "B K tokens C"], layout: Layout, first: Int32[Array, "1"]
+) -> Int32[Array, "B tokens K M"]:
+    """The selected blocks of the tokens from ``first`` on, whose importances are known; undefined behind the last."""
+    tokens, C = importance.shape[2:]
+    lanes = PICKING.lanes
+    width = 32 * PICKING.warps // lanes
+    return triton_call(
+        _pick_kernel,
+        *(importance, layout.position, layout.base, first, case.T, tokens, C),
+        out_shape=jax.ShapeDtypeStruct((case.B, tokens, case.K, slots(case)), jnp.int32),
+        grid=(ceil_div(tokens, width), case.K, case.B),
+        num_warps=PICKING.warps,
+        C_BLOCK=_columns_block(case),
+        PICK=width,
+        LANES=lanes,
+        K=case.K,
+        G=case.H // case.K,
+        S=case.block_size,
+        M=slots(case),
+    )
+
+
+def _columns_block(case: Any) -> int:
+    # A token's own block may be incomplete, and so in no table; where documents are packed it counts behind its base.
+    C = table_size(case.U, case.block_size)
+    return power_of_2(C + 1 if case.segment_ids or case.U % case.block_size else C, 32)

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from pallas_kernels.batching import fold_batch
 from pallas_kernels.block_attention.blocks import BlockCache
 from pallas_kernels.block_attention.triton_select import columns, online, store_chosen
 from pallas_kernels.block_attention.triton_tiles import load_keys, power_of_2, shared_constants, slots
 from pallas_kernels.tiles import ceil_div
-from pallas_kernels.triton_call import fold_batch, jit, tl, triton_call
+from pallas_kernels.triton_call import jit, tl, triton_call
 
 
 @jit
@@ -202,7 +203,7 @@ def _choose_kernel(
     candidate = number <= current[None, :, None]
     value = tl.load(scratch + number, mask=candidate & (number < C), other=0.0)
     pointer = selected + tl.zeros([SAME], tl.int32)
-    store_chosen(pointer, value, number, current, tl.zeros_like(current) + M, candidate, G, M)
+    store_chosen(pointer, value, number, current, tl.zeros_like(current) + M, candidate, G, M, True)
 
 
 @jit

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.arguments import FLOATS, Arguments
+from pallas_kernels.arguments import Arguments
 from pallas_kernels.dispatch import Operation
 
 OPERATION = Operation("cross_entropy", implementations=("triton", "xla"), fastest=("triton", "xla"))
@@ -44,11 +44,11 @@ def cross_entropy(
 ) -> tuple[Float32[Array, "rows"], Float32[Array, "rows"], Float[Array, "rows L"]]:
     """The loss of each row, whether its label is the best column, and the gradient in its logits.
 
-    It is not differentiable: the gradient is here.
+    It is not differentiable, a gradient through it is 0: the gradient is here.
 
     Args:
       logits: float32.
-      labels: int32, in [0, L), or negative where nothing is asked.
+      labels: int32, in [0, L), or negative where nothing is asked; the loss of any other is NaN.
       dtype: of the gradient, which is computed in float32: float32, bfloat16 or float16.
       implementation: "triton", "xla", or None for the fastest.
 
@@ -62,8 +62,7 @@ def cross_entropy(
     check = Arguments("cross_entropy")
     check.array("logits", logits, "rows L", "float32")
     check.array("labels", labels, "rows", "int32")
-    dtype = jnp.dtype(dtype)
-    check.choice("dtype", str(dtype), FLOATS)
+    dtype = check.dtype("dtype", dtype)
     rows, vocabulary = logits.shape
     backend: Any = OPERATION.select(implementation, Case(rows, vocabulary, str(dtype)))
-    return jax.lax.stop_gradient(backend.forward(logits, labels, dtype=dtype))
+    return backend.forward(jax.lax.stop_gradient(logits), labels, dtype=dtype)

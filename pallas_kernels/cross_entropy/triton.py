@@ -40,7 +40,8 @@ def _row(
         largest = higher
     lse = largest + tl.log(total)
     asked = label >= 0
-    chosen = tl.load(z_ptr + tl.where(asked, label, 0))
+    # A label beyond the columns makes the loss NaN; its logit would be another row's, or nobody's.
+    chosen = tl.load(z_ptr + tl.where(asked, label, 0), mask=label < L, other=float("nan"))
     tl.store(loss_ptr + row, tl.where(asked, lse - chosen, 0.0))
     tl.store(correct_ptr + row, tl.where(asked & (best == label), 1.0, 0.0))
     for start in range(0, L, BLOCK):

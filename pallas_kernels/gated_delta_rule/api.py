@@ -113,6 +113,10 @@ def _make_case(
     )
 
 
+def _scale(case: Case, scale: float | None) -> float:
+    return case.head_size**-0.5 if scale is None else Arguments("gated_delta_rule").number("scale", scale)
+
+
 def count_resets(segment_ids: Int32[Array, "B T"]) -> Int32[Array, "B T"]:
     """The resets up to and including each token: one where an id differs from the last non-padding id before it."""
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
@@ -210,7 +214,7 @@ def gated_delta_rule(
         live = (segment_ids != 0)[:, :, None]
         g, beta = jnp.where(live, g, 0.0), jnp.where(live, beta, 0.0)
         runs = count_resets(segment_ids)
-    call = _Call(backend, float(case.head_size**-0.5 if scale is None else scale), normalize, return_updates)
+    call = _Call(backend, _scale(case, scale), normalize, return_updates)
     o, final_state, updates = _differentiable(call, q, k, v, g, beta, runs, initial_state)
     if segment_ids is not None:
         o = jnp.where(live[..., None], o, jnp.zeros((), o.dtype))
@@ -248,7 +252,7 @@ def gated_delta_rule_step(
     beta = beta.astype(jnp.float32)
     if active is not None:
         g, beta = jnp.where(active[:, None], g, 0.0), jnp.where(active[:, None], beta, 0.0)
-    scale = float(case.head_size**-0.5 if scale is None else scale)
+    scale = _scale(case, scale)
     o, state, update = backend.step(
         q, k, v, g, beta, state, scale=scale, normalize=normalize, return_update=return_update
     )

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arguments import Arguments
+from pallas_kernels.batching import fold_batch
 from pallas_kernels.dispatch import UnsupportedCase
 from pallas_kernels.gated_delta_rule import (
     pallas_bwd,
@@ -25,21 +27,20 @@ from pallas_kernels.gated_delta_rule import (
     segments,
 )
 from pallas_kernels.gated_delta_rule.pallas_tiles import BLOCK_V, CHUNK, bytes_of, interpreting
-from pallas_kernels.tiles import ceil_div, check_choice, check_shared_memory
-from pallas_kernels.triton_call import fold_batch
+from pallas_kernels.tiles import ceil_div, check_shared_memory
 
 NAME = "gated_delta_rule"
 
 
 def check(case: Any) -> None:
     """Raises UnsupportedCase unless these kernels do ``case`` on this device."""
-    other = "use implementation='triton', 'xla' or None"
+    other, choice = "use implementation='triton', 'xla' or None", Arguments(NAME).choice
     if jax.default_backend() == "gpu" and not interpreting():
         capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
-        check_choice(NAME, "compute capability", capability, ("9.0",), other)
-    check_choice(NAME, "dtype", case.dtype, ("bfloat16", "float16"), other)
-    check_choice(NAME, "key head size", case.head_size, (64, 128, 256), other)
-    check_choice(NAME, "value head size", case.value_size, (case.head_size, 2 * case.head_size), other)
+        choice("compute capability", capability, ("9.0",), other)
+    choice("dtype", case.dtype, ("bfloat16", "float16"), other)
+    choice("key head size", case.head_size, (64, 128, 256), other)
+    choice("value head size", case.value_size, (case.head_size, 2 * case.head_size), other)
     if max(case.batch, case.heads, ceil_div(case.tokens, CHUNK)) > 65535:
         raise UnsupportedCase(f"{NAME}: {case.batch} rows, {case.heads} heads and {case.tokens} tokens make a grid of "
                               f"more than 65535 programs along one axis; {other}")  # fmt: skip

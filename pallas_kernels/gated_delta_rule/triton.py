@@ -23,11 +23,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arguments import Arguments
+from pallas_kernels.batching import fold_batch
 from pallas_kernels.gated_delta_rule import segments as split
 from pallas_kernels.gated_delta_rule import triton_split
 from pallas_kernels.gated_delta_rule.triton_tiles import HEAD_SIZES, choose
-from pallas_kernels.tiles import ceil_div, check_choice
-from pallas_kernels.triton_call import check_installed, fold_batch, interpreting, jit, tl, triton_call
+from pallas_kernels.tiles import ceil_div
+from pallas_kernels.triton_call import check_installed, interpreting, jit, tl, triton_call
 
 CHUNK = 64
 
@@ -257,12 +259,11 @@ def _scan_chunks(
 def check(case: Any) -> None:
     """Raises UnsupportedCase unless these kernels do ``case``."""
     check_installed("gated_delta_rule")
+    choice = Arguments("gated_delta_rule").choice
     if not interpreting():  # dots of float32 operands in full precision do not use the tensor cores
-        low = ("bfloat16", "float16")
-        check_choice("gated_delta_rule", "dtype", case.dtype, low, "cast q, k and v or use implementation='xla'")
-    check_choice("gated_delta_rule", "key head size", case.head_size, HEAD_SIZES, "use implementation='xla'")
-    sizes = (case.head_size, 2 * case.head_size)
-    check_choice("gated_delta_rule", "value head size", case.value_size, sizes, "use implementation='xla'")
+        choice("dtype", case.dtype, ("bfloat16", "float16"), "cast q, k and v or use implementation='xla'")
+    choice("key head size", case.head_size, HEAD_SIZES, "use implementation='xla'")
+    choice("value head size", case.value_size, (case.head_size, 2 * case.head_size), "use implementation='xla'")
 
 
 def precision(dtype: Any) -> str:

@@ -76,8 +76,10 @@ class Case:
     dtype: str
 
 
-def _make_case(inputs: Projections, parameters: Parameters, state: State, active: Any) -> Case:
-    check = Arguments("gated_deltanet")
+def _make_case(check: Arguments, inputs: Projections, parameters: Parameters, state: State, active: Any) -> Case:
+    check.record("inputs", inputs, Projections)
+    check.record("parameters", parameters, Parameters)
+    check.record("state", state, State)
     check.array("the state", state.state, "B H N V", "float32")
     check.array("q", inputs.q, "B K*N", *FLOATS)
     sizes, dtype = check.sizes, str(inputs.q.dtype)
@@ -135,8 +137,8 @@ def gated_deltanet_step(
     Raises:
       UnsupportedCase: a shape or dtype breaks the rules above, or the named implementation does not support the case.
     """
-    case = _make_case(inputs, parameters, state, active)
+    check = Arguments("gated_deltanet")
+    case = _make_case(check, inputs, parameters, state, active)
+    numbers = {name: check.number(name, x, least=0.0) for name, x in dict(eps=eps, beta_range=beta_range).items()}
     backend = OPERATION.select(implementation, case)
-    return backend.step(
-        inputs, parameters, state, active, eps=float(eps), beta_range=float(beta_range), return_update=return_update
-    )
+    return backend.step(inputs, parameters, state, active, **numbers, return_update=return_update)

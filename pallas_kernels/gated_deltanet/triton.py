@@ -17,10 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arguments import Arguments
+from pallas_kernels.batching import fold_batch
 from pallas_kernels.gated_delta_rule.triton_tiles import HEAD_SIZES
 from pallas_kernels.gated_deltanet.api import State
-from pallas_kernels.tiles import check_choice
-from pallas_kernels.triton_call import check_installed, fold_batch, interpreting, jit, tl, triton_call
+from pallas_kernels.triton_call import check_installed, interpreting, jit, tl, triton_call
 from pallas_kernels.triton_math import sigmoid
 
 # Elements of the state that a program of 4 warps works on at once, at most, while as many more are on their way. Heads
@@ -31,11 +32,10 @@ ELEMENTS = 8192
 def check(case: Any) -> None:
     """Raises UnsupportedCase unless this kernel does ``case``."""
     check_installed("gated_deltanet")
-    other = "use implementation='xla'"
-    check_choice("gated_deltanet", "key head size", case.head_size, HEAD_SIZES, other)
-    sizes = (case.head_size, 2 * case.head_size)
-    check_choice("gated_deltanet", "value head size", case.value_size, sizes, other)
-    check_choice("gated_deltanet", "taps", case.taps, range(1, 9), other)
+    check, other = Arguments("gated_deltanet: triton"), "use implementation='xla'"
+    check.choice("key head size", case.head_size, HEAD_SIZES, other)
+    check.choice("value head size", case.value_size, (case.head_size, 2 * case.head_size), other)
+    check.choice("taps", case.taps, range(1, 9), other)
 
 
 @jit
@@ -110,6 +110,8 @@ def _layer_token(
     k = _convolve(k_rows, k_taps_ptr, kh * N + n, K * N, TAPS, FAST)
     q *= tl.rsqrt(tl.sum(q * q, 0) + 1e-6) * scale
     k *= tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
+    if ACTIVE:
+        k = tl.where(live, k, 0.0)  # whatever stands in a row without a token: NaN times 0 would reach its state
     qk = tl.sum(q * k, 0)
     for i in tl.static_range(HEADS):
         h = kh * HEADS + i
@@ -117,7 +119,7 @@ def _layer_token(
         decay = tl.exp(-tl.exp(tl.load(decay_ptr + b // group * H + h).to(tl.float32)) * _softplus(rate))
         beta = beta_range / (1.0 + tl.exp(-tl.load(b_ptr + b * H + h).to(tl.float32)))
         if ACTIVE:
-            decay, beta = tl.where(live, decay, 1.0), tl.where(live, beta, 0.0)
+            decay = tl.where(live, decay, 1.0)
         outputs = ()
         squares = 0.0
         for j in tl.static_range(BLOCKS):
@@ -130,6 +132,8 @@ def _layer_token(
                 v_rows = _inputs(v_ptr, v_last_ptr, at + BV, b, H * V, TAPS)
                 tl.debug_barrier()
             u = (v - tl.sum(here * k[:, None], 0)) * beta
+            if ACTIVE:
+                u = tl.where(live, u, 0.0)
             o = tl.sum(here * q[:, None], 0) + qk * u
             tl.store(next_states + (i * N * V + j * BV) + block, here + k[:, None] * u[None, :])
             if UPDATE:

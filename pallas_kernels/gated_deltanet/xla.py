@@ -36,4 +36,6 @@ def step(inputs, parameters, state, active, *, eps, beta_range, return_update):
     )  # fmt: skip
     gate = None if inputs.gate is None else inputs.gate.reshape(o.shape)
     y = rms_norm(o, parameters.norm, gate, eps=eps, implementation="xla").reshape(B, -1)
+    if active is not None:
+        y = jnp.where(active[:, None], y, jnp.zeros((), y.dtype))
     return y, type(state)(S, q_last, k_last, v_last), update[0] if return_update else None

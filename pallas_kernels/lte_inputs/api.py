@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from pallas_kernels.arguments import Arguments
+from pallas_kernels.arguments import FLOATS, Arguments
 from pallas_kernels.dispatch import Operation
 
 OPERATION = Operation("lte_inputs", implementations=("triton", "xla"), fastest=("triton", "xla"))
@@ -37,7 +37,7 @@ class Convolution(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The arrays of one call."""
+    """The arrays of one call: q, k and v of one dtype; half = N/2, C = 2N, past = sum of (taps - 1) dilation."""
 
     q: Float[Array, "B H N"]
     k: Float[Array, "B K N"]
@@ -85,28 +85,52 @@ def lte_inputs_step(
       active: rows that have a token; the others keep their ``recent``. None means all.
 
     Raises:
-      UnsupportedCase: shapes that do not fit each other, or an implementation that does not do them.
+      UnsupportedCase: shapes or dtypes that do not fit each other, or an implementation that does not do them.
     """
-    check = Arguments("lte_inputs")
-    check.array("k", operands.k, "B K N")
-    sizes, convolutions = check.sizes, operands.convolutions
-    sizes["past"] = sum((c.weight.shape[1] - 1) * c.dilation for c in convolutions)
-    sizes["2*N"] = 2 * sizes["N"]
-    check.array("q", operands.q, "B H N")
-    check.array("v", operands.v, "B K N")
-    check.array("recent", operands.recent, "B past K 2*N")
-    check.array("position", operands.position, "B")
+    case = _make_case(operands, active, method)
+    return OPERATION.select(implementation, case).step(operands, active, method=method)
+
+
+def _make_case(operands: Operands, active: Bool[Array, "B"] | None, method: str) -> Case:
+    """Checks every argument."""
+    check, convolutions = Arguments("lte_inputs"), operands.convolutions
+    sizes = check.sizes
+    check.array("k", operands.k, "B K N", *FLOATS)
+    dtype = str(operands.k.dtype)
+    check.array("q", operands.q, "B H N", dtype)
+    check.array("v", operands.v, "B K N", dtype)
+    check.heads()
+    check.array("position", operands.position, "B", "int32")
+    check.require(sizes["N"] % 2 == 0, f"heads have {sizes['N']} channels; their halves are rotated: an even number")
+    sizes |= {"half": sizes["N"] // 2, "C_0": 2 * sizes["N"], "past": 0}
+    check.array("cos", operands.cos, "B half", "float32")
+    check.array("sin", operands.sin, "B half", "float32")
+    check.array("bias", operands.bias, "heads", *FLOATS)
+    heads, K = sizes["heads"], sizes["K"]
+    check.require(heads in (1, K), f"weights for {heads} heads; there must be {K}, as k has, or 1 that all share")
+    given = isinstance(convolutions, (list, tuple))
+    check.require(given, f"convolutions is {type(convolutions).__name__}; it must be a tuple of Convolution")
+    for n, convolution in enumerate(convolutions, start=1):
+        name = f"convolution {n}"
+        check.record(name, convolution, Convolution)
+        check.count(f"the dilation of {name}", convolution.dilation)
+        check.array(f"the weight of {name}", convolution.weight, f"heads taps_{n} C_{n - 1} C_{n}", *FLOATS)
+        check.array(f"the bias of {name}", convolution.bias, f"heads C_{n}", *FLOATS)
+        sizes["past"] += (sizes[f"taps_{n}"] - 1) * convolution.dilation
+    past, count = sizes["past"], len(convolutions)
+    check.require(past > 0 and past % 2 == 0, f"the convolutions reach over {past} inputs; it must be an even number")
+    check.array("weight", operands.weight, f"heads C_{count}", *FLOATS)
+    check.array("recent", operands.recent, "B past K C_0", *FLOATS)
     check.choice("method", method, ("sigmoid", "relu"))
-    B, H, K, N = (sizes[letter] for letter in "BHKN")
-    case = Case(
-        B,
-        H,
-        K,
-        N,
-        channels=(2 * N, *(c.weight.shape[3] for c in convolutions)),
-        taps=tuple(c.weight.shape[1] for c in convolutions),
-        dilations=tuple(c.dilation for c in convolutions),
-        dtype=str(operands.k.dtype),
+    check.optional("active", active, "B", "bool")
+    return Case(
+        batch=sizes["B"],
+        heads=sizes["H"],
+        kv_heads=K,
+        size=sizes["N"],
+        channels=tuple(sizes[f"C_{n}"] for n in range(count + 1)),
+        taps=tuple(sizes[f"taps_{n + 1}"] for n in range(count)),
+        dilations=tuple(convolution.dilation for convolution in convolutions),
+        dtype=dtype,
         recent_dtype=str(operands.recent.dtype),
     )
-    return OPERATION.select(implementation, case).step(operands, active, method=method)

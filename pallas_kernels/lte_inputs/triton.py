@@ -17,6 +17,7 @@ from pallas_kernels.tiles import ceil_div
 from pallas_kernels.triton_call import check_installed, jit, tl, triton_call
 
 ROOM = 8  # rows of a sequence
+PAST = 12  # inputs that three convolutions of 3 taps, 2 apart, reach back over
 
 
 @jit
@@ -140,6 +141,10 @@ def check(case: Case) -> None:
     require(N in (64, 128) and halved, f"heads of {N}, channels {case.channels}; it halves twice 64 or 128: {fix}")
     alike = case.dtype in FLOATS and case.recent_dtype == case.dtype
     require(alike, f"k is {case.dtype}, recent {case.recent_dtype}; it takes one float dtype: {fix}")
+    numbers = case.batch * PAST * case.kv_heads * C
+    require(
+        numbers < 2**31, f"{numbers} numbers are remembered, which are counted in 32 bits: split the batch or {fix}"
+    )
     check_installed("lte_inputs")
 
 

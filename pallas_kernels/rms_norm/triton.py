@@ -3,6 +3,8 @@
     r = 1 / sqrt(mean(x^2) + eps),   n = x r,   s = silu(gate),   y = weight n s
     dn = dy weight s,   dx = r (dn - n mean(n dn)),   dweight = sum of dy n s,   dgate = dy weight n silu'(gate)
 
+In a residual stream dx begins with the gradient of x itself.
+
 A program takes a stretch of rows, a few at a time; in the backward pass it keeps their sum for dweight, and XLA adds
 the programs' sums in a fixed order. r and n are computed again from x, which the backward pass reads anyway.
 """
@@ -15,24 +17,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.batching import fold_batch
 from pallas_kernels.dispatch import UnsupportedCase
 from pallas_kernels.tiles import ceil_div
-from pallas_kernels.triton_call import check_installed, fold_batch, interpreting, jit, tl, triton_call
+from pallas_kernels.triton_call import check_installed, interpreting, jit, tl, triton_call
 from pallas_kernels.triton_math import sigmoid
 
 WIDEST = 8192  # a whole row stands in the registers of one program
 ELEMENTS = {"forward": (2048, 4), "backward": (1024, 1)}  # of a program at a time, and its warps
+MOST = 256  # elements of a row that one warp takes: wide rows get more warps
 STRETCH = {"forward": 1, "backward": 16}  # how many times a program takes rows
 
 
 def check(case: Any) -> None:
     """Raises UnsupportedCase unless these kernels do ``case``."""
     check_installed("rms_norm")
-    if case.width > WIDEST or case.rows * case.width >= 2**31:
-        raise UnsupportedCase(
-            f"rms_norm: {case.rows} rows of {case.width}: at most {WIDEST} in a row and 2^31 in all; "
-            "use implementation='xla'"
-        )
+    if case.width > WIDEST:
+        raise UnsupportedCase(f"rms_norm: rows of {case.width}; at most {WIDEST}: use implementation='xla'")
 
 
 @jit
@@ -40,10 +41,12 @@ def _forward(
     x_ptr, weight_ptr, gate_ptr, R, eps,
     y_ptr,
     V: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
-    FAST: tl.constexpr,
+    WIDE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, WIDTH)[None, :]
     base = tl.program_id(1) * R  # the rows of one weight
+    if WIDE:
+        base = base.to(tl.int64)
     weight = tl.load(weight_ptr + tl.program_id(1) * V + column, mask=column < V, other=0.0).to(tl.float32)
     for step in range(STEPS):
         row = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -59,13 +62,15 @@ def _forward(
 
 @jit
 def _backward(
-    x_ptr, weight_ptr, gate_ptr, dy_ptr, R, eps,
+    x_ptr, weight_ptr, gate_ptr, dy_ptr, past_ptr, R, eps,
     dx_ptr, dweight_ptr, dgate_ptr,
     V: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
-    FAST: tl.constexpr,
+    RESIDUAL: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, WIDTH)[None, :]
     base = tl.program_id(1) * R
+    if WIDE:
+        base = base.to(tl.int64)
     weight = tl.load(weight_ptr + tl.program_id(1) * V + column, mask=column < V, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, WIDTH), tl.float32)
     for step in range(STEPS):
@@ -88,6 +93,8 @@ def _backward(
             dy *= silu
         dweight += dy * n
         dx = r * (dn - n * (tl.sum(n * dn, 1) / V)[:, None])
+        if RESIDUAL:
+            dx += tl.load(past_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     at = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     total = tl.sum(dweight, 0)[None, :]
@@ -102,8 +109,9 @@ def _plan(kernel: str, x: jax.Array, weight: jax.Array, gated: bool) -> dict[str
     at_once = max(elements // width, 1)
     steps = STRETCH[kernel]
     return dict(
-        grid=(ceil_div(rows, at_once * steps), G), num_warps=warps, num_stages=1,
-        V=V, WIDTH=width, ROWS=at_once, STEPS=steps, GATED=gated, FAST=not interpreting(),
+        grid=(ceil_div(rows, at_once * steps), G), num_warps=max(warps, min(width // MOST, 16)), num_stages=1,
+        V=V, WIDTH=width, ROWS=at_once, STEPS=steps, GATED=gated,
+        WIDE=x.size >= 2**31, FAST=not interpreting(),
     )  # fmt: skip
 
 
@@ -116,29 +124,36 @@ def _values(x, weight, gate, *, eps, dtype):
     )  # fmt: skip
 
 
+def _rows(x):
+    """[..., V] to [R,V]; None stays."""
+    return None if x is None else x.reshape(-1, x.shape[-1])
+
+
 def forward(x, weight, gate, *, eps, dtype):
     """y; the protocol is in ``api``."""
-    return _values(x, weight[None], gate, eps=eps, dtype=dtype)
+    return _values(_rows(x), weight[None], _rows(gate), eps=eps, dtype=dtype).reshape(x.shape)
 
 
 @functools.partial(fold_batch, static=("eps",))
-def _gradients(x, weight, gate, dy, *, eps):
-    """dx, dweight [G,V], dgate."""
+def _gradients(x, weight, gate, dy, past, *, eps):
+    """dx, dweight [G,V], dgate; ``past``: what x receives beside the norm, or None."""
     (R, V), G = x.shape, weight.shape[0]
     plan = _plan("backward", x, weight, gate is not None)
     dx, dweight, dgate = triton_call(
-        _backward, x, weight, gate, dy, R // G, eps,
+        _backward, x, weight, gate, dy, past, R // G, eps,
         out_shape=(
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct((G, plan["grid"][0], V), jnp.float32),
             jax.ShapeDtypeStruct((R, 1), x.dtype) if gate is None else jax.ShapeDtypeStruct(gate.shape, gate.dtype),
         ),
+        RESIDUAL=past is not None,
         **plan,
     )  # fmt: skip
     return dx, jnp.sum(dweight, axis=1).astype(weight.dtype), None if gate is None else dgate
 
 
-def backward(x, weight, gate, dy, *, eps):
+def backward(x, weight, gate, dy, past=None, *, eps):
     """dx, dweight, dgate; the protocol is in ``api``."""
-    dx, dweight, dgate = _gradients(x, weight[None], gate, dy, eps=eps)
-    return dx, dweight[0], dgate
+    rows = (_rows(array) for array in (gate, dy, past))
+    dx, dweight, dgate = _gradients(_rows(x), weight[None], *rows, eps=eps)
+    return dx.reshape(x.shape), dweight[0], None if gate is None else dgate.reshape(gate.shape)

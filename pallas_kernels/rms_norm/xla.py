@@ -19,7 +19,8 @@ def forward(x, weight, gate, *, eps, dtype):
     return y.astype(dtype)
 
 
-def backward(x, weight, gate, dy, *, eps):
+def backward(x, weight, gate, dy, past=None, *, eps):
     """dx, dweight, dgate; the protocol is in ``api``."""
     _, pullback = jax.vjp(lambda *inputs: forward(*inputs, eps=eps, dtype=dy.dtype), x, weight, gate)
-    return pullback(dy)
+    dx, dweight, dgate = pullback(dy)
+    return dx if past is None else dx + past, dweight, dgate

@@ -133,10 +133,18 @@ def router_scores(
     Raises:
       UnsupportedCase: an argument breaks one of these rules, or the implementation does not do this case.
     """
-    convolutions = tuple(Convolution(*conv) for conv in convolutions)
-    seeds = None if dropout is None else dropout.seeds
+    check = Arguments("router")
+    for name, value in (("convolutions", convolutions), ("dilations", dilations)):
+        check.require(isinstance(value, (list, tuple)), f"{name} is {type(value).__name__}; it must be a list or tuple")
+    for n, conv in enumerate(convolutions, start=1):
+        check.record(f"convolution {n}", conv, Convolution)
+    convolutions = tuple(convolutions)
+    seeds = None
+    if dropout is not None:
+        check.require(isinstance(dropout, Dropout), f"dropout is {type(dropout).__name__}; it must be a Dropout")
+        seeds = dropout.seeds
     operands = Operands(k, v, convolutions, weight, bias, segment_ids, seeds)
-    case = _make_case(operands, tuple(dilations), method, dropout)
+    case = _make_case(check, operands, tuple(dilations), method, dropout)
     module = OPERATION.select(implementation, case)
     if case.threshold == 0:
         operands = operands._replace(seeds=None)
@@ -146,11 +154,11 @@ def router_scores(
     return _scores(module, case, operands)
 
 
-def _make_case(operands: Operands, dilations: tuple[int, ...], method: str, dropout: Dropout | None) -> Case:
-    """Checks every argument."""
+def _make_case(
+    check: Arguments, operands: Operands, dilations: tuple[int, ...], method: str, dropout: Dropout | None
+) -> Case:
     k, convolutions = operands.k, operands.convolutions
-    count, check = len(convolutions), Arguments("router")
-    sizes = check.sizes
+    count, sizes = len(convolutions), check.sizes
     check.array("k", k, "B T K N", *FLOATS)
     check.array("v", operands.v, "B T K N", str(k.dtype))
     check.require(
@@ -167,8 +175,9 @@ def _make_case(operands: Operands, dilations: tuple[int, ...], method: str, drop
         check.array(f"the weight of convolution {n}", conv.weight, f"heads taps_{n} C_{n - 1} C_{n}", *FLOATS)
         check.array(f"the bias of convolution {n}", conv.bias, f"heads C_{n}", *FLOATS)
         taps = sizes[f"taps_{n}"]
+        check.count(f"the dilation of convolution {n}", dilation)
         check.require(
-            dilation >= 1 and (taps - 1) * dilation % 2 == 0,
+            (taps - 1) * dilation % 2 == 0,
             f"{taps} taps at dilation {dilation} have no centre: (taps - 1) * dilation must be even",
         )
     check.array("the last map's weight", operands.weight, f"heads C_{count}", *FLOATS)
@@ -177,7 +186,8 @@ def _make_case(operands: Operands, dilations: tuple[int, ...], method: str, drop
     if dropout is not None:
         sizes["convolutions"] = count
         check.array("dropout.seeds", dropout.seeds, "convolutions 2", "uint32")
-        fits = 0.0 <= dropout.rate <= 1.0 and counters.threshold(dropout.rate) < 2**16
+        rate = check.number("dropout.rate", dropout.rate, least=0.0)
+        fits = rate <= 1.0 and counters.threshold(rate) < 2**16
         check.require(fits, f"dropout.rate={dropout.rate} must lie in [0, 1), also once rounded to a multiple of 2^-16")
     return Case(
         **{letter: sizes[letter] for letter in "BTKN"},

@@ -12,14 +12,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import UnsupportedCase
+from pallas_kernels.arguments import Arguments
 from pallas_kernels.router.api import Case, Gradients, Operands
-from pallas_kernels.router.triton_tiles import convolve, convolve_tiles, documents, inputs_of, layer_options, silu
-from pallas_kernels.tiles import ceil_div, check_choice
-from pallas_kernels.triton_call import check_installed, jit, tl, triton_call
+from pallas_kernels.router.triton_tiles import call_layer, convolve, convolve_tiles, documents, inputs_of, silu
+from pallas_kernels.tiles import ceil_div
+from pallas_kernels.triton_call import LONGEST_AXIS, check_installed, jit, tl
 
 SIZES = (64, 128)
 DTYPES = ("bfloat16", "float16")
+
+
+@jit
+def _convolution(
+    lo, hi, weight, bias, segments, seeds, b, h, t, o, T, tokens, heads,
+    K: tl.constexpr, HALF: tl.constexpr, O: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr,
+    LAYER: tl.constexpr, SHARED: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
+    SEGMENTS: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    """(channels o of a tile before SiLU, whatever stands at padding; its documents)."""
+    lo, hi, stride = inputs_of(lo, hi, b, h, T, K, HALF, LAYER)
+    own: tl.constexpr = 0 if SHARED else 1
+    segments += b * T
+    document = documents(segments, t, T, SEGMENTS)
+    acc = convolve(
+        lo, hi, stride, weight + own * h * TAPS * 2 * HALF * O, segments, document, seeds, b, h, t, o, T, tokens, heads,
+        HALF, O, TAPS, DILATION, LAYER, THRESHOLD, SEGMENTS, ROWS, INPUTS, OUTPUTS,
+    )  # fmt: skip
+    return acc * SCALE + tl.load(bias + own * h * O + o)[None, :], document
 
 
 @jit
@@ -35,15 +54,10 @@ def _layer_kernel(
     o = tl.program_id(0) % blocks * OUTPUTS + tl.arange(0, OUTPUTS)
     t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(2)
-    lo, hi, stride = inputs_of(lo, hi, b, h, T, K, HALF, LAYER)
-    own: tl.constexpr = 0 if SHARED else 1
-    segments += b * T
-    document = documents(segments, t, T, SEGMENTS)
-    acc = convolve(
-        lo, hi, stride, weight + own * h * TAPS * 2 * HALF * O, segments, document, seeds, b, h, t, o, T, tokens, heads,
-        HALF, O, TAPS, DILATION, LAYER, THRESHOLD, SEGMENTS, ROWS, INPUTS, OUTPUTS,
+    y, document = _convolution(
+        lo, hi, weight, bias, segments, seeds, b, h, t, o, T, tokens, heads, K, HALF, O, TAPS, DILATION, LAYER, SHARED,
+        THRESHOLD, SCALE, SEGMENTS, ROWS, INPUTS, OUTPUTS,
     )  # fmt: skip
-    y = acc * SCALE + tl.load(bias + own * h * O + o)[None, :]
     y = tl.where((document != 0)[:, None], y, 0.0)
     x, slope = silu(y)
     place = b.to(tl.int64) * T * K
@@ -85,33 +99,24 @@ def last_layer(
     SEGMENTS: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
     """(x_last rounded to the inputs' dtype, as float32; slope of SiLU there; documents) of a tile."""
-    lo, hi, stride = inputs_of(lo, hi, b, h, T, K, HALF, LAYER)
-    own: tl.constexpr = 0 if SHARED else 1
-    o = tl.arange(0, O)
-    segments += b * T
-    document = documents(segments, t, T, SEGMENTS)
-    acc = convolve(
-        lo, hi, stride, weight + own * h * TAPS * 2 * HALF * O, segments, document, seeds, b, h, t, o, T, tokens, heads,
-        HALF, O, TAPS, DILATION, LAYER, THRESHOLD, SEGMENTS, ROWS, INPUTS, O,
+    y, document = _convolution(
+        lo, hi, weight, bias, segments, seeds, b, h, t, tl.arange(0, O), T, tokens, heads, K, HALF, O, TAPS, DILATION,
+        LAYER, SHARED, THRESHOLD, SCALE, SEGMENTS, ROWS, INPUTS, O,
     )  # fmt: skip
-    y = acc * SCALE + tl.load(bias + own * h * O + o)[None, :]
     x, slope = silu(y)
     return x.to(lo.dtype.element_ty).to(tl.float32), slope, document
 
 
 def check(case: Case) -> None:
-    fix = "use implementation='xla'"
-    check_choice("router: triton", "dtype", case.dtype, DTYPES, fix)
-    check_choice("router: triton", "head size", case.N, SIZES, fix)
-    if not 16 <= case.channels[-1] <= 128:
-        raise UnsupportedCase(
-            f"router: triton: {len(case.taps)} convolutions leave {case.channels[-1]} of {2 * case.N} channels; a tile "
-            f"has 16 to 128 of them: {fix}"
-        )
-    if case.T * case.K * case.N >= 2**31:
-        raise UnsupportedCase(
-            f"router: triton: T K N = {case.T * case.K * case.N} is no index of 32 bits: split the tokens, or {fix}"
-        )
+    """Raises UnsupportedCase unless these kernels do ``case``."""
+    check, fix = Arguments("router: triton"), "use implementation='xla'"
+    check.choice("dtype", case.dtype, DTYPES, fix)
+    check.choice("head size", case.N, SIZES, fix)
+    left = f"{len(case.taps)} convolutions leave {case.channels[-1]} of {2 * case.N} channels"
+    check.require(16 <= case.channels[-1] <= 128, f"{left}; a tile has 16 to 128 of them: {fix}")
+    numbers = case.T * case.K * case.N
+    check.require(numbers < 2**31, f"T K N = {numbers} is no index of 32 bits: split the tokens, or {fix}")
+    check.require(case.B <= LONGEST_AXIS, f"B = {case.B}; a grid has at most {LONGEST_AXIS} rows: {fix}")
     check_installed("router")
 
 
@@ -119,16 +124,12 @@ def forward(case: Case, operands: Operands) -> jax.Array:
     inputs = inner_layers(case, operands, slopes=False)[-1]
     layer = len(case.taps) - 1
     tiles = convolve_tiles(case, layer)
-    return triton_call(
-        _score_kernel,
-        *last_arguments(case, operands, inputs),
-        case.T,
-        *case.extent,
+    return call_layer(
+        _score_kernel, case, layer, tiles, *last_arguments(case, operands, inputs),
         out_shape=jax.ShapeDtypeStruct((case.B, case.T, case.K), jnp.float32),
         grid=(case.K, ceil_div(case.T, tiles.rows), case.B),
         RELU=case.method == "relu",
-        **layer_options(case, layer, tiles),
-    )
+    )  # fmt: skip
 
 
 def backward(case: Case, operands: Operands, dr: jax.Array) -> Gradients:
@@ -166,19 +167,12 @@ def inner_layers(case: Case, operands: Operands, *, slopes: bool) -> list[tuple[
         tiles = convolve_tiles(case, layer)
         outputs = case.channels[layer + 1]
         shape = (2 if slopes else 1, case.B, case.K, case.T, outputs)
-        x = triton_call(
-            _layer_kernel,
-            *halves(found[-1]),
-            rounded(case, operands, layer),
-            operands.convolutions[layer].bias,
-            operands.segment_ids,
-            operands.seeds,
-            case.T,
-            *case.extent,
+        x = call_layer(
+            _layer_kernel, case, layer, tiles, *halves(found[-1]), rounded(case, operands, layer),
+            operands.convolutions[layer].bias, operands.segment_ids, operands.seeds,
             out_shape=jax.ShapeDtypeStruct(shape, case.dtype),
             grid=(case.K * (outputs // tiles.outputs), ceil_div(case.T, tiles.rows), case.B),
             SLOPES=slopes,
-            **layer_options(case, layer, tiles),
-        )
+        )  # fmt: skip
         found.append((x,))
     return found

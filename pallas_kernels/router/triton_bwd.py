@@ -20,16 +20,16 @@ import jax.numpy as jnp
 from pallas_kernels.router.api import Case, Convolution, Gradients, Operands
 from pallas_kernels.router.triton import halves, inner_layers, last_arguments, last_layer, rounded
 from pallas_kernels.router.triton_tiles import (
+    call_layer,
     convolve_tiles,
     data_tiles,
     documents,
     dropout_words,
-    layer_options,
     load_tile,
     weight_tiles,
 )
 from pallas_kernels.tiles import ceil_div
-from pallas_kernels.triton_call import jit, tl, triton_call
+from pallas_kernels.triton_call import jit, tl
 
 PROGRAMS = 512  # of a weight's gradient: enough to fill the GPU, few enough that their sums are small beside the inputs
 
@@ -204,20 +204,15 @@ def _call_last(
     layer = len(case.taps) - 1
     tiles, outputs = convolve_tiles(case, layer), case.channels[-1]
     count = ceil_div(case.T, tiles.rows)
-    return triton_call(
-        _last_kernel,
-        *last_arguments(case, operands, inputs),
-        dr,
-        case.T,
-        *case.extent,
+    return call_layer(
+        _last_kernel, case, layer, tiles, *last_arguments(case, operands, inputs), dr,
         out_shape=(
             jax.ShapeDtypeStruct((case.B, case.K, case.T, outputs), case.dtype),
             jax.ShapeDtypeStruct((case.B * count, case.K, 3, outputs), jnp.float32),
         ),
         grid=(case.K, count, case.B),
         RELU=case.method == "relu",
-        **layer_options(case, layer, tiles),
-    )
+    )  # fmt: skip
 
 
 def _call_data(
@@ -229,19 +224,12 @@ def _call_data(
     whole = jax.ShapeDtypeStruct((case.B, case.T, case.K, case.N), case.dtype)
     before = jax.ShapeDtypeStruct((case.B, case.K, case.T, channels), case.dtype)
     sums = jax.ShapeDtypeStruct((case.B * count, case.K, channels), jnp.float32)
-    return triton_call(
-        _data_kernel,
-        e,
-        rounded(case, operands, layer),
-        slopes,
-        operands.segment_ids,
+    return call_layer(
+        _data_kernel, case, layer, tiles, e, rounded(case, operands, layer), slopes, operands.segment_ids,
         operands.seeds,
-        case.T,
-        *case.extent,
         out_shape=(whole, whole) if layer == 0 else (before, sums),
         grid=(case.K * (channels // 2 // tiles.inputs), count, case.B),
-        **layer_options(case, layer, tiles),
-    )
+    )  # fmt: skip
 
 
 def _call_weight(case: Case, operands: Operands, layer: int, inputs: tuple[jax.Array, ...], e: jax.Array) -> jax.Array:
@@ -254,20 +242,11 @@ def _call_weight(case: Case, operands: Operands, layer: int, inputs: tuple[jax.A
     for first in range(0, taps, 3):
         count = min(3, taps - first)
         found.append(
-            triton_call(
-                _weight_kernel,
-                *halves(inputs),
-                e,
-                operands.segment_ids,
-                operands.seeds,
-                case.B,
-                case.T,
-                *case.extent,
+            call_layer(
+                _weight_kernel, case, layer, tiles, *halves(inputs), e, operands.segment_ids, operands.seeds, case.B,
                 out_shape=jax.ShapeDtypeStruct((parts, case.K, count, channels, outputs), jnp.float32),
                 grid=(case.K, blocks, parts),
-                FIRST_TAP=first,
-                COUNT=count,
-                **layer_options(case, layer, tiles),
+                FIRST_TAP=first, COUNT=count,
             )
-        )
+        )  # fmt: skip
     return found[0] if len(found) == 1 else jnp.concatenate(found, axis=2)

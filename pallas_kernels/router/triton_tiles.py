@@ -13,7 +13,7 @@ from pallas_kernels.router.api import Case
 from pallas_kernels.router.dropout import FIRST as _FIRST
 from pallas_kernels.router.dropout import SECOND as _SECOND
 from pallas_kernels.router.dropout import STEP as _STEP
-from pallas_kernels.triton_call import jit, tl
+from pallas_kernels.triton_call import jit, tl, triton_call
 
 if tl is not None:
     FIRST, SECOND, STEP = tl.constexpr(_FIRST), tl.constexpr(_SECOND), tl.constexpr(_STEP)
@@ -104,25 +104,17 @@ def convolve(
     return acc
 
 
-def layer_options(case: Case, layer: int, tiles: Tiles) -> dict[str, Any]:
-    """What says which convolution a kernel computes, and in which tiles."""
-    return {
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
-        "ROWS": tiles.rows,
-        "INPUTS": tiles.inputs,
-        "OUTPUTS": tiles.outputs,
-        "K": case.K,
-        "HALF": case.channels[layer] // 2,
-        "O": case.channels[layer + 1],
-        "TAPS": case.taps[layer],
-        "DILATION": case.dilations[layer],
-        "LAYER": layer,
-        "SHARED": case.heads == 1,
-        "THRESHOLD": case.threshold,
-        "SCALE": case.scale,
-        "SEGMENTS": case.segment_ids,
-    }
+def call_layer(
+    kernel: Any, case: Case, layer: int, tiles: Tiles, *arguments: Any, out_shape: Any, grid: Any, **constexprs: Any
+) -> Any:
+    """``triton_call`` of a kernel of one convolution, which ends its arguments with T and dropout's extent."""
+    return triton_call(
+        kernel, *arguments, case.T, *case.extent, out_shape=out_shape, grid=grid, num_warps=tiles.warps,
+        num_stages=tiles.stages, ROWS=tiles.rows, INPUTS=tiles.inputs, OUTPUTS=tiles.outputs, K=case.K,
+        HALF=case.channels[layer] // 2, O=case.channels[layer + 1], TAPS=case.taps[layer],
+        DILATION=case.dilations[layer], LAYER=layer, SHARED=case.heads == 1, THRESHOLD=case.threshold,
+        SCALE=case.scale, SEGMENTS=case.segment_ids, **constexprs,
+    )  # fmt: skip
 
 
 def convolve_tiles(case: Case, layer: int) -> Tiles:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Shaped
 
+from pallas_kernels.dispatch import platform
 from pallas_kernels.router import dropout
 from pallas_kernels.router.api import Case, Convolution, Gradients, Operands
 
@@ -48,7 +49,7 @@ def _convolve(
     if heads == 1:
         products = jnp.matmul(x, weight[0], preferred_element_type=jnp.float32)
     else:
-        if jax.default_backend() == "cpu":  # XLA's CPU has no batched product of 16-bit inputs into float32
+        if platform() == "cpu":  # XLA's CPU has no batched product of 16-bit inputs into float32
             x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
         products = jnp.einsum("btki,kio->btko", x, weight, preferred_element_type=jnp.float32)
     total = jnp.zeros((), jnp.float32)

@@ -22,7 +22,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -78,11 +77,12 @@ def row_product(
     check.require(not (gated and F % 2), f"weight has {F} rows; gated, it must have an even number")
     check.sizes["Y"] = width = F // 2 if gated else F
     widths = (width,) if widths is None else tuple(widths)
-    fits = min(widths) > 0 and sum(widths) == width
-    check.require(fits, f"widths={widths}; they must be positive numbers that add up to {width}")
-    check.optional("norm", norm, "D")
-    check.optional("bias", bias, "F")
-    check.optional("residual", residual, "B Y")
-    backend = OPERATION.select(implementation, Case(B, D, widths, str(x.dtype), gated))
-    out = jnp.dtype(x.dtype if dtype is None else dtype)
-    return backend.forward(x, weight, norm, bias, residual, eps=eps, gated=gated, widths=widths, dtype=out)
+    for piece in widths:
+        check.count("the width of one of y's pieces", piece)
+    check.require(sum(widths) == width, f"widths={widths}; they must be positive numbers that add up to {width}")
+    check.optional("norm", norm, "D", *FLOATS)
+    check.optional("bias", bias, "F", *FLOATS)
+    check.optional("residual", residual, "B Y", *FLOATS)
+    out, eps = check.dtype("dtype", x.dtype if dtype is None else dtype), check.number("eps", eps, least=0.0)
+    backend = OPERATION.select(implementation, Case(B, D, widths, str(x.dtype), bool(gated)))
+    return backend.forward(x, weight, norm, bias, residual, eps=eps, gated=bool(gated), widths=widths, dtype=out)

@@ -158,7 +158,7 @@ def tiles_of(case: Case) -> Tiles:
         few = ceil_div(width, 8) < 2 * PROCESSORS and not case.gated
         columns = 4 if few and case.depth > 1024 else 8
         return Tiles(1, columns, min(depth, 512 if case.gated else 1024), 8 if few else 4, 1)
-    rows = min(64, max(16, 1 << (case.rows - 1).bit_length()))
+    rows, depth = min(64, max(16, 1 << (case.rows - 1).bit_length())), max(depth, 16)  # of a tensor core
     columns = 128
     while columns > 16 and ceil_div(width, columns) < PROCESSORS // 2 - 2:
         columns //= 2

@@ -25,8 +25,12 @@ def bounds(segment_ids: jax.Array) -> Bounds:
     index = jnp.arange(tokens, dtype=jnp.int32)
     first = jnp.min(jnp.where(live, index, tokens), axis=1)
     last = jnp.max(jnp.where(live, index, -1), axis=1)
-    pick = lambda at: jnp.max(jnp.where(index == at[:, None], segment_ids, -1), axis=1)  # noqa: E731
-    return Bounds(first, pick(first), jnp.where(last < 0, tokens - 1, last), pick(last))
+    none = last < 0
+
+    def pick(at: jax.Array) -> jax.Array:
+        return jnp.where(none, -1, jnp.sum(jnp.where(index == at[:, None], segment_ids, 0), axis=1))
+
+    return Bounds(first, pick(first), jnp.where(none, tokens - 1, last), pick(last))
 
 
 def final_state(

@@ -22,12 +22,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import UnsupportedCase
+from pallas_kernels.arguments import Arguments
+from pallas_kernels.batching import fold_batch
 from pallas_kernels.short_convolution import xla
 from pallas_kernels.short_convolution.rows import bounds, final_state
 from pallas_kernels.short_convolution.triton_tiles import choose
 from pallas_kernels.tiles import ceil_div
-from pallas_kernels.triton_call import check_installed, fold_batch, interpreting, jit, tl, triton_call
+from pallas_kernels.triton_call import (
+    LONGEST_AXIS,
+    check_installed,
+    interpreting,
+    jit,
+    tl,
+    triton_call,
+)
 from pallas_kernels.triton_math import sigmoid
 
 MOST_TAPS = 8  # what a program can hold in its registers
@@ -58,6 +66,31 @@ def _document(ids_ptr, t, first, first_id, T, PACKED: tl.constexpr, STATE: tl.co
         if STATE:
             document = tl.where(t < first, first_id, document)
     return document
+
+
+@jit
+def _rows(
+    x_ptr, state_ptr, dy_ptr, ids_ptr, begin, first, T, inside, D: tl.constexpr, COUNT: tl.constexpr,
+    PAST: tl.constexpr, PACKED: tl.constexpr, STATE: tl.constexpr, WHOLE: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """COUNT rows of inputs from ``begin`` on, as they lie in memory, those of dy if BACK, and their documents.
+
+    WHOLE: none of them stands beyond the end. Where there is padding, the initial state lies within the row.
+    """
+    rows, drows, owns = (), (), ()
+    for i in tl.static_range(COUNT):
+        t = begin + i
+        if WHOLE and not (PACKED and STATE):
+            rows += (tl.load(x_ptr + t * D, mask=inside),)
+        else:
+            rows += (_input(x_ptr, state_ptr, t, first, T, inside, D, PAST, PACKED and STATE),)
+        if BACK:
+            if WHOLE and not (PACKED and STATE):
+                drows += (tl.load(dy_ptr + t * D, mask=inside),)
+            else:
+                drows += (tl.load(dy_ptr + t * D, mask=inside & (t < T), other=0.0),)
+        owns += (_document(ids_ptr, t, 0, 1, T, PACKED, False),)
+    return rows, drows, owns
 
 
 @jit
@@ -151,13 +184,8 @@ def _forward(
     past, seen = _before(x_ptr, state_ptr, ids_ptr, start, first, first_id, T, inside, D, PAST, PACKED, STATE)
     for offset in range(0, CHUNK, ROWS):
         begin = start + offset
-        rows, owns = (), ()
-        for i in tl.static_range(ROWS):
-            if EVEN and not (PACKED and STATE):
-                rows += (tl.load(x_ptr + (begin + i) * D, mask=inside),)
-            else:
-                rows += (_input(x_ptr, state_ptr, begin + i, first, T, inside, D, PAST, PACKED and STATE),)
-            owns += (_document(ids_ptr, begin + i, 0, 1, T, PACKED, False),)
+        rows, _, owns = _rows(x_ptr, state_ptr, x_ptr, ids_ptr, begin, first, T, inside, D, ROWS, PAST, PACKED, STATE,
+                              EVEN, False)  # fmt: skip
         if not PACKED or _one_document(owns, seen, ROWS, PAST):
             past = _walk(rows, owns, past, seen, weight, y_ptr, begin, first, first_id, T, inside, D, TAPS, ROWS,
                          SILU, False, FAST)  # fmt: skip
@@ -272,16 +300,8 @@ def _backward(
     past, seen = _before(x_ptr, state_ptr, ids_ptr, start, first, first_id, T, inside, D, PAST, PACKED, STATE)
     for offset in range(0, CHUNK, ROWS):
         begin = start + offset
-        rows, drows, owns = (), (), ()
-        for i in tl.static_range(ROWS):
-            t = begin + i
-            if EVEN and not (PACKED and STATE):
-                rows += (tl.load(x_ptr + t * D, mask=inside),)
-                drows += (tl.load(dy_ptr + t * D, mask=inside),)
-            else:
-                rows += (_input(x_ptr, state_ptr, t, first, T, inside, D, PAST, PACKED and STATE),)
-                drows += (tl.load(dy_ptr + t * D, mask=inside & (t < T), other=0.0),)
-            owns += (_document(ids_ptr, t, 0, 1, T, PACKED, False),)
+        rows, drows, owns = _rows(x_ptr, state_ptr, dy_ptr, ids_ptr, begin, first, T, inside, D, ROWS, PAST, PACKED,
+                                  STATE, EVEN, True)  # fmt: skip
         if not PACKED or _one_document(owns, seen, ROWS, PAST):
             past, sums, dweight = _walk_back(
                 rows, drows, owns, past, seen, sums, dweight, weight, dx_ptr, dstate_ptr, dfinal_ptr, begin, start,
@@ -297,12 +317,8 @@ def _backward(
     for i in tl.static_range(TAPS):
         tl.store(dweight_ptr + i * D, dweight[i], mask=inside)
     # The tokens after the stretch, which its last inputs reach; the weights' gradient of them is the next program's.
-    rows, drows, owns = (), (), ()
-    for i in tl.static_range(PAST):
-        t = start + CHUNK + i
-        rows += (_input(x_ptr, state_ptr, t, first, T, inside, D, PAST, PACKED and STATE),)
-        drows += (tl.load(dy_ptr + t * D, mask=inside & (t < T), other=0.0),)
-        owns += (_document(ids_ptr, t, 0, 1, T, PACKED, False),)
+    rows, drows, owns = _rows(x_ptr, state_ptr, dy_ptr, ids_ptr, start + CHUNK, first, T, inside, D, PAST, PAST, PACKED,
+                              STATE, False, True)  # fmt: skip
     _walk_back(
         rows, drows, owns, past, seen, sums, dweight, weight, dx_ptr, dstate_ptr, dfinal_ptr, start + CHUNK, start,
         first, first_id, last, last_id, T, inside, D, TAPS, PAST, SILU, PACKED, STATE, FINAL, PACKED, FAST,
@@ -312,16 +328,13 @@ def _backward(
 def check(case: Any) -> None:
     """Raises UnsupportedCase unless these kernels do ``case``."""
     check_installed("short_convolution")
-    if case.taps > MOST_TAPS:
-        raise UnsupportedCase(
-            f"short_convolution: {case.taps} taps are more than the {MOST_TAPS} that a program holds in registers; "
-            "use implementation='xla'"
-        )
-    if case.tokens * case.width >= 2**31:
-        raise UnsupportedCase(
-            f"short_convolution: {case.tokens} tokens of {case.width} channels are more than a 32-bit index of a row "
-            "reaches; use implementation='xla'"
-        )
+    require, other = Arguments("short_convolution: triton").require, "use implementation='xla'"
+    require(case.taps <= MOST_TAPS, f"{case.taps} taps; a program holds at most {MOST_TAPS} in registers: {other}")
+    require(case.batch <= LONGEST_AXIS, f"{case.batch} rows; a grid has at most {LONGEST_AXIS}: {other}")
+    require(
+        case.tokens * case.width < 2**31,
+        f"{case.tokens} tokens of {case.width} channels are more than a 32-bit index of a row reaches: {other}",
+    )
 
 
 def _plan(

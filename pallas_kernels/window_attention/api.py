@@ -36,6 +36,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from pallas_kernels.batching import fold_batch
 from pallas_kernels.dispatch import Operation
 from pallas_kernels.window_attention.cases import (
     NEVER,
@@ -111,8 +112,8 @@ def window_attention(
       expiry: the index from which a key outside the window is gone; ``NEVER``, or 0 for a key that is not retained.
         Needs a window.
       columns: further retained keys, from a cache. Needs a window.
-      segment_ids: a document's number for each of the U positions, 0 for padding, which never lies inside a document; a
-        row never has two documents of one number. None: one document, no padding.
+      segment_ids: a document's number for each of the U positions, 0 for padding, which never lies inside a document
+        and whose q, k and v are finite; a row never has two documents of one number. None: one document, no padding.
       scale: of the logits; N ** -0.5 by default.
       return_lse: return lse too, by which results over disjoint keys are merged. It is differentiable.
       implementation: "pallas", "triton", "xla", or None for the fastest here.
@@ -262,24 +263,9 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 def _call(module: ModuleType, name: str, case: Case) -> Callable[..., Any]:
     """The module's function with its case, and with vmap folded into B where the module asks for it."""
-    function = getattr(module, name)
 
     def call(*arrays):
         batch = jax.tree.leaves(arrays)[0].shape[0]
-        return function(dataclasses.replace(case, B=batch), *arrays)
+        return getattr(module, name)(dataclasses.replace(case, B=batch), *arrays)
 
-    if not getattr(module, "FOLD_VMAP", False):
-        return call
-    foldable = jax.custom_batching.custom_vmap(call)
-
-    @foldable.def_vmap
-    def fold(axis_size, batched, *arrays):
-        def into_batch(x, mapped):
-            x = x if mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
-            return x.reshape(axis_size * x.shape[1], *x.shape[2:])
-
-        out = foldable(*jax.tree.map(into_batch, arrays, tuple(batched)))
-        out = jax.tree.map(lambda x: x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:]), out)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return foldable
+    return fold_batch(call) if getattr(module, "FOLD_VMAP", False) else call

@@ -136,7 +136,7 @@ def check_call(operands: Operands, window: int | None, scale: float | None, retu
     check.optional("scores", scores, "B U K", "float32")
     check.optional("expiry", expiry, "B U K", "int32")
     if columns is not None:
-        check.require(isinstance(columns, Columns), f"columns is {type(columns).__name__}; it must be a Columns")
+        check.record("columns", columns, Columns)
         check.array("columns.k", columns.k, "B C K N", dtype)
         check.array("columns.v", columns.v, "B C K V", dtype)
         check.array("columns.position", columns.position, "B C K", "int32")
@@ -171,11 +171,14 @@ def check_step(
         check.array(f"k[{n}]", key, f"B S_{n} K N", dtype)
         check.array(f"v[{n}]", value, f"B S_{n} K V", dtype)
         B, S, K = key.shape[:3]
+        form = f"use bool {list(key.shape[:3])} or {list(key.shape[:2])}, or int32 {[key.shape[0], key.shape[2]]}"
+        known = hasattr(flag, "shape") and hasattr(flag, "dtype")
+        check.require(known, f"valid[{n}] has type {type(flag).__name__}; {form}")
         lengths = flag.dtype == jnp.int32
         allowed: list[tuple[int, ...]] = [(B, K)] if lengths else [(B, S, K), (B, S)]
         check.require(
             (lengths or flag.dtype == jnp.bool_) and flag.shape in allowed,
-            f"valid[{n}] is {flag.dtype}{list(flag.shape)}; use bool {[B, S, K]} or {[B, S]}, or int32 {[B, K]}",
+            f"valid[{n}] is {flag.dtype}{list(flag.shape)}; {form}",
         )
         if not lengths and flag.ndim == 2:
             flag = jnp.broadcast_to(flag[:, :, None], (B, S, K))
@@ -211,18 +214,19 @@ def check_update(
     check.array("length", length, "B", "int32")
     check.optional("active", active, "B", "bool")
     check.optional("layer", layer, "", "int32")
-    check.require(isinstance(cache, DecodeCache), f"cache is {type(cache).__name__}; it must be a DecodeCache")
-    stored = str(cache.ring_k.dtype)
+    check.record("cache", cache, DecodeCache)
     lead = "" if layer is None else "L"
     check.array("cache.ring_k", cache.ring_k, f"{lead} B R K N", *FLOATS)
+    stored = str(cache.ring_k.dtype)
     check.array("cache.ring_v", cache.ring_v, f"{lead} B R K V", stored)
     check.array("cache.ring_score", cache.ring_score, f"{lead} B R K", "float32")
     check.array("cache.store_k", cache.store_k, f"{lead} B M K N", stored)
     check.array("cache.store_v", cache.store_v, f"{lead} B M K V", stored)
     check.array("cache.store_position", cache.store_position, f"{lead} B M K", "int32")
     check.array("cache.store_score", cache.store_score, f"{lead} B M K", "float32")
-    check.require(sinks >= 0, f"sinks={sinks}; it must be at least 0")
+    check.count("sinks", sinks, least=0)
+    check.count("reach", reach, least=0)
     R, M = sizes["R"], sizes["M"]
-    check.require(0 <= reach < R, f"reach={reach}; it must be at least 0 and less than the ring's {R}")
+    check.require(reach < R, f"reach={reach}; it must be less than the ring's {R}")
     B, H, K, N, V = (sizes[letter] for letter in "BHKNV")
     return UpdateCase(B, H, K, N, V, (R, M), dtype, check.scale(scale), sinks, reach)

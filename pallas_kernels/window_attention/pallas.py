@@ -9,15 +9,14 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import UnsupportedCase
-from pallas_kernels.tiles import check_choice, check_shared_memory
-from pallas_kernels.window_attention import pallas_dkv, pallas_dq
+from pallas_kernels.arguments import Arguments
+from pallas_kernels.tiles import HOPPER, capability, check_shared_memory
+from pallas_kernels.window_attention import pallas_dkv, pallas_dq, pallas_forward
 from pallas_kernels.window_attention.api import Case, Gradients, Operands
 from pallas_kernels.window_attention.pallas_bwd import differentiate
-from pallas_kernels.window_attention.pallas_forward import TILES, call_forward, shared_memory
+from pallas_kernels.window_attention.pallas_forward import TILES, call_forward
 from pallas_kernels.window_attention.pallas_gather import gather_rows
 from pallas_kernels.window_attention.pallas_plan import Known, pad_rows, plan_queries, survey_data
 
@@ -84,23 +83,14 @@ def backward(
 
 def check(case: Any) -> None:
     """Raises UnsupportedCase where these kernels do not run the case."""
-    if not isinstance(case, Case):
-        raise UnsupportedCase(
-            "window_attention: implementation='pallas' has no decode step; use implementation='triton', 'xla' or None"
-        )
-    other = "use implementation='triton', 'xla' or None"
-    if jax.default_backend() == "gpu":
-        capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
-        check_choice(NAME, "compute capability", capability, ("9.0",), other)
-    check_choice(NAME, "dtype", case.dtype, ("bfloat16", "float16"), other)
+    check, other = Arguments(NAME), "use implementation='triton', 'xla' or None"
+    check.require(isinstance(case, Case), f"implementation='pallas' has no decode step; {other}")
+    check.choice("compute capability", capability(), (HOPPER,), other)
+    check.choice("dtype", case.dtype, ("bfloat16", "float16"), other)
     size = size_of(case)
-    if size == 0:
-        raise UnsupportedCase(f"{NAME}: head sizes N={case.N}, V={case.V} are above {max(SIZES)}; {other}")
-    if case.scale <= 0:
-        raise UnsupportedCase(
-            f"{NAME}: scale={case.scale}; implementation='pallas' needs a positive one; negate q instead"
-        )
+    check.require(size > 0, f"head sizes N={case.N}, V={case.V} are above {max(SIZES)}; {other}")
+    scale = f"scale={case.scale}; implementation='pallas' needs a positive one"
+    check.require(case.scale > 0, f"{scale}; negate q instead")
     wide = dataclasses.replace(case, N=size, V=size)
-    check_shared_memory(NAME, shared_memory(wide, TILES[size]))
-    check_shared_memory(NAME, pallas_dq.shared_memory(wide, pallas_dq.TILES[size]))
-    check_shared_memory(NAME, pallas_dkv.shared_memory(wide, pallas_dkv.TILES[size]))
+    for kernel in (pallas_forward, pallas_dq, pallas_dkv):
+        check_shared_memory(NAME, kernel.shared_memory(wide, kernel.TILES[size]))

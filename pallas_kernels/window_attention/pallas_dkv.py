@@ -28,11 +28,12 @@ from pallas_kernels.window_attention.pallas_stream import (
     BY_ROW,
     LOG2_E,
     SWIZZLED,
+    Worker,
     add_product,
     persistent,
     program_count,
+    share_work,
     skip_steps,
-    take_registers,
     turn,
     turns,
 )
@@ -165,41 +166,33 @@ def _copy_queries(case: Case, tiles: KeyTiles, items: _KeyItems, queries: Any, b
         await_free(done + n)
 
 
-class _Gradients:
-    """What a compute warpgroup does: the gradients of 64 keys and values, tile after tile."""
+class _Gradients(Worker):
+    """The gradients of 64 keys and values, tile after tile."""
 
     def __init__(
-        self, case: Case, tiles: KeyTiles, wanted: Any, items: _KeyItems, warpgroup: Any, refs: Any, scratch: Any
+        self, case: Case, tiles: KeyTiles, items: _KeyItems, wanted: Any, refs: Any, scratch: Any, warpgroup: Any
     ):
-        self.case, self.tiles, self.wanted, self.items, self.warpgroup = case, tiles, wanted, items, warpgroup
+        super().__init__(case, tiles, items, warpgroup)
+        self.wanted = wanted
         self.keys, _, _, _, *self.out_refs = refs
         (k_smems, v_smems, *self.buffers, score_smems, p_smems), (kv_full, *full), used = scratch
         self.full, self.used = tuple(full), used
         self.k_smem, self.v_smem, self.kv_full = (x.at[warpgroup] for x in (k_smems, v_smems, kv_full))
         self.score_smem, self.p_smem = (None if x is None else x.at[warpgroup] for x in (score_smems, p_smems))
 
-    def first_key(self, tile):
-        return pl.multiple_of(tile * (self.tiles.warpgroups * ROWS) + self.warpgroup * ROWS, ROWS)
-
-    def fetch_keys(self, n):
+    def fetch(self, n) -> None:
         @pl.when(n < self.items.rounds)
         def _():
             b, h, tile = self.items.place(n)
             for ref, smem in ((self.keys.k, self.k_smem), (self.keys.v, self.v_smem)):
-                rows = self.items.rows_of(ref, b, h, self.first_key(tile))
+                rows = self.items.rows_of(ref, b, h, self.first_row(tile))
                 plgpu.copy_gmem_to_smem(rows, smem, self.kv_full)
 
-    def run(self):
-        self.fetch_keys(jnp.int32(0))
-        jax.lax.fori_loop(0, self.items.rounds, self.differentiate, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0)
-
-    def differentiate(self, n, done):
-        """Item n, before which ``done`` steps went by."""
+    def work(self, n, done):
         case, own = self.case, 2 + 4 * self.warpgroup
         b, h, tile = self.items.place(n)
         first, tiles_n, own_first, own_end, *whole = self.items.row(n, own, own + 1, own + 2, own + 3)
-        at = (b, h if self.keys.low.shape[1] > 1 else 0, pl.ds(self.first_key(tile), ROWS))
+        at = (b, h if self.keys.low.shape[1] > 1 else 0, pl.ds(self.first_row(tile), ROWS))
         seen = tuple(plgpu.load(x.at[at], layout=BY_ROW, optimized=False) for x in (self.keys.low, self.keys.high))
         i_first = case.U - case.T + first
         plgpu.barrier_wait(self.kv_full)
@@ -219,7 +212,7 @@ class _Gradients:
         carry = tuple(zeros(x) if want else None for want, x in zip(self.wanted, (case.N, case.V), strict=True))
         carry = jax.lax.fori_loop(0, G, one_head, carry) if G > 1 else one_head(0, carry)
         self.store(b, h, tile, (tiles_n > 0) | (tile < self.items.written), carry)
-        self.fetch_keys(n + 1)
+        self.fetch(n + 1)
         return done + tiles_n * G
 
     def step(self, before, i_first, seen, whole, step, carry):
@@ -267,11 +260,11 @@ class _Gradients:
             values = plgpu.load(self.v_smem, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
             self.score_smem[...] = (dv * values).sum(axis=1)
             plgpu.commit_smem()
-            rows = self.out_refs[-1].at[b, h, pl.ds(self.first_key(tile), ROWS)]
+            rows = self.out_refs[-1].at[b, h, pl.ds(self.first_row(tile), ROWS)]
             plgpu.copy_smem_to_gmem(self.score_smem, rows)
         results = [x for x in (None if dk is None else dk * self.case.scale, dv) if x is not None]
         for ref, result, smem in zip(self.out_refs, results, (self.k_smem, self.v_smem), strict=False):
-            rows = self.items.rows_of(ref, b, h, self.first_key(tile))
+            rows = self.items.rows_of(ref, b, h, self.first_row(tile))
             if ref.dtype == jnp.float32:
 
                 @pl.when(asked_for)
@@ -286,20 +279,16 @@ class _Gradients:
 
 
 def _kernel(case: Case, tiles: KeyTiles, wanted: Any, listed: bool, sizes: Any, refs: Any, *scratch: Any) -> None:
+    warpgroup = jax.lax.axis_index("wg")
     _, queries, plan_ref, used_ref, *_ = refs
     (_, _, *buffers, _, _), (_, *full), used = scratch
-    warpgroup = jax.lax.axis_index("wg")
     items = _KeyItems(case, plan_ref, used_ref, sizes[0], sizes[1], listed)
-
-    @pl.when(warpgroup == tiles.warpgroups)
-    def _copy():
-        take_registers(tiles.warpgroups, True)
-        _copy_queries(case, tiles, items, queries, buffers, full, used)
-
-    @pl.when(warpgroup < tiles.warpgroups)
-    def _compute():
-        take_registers(tiles.warpgroups, False)
-        _Gradients(case, tiles, wanted, items, warpgroup, refs, scratch).run()
+    share_work(
+        warpgroup,
+        tiles.warpgroups,
+        lambda: _copy_queries(case, tiles, items, queries, buffers, full, used),
+        lambda: _Gradients(case, tiles, items, wanted, refs, scratch, warpgroup).run(),
+    )
 
 
 def call_dkv(

@@ -24,13 +24,14 @@ from pallas_kernels.window_attention.pallas_stream import (
     Masks,
     Steps,
     Tiles,
+    Worker,
     add_product,
     copy_keys,
     flatten,
     persistent,
     program_count,
-    skip_steps,
-    take_registers,
+    share_work,
+    stream_keys,
 )
 
 TILES = {64: Tiles(3, 64, 6), 128: Tiles(2, 64, 3), 256: Tiles(1, 64, 2)}
@@ -57,55 +58,41 @@ def two_products(shape: tuple[int, int], a, b, c, d):
     return pl.run_scoped(products, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
 
 
-class _Gradient:
-    """What a compute warpgroup does: the gradient of 64 queries over the steps of their tile, tile after tile."""
+class _Gradient(Worker):
+    """The gradient of 64 queries over the steps of their tile, tile after tile."""
 
-    def __init__(self, case: Case, tiles: Tiles, items: Items, warpgroup: Any, refs: Any, scratch: Any):
-        self.case, self.tiles, self.items, self.warpgroup = case, tiles, items, warpgroup
+    def __init__(self, case: Case, tiles: Tiles, items: Items, refs: Any, scratch: Any, warpgroup: Any):
+        super().__init__(case, tiles, items, warpgroup)
         self.q_ref, _, _, self.do_ref, self.lse2_ref, self.delta_ref, self.key_list, self.plan, self.dq_ref = refs
         (q_smems, do_smems, self.k_smem, self.v_smem, ds_smems), (q_full, *full), used = scratch
         self.full, self.used = tuple(full), used
         self.q_smem, self.do_smem, self.q_full = (x.at[warpgroup] for x in (q_smems, do_smems, q_full))
         self.ds_smem = None if ds_smems is None else ds_smems.at[warpgroup]
 
-    def first_query(self, tile):
-        return pl.multiple_of(tile * (self.tiles.warpgroups * ROWS) + self.warpgroup * ROWS, ROWS)
-
-    def fetch_queries(self, n):
+    def fetch(self, n) -> None:
         @pl.when(n < self.items.rounds)
         def _():
             b, head, _, tile = self.items.place(n)
-            at = (b, pl.ds(self.first_query(tile), ROWS), head)
+            at = (b, pl.ds(self.first_row(tile), ROWS), head)
             plgpu.copy_gmem_to_smem(self.q_ref.at[at], self.q_smem, self.q_full)
             plgpu.copy_gmem_to_smem(self.do_ref.at[at], self.do_smem, self.q_full)
 
-    def run(self):
-        self.fetch_queries(jnp.int32(0))
-        jax.lax.fori_loop(0, self.items.rounds, self.differentiate, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0)
-
-    def differentiate(self, n, done):
-        """Item n, before which ``done`` steps went by."""
+    def work(self, n, done):
         place = self.items.place(n)
         b, head, _, tile = place
         steps = Steps(self.items.row(n, self.warpgroup), self.tiles.keys)
-        masks = Masks(self.case, steps, place, self.first_query(tile), self.plan.begin, self.key_list)
+        masks = Masks(self.case, steps, place, self.first_row(tile), self.plan.begin, self.key_list)
         here = (b, head, pl.ds(masks.t, ROWS))
         rows = tuple(plgpu.load(x.at[here], layout=BY_ROW, optimized=False) for x in (self.lse2_ref, self.delta_ref))
         plgpu.barrier_wait(self.q_full)
         dq = plgpu.layout_cast(jnp.zeros((ROWS, self.case.N), jnp.float32), plgpu.Layout.WGMMA)
-        if self.key_list is not None:
-            step = functools.partial(self.step, done, rows, masks.listed)
-            dq = jax.lax.fori_loop(0, steps.listed, step, dq)
-        first, end = masks.window_steps()
-        skip_steps(self.tiles.stages, self.full, self.used, done + steps.listed, done + first)
-        dq = jax.lax.fori_loop(first, end, functools.partial(self.step, done, rows, masks.window), dq)
-        skip_steps(self.tiles.stages, self.full, self.used, done + end, done + steps.end)
+        step = functools.partial(self.step, done, rows)
+        dq = stream_keys(self.tiles.stages, steps, masks, self.full, self.used, done, step, dq)
         self.q_smem[...] = (dq * self.case.scale).astype(self.q_smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(self.q_smem, self.dq_ref.at[b, pl.ds(masks.t, ROWS), head])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        self.fetch_queries(n + 1)
+        self.fetch(n + 1)
         return done + steps.end
 
     def step(self, done, rows, mask, step, dq):
@@ -134,16 +121,12 @@ def _kernel(case: Case, tiles: Tiles, q_tiles: int, programs: int, refs: Any, *s
     _, k_ref, v_ref, _, _, _, key_list, plan, _ = refs
     (_, _, k_smem, v_smem, _), (_, *full), used = scratch
     items = Items(case, plan.rows, q_tiles, programs)
-
-    @pl.when(warpgroup == tiles.warpgroups)
-    def _copy():
-        take_registers(tiles.warpgroups, True)
-        copy_keys(items, tiles, k_ref, v_ref, key_list, (k_smem, v_smem), full, used)
-
-    @pl.when(warpgroup < tiles.warpgroups)
-    def _compute():
-        take_registers(tiles.warpgroups, False)
-        _Gradient(case, tiles, items, warpgroup, refs, scratch).run()
+    share_work(
+        warpgroup,
+        tiles.warpgroups,
+        lambda: copy_keys(items, tiles, k_ref, v_ref, key_list, (k_smem, v_smem), full, used),
+        lambda: _Gradient(case, tiles, items, refs, scratch, warpgroup).run(),
+    )
 
 
 def call_dq(

@@ -30,24 +30,25 @@ from pallas_kernels.window_attention.pallas_stream import (
     Masks,
     Steps,
     Tiles,
+    Worker,
     add_product,
     copy_keys,
     flatten,
     fold,
     persistent,
     program_count,
-    skip_steps,
-    take_registers,
+    share_work,
+    stream_keys,
 )
 
 TILES = {64: Tiles(4, 64, 6), 128: Tiles(3, 64, 3), 256: Tiles(2, 64, 2)}
 
 
-class _Attention:
-    """What a compute warpgroup does: the softmax of 64 queries over the steps of their tile, tile after tile."""
+class _Attention(Worker):
+    """The softmax of 64 queries over the steps of their tile, tile after tile."""
 
-    def __init__(self, case: Case, tiles: Tiles, items: Items, warpgroup: Any, refs: Any, scratch: Any):
-        self.case, self.tiles, self.items, self.warpgroup = case, tiles, items, warpgroup
+    def __init__(self, case: Case, tiles: Tiles, items: Items, refs: Any, scratch: Any, warpgroup: Any):
+        super().__init__(case, tiles, items, warpgroup)
         self.q_ref, _, _, self.key_list, self.plan, self.o_ref, self.lse_ref = refs
         (q_smems, o_smems, self.k_smem, self.v_smem, lse_smems, p_smems), (q_full, *full), used = scratch
         self.full, self.used = tuple(full), used
@@ -57,45 +58,31 @@ class _Attention:
         self.p_smem = None if p_smems is None else p_smems.at[warpgroup]
         self.scale = case.scale * LOG2_E
 
-    def first_query(self, tile):
-        return pl.multiple_of(tile * (self.tiles.warpgroups * ROWS) + self.warpgroup * ROWS, ROWS)
-
-    def fetch_queries(self, n):
+    def fetch(self, n) -> None:
         @pl.when(n < self.items.rounds)
         def _():
             b, head, _, tile = self.items.place(n)
-            rows = pl.ds(self.first_query(tile), ROWS)
+            rows = pl.ds(self.first_row(tile), ROWS)
             plgpu.copy_gmem_to_smem(self.q_ref.at[b, rows, head], self.q_smem, self.q_full)
 
-    def run(self):
-        self.fetch_queries(jnp.int32(0))
-        jax.lax.fori_loop(0, self.items.rounds, self.attend, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0)
-
-    def attend(self, n, done):
-        """Item n, before which ``done`` steps went by."""
+    def work(self, n, done):
         place = self.items.place(n)
         steps = Steps(self.items.row(n, self.warpgroup), self.tiles.keys)
-        masks = Masks(self.case, steps, place, self.first_query(place[3]), self.plan.begin, self.key_list)
+        masks = Masks(self.case, steps, place, self.first_row(place[3]), self.plan.begin, self.key_list)
         plgpu.barrier_wait(self.q_full)
         carry = (
             plgpu.layout_cast(jnp.zeros((ROWS, self.case.V), jnp.float32), plgpu.Layout.WGMMA),
             plgpu.layout_cast(jnp.full((ROWS,), -1e30, jnp.float32), BY_ROW),
             plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), plgpu.Layout.WGMMA),
         )
-        if self.key_list is not None:
-            step = functools.partial(self.step, done, masks.listed)
-            carry = jax.lax.fori_loop(0, steps.listed, step, carry)
-        first, end = masks.window_steps()
-        skip_steps(self.tiles.stages, self.full, self.used, done + steps.listed, done + first)
-        carry = jax.lax.fori_loop(first, end, functools.partial(self.step, done, masks.window), carry)
-        skip_steps(self.tiles.stages, self.full, self.used, done + end, done + steps.end)
+        step = functools.partial(self.step, done)
+        carry = stream_keys(self.tiles.stages, steps, masks, self.full, self.used, done, step, carry)
         if self.own_output:  # every logit of this tile is there: its queries make room for the next ones
-            self.fetch_queries(n + 1)
+            self.fetch(n + 1)
         self.store(masks, place, carry)
         if not self.own_output:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            self.fetch_queries(n + 1)
+            self.fetch(n + 1)
         return done + steps.end
 
     def step(self, done, mask, step, carry):
@@ -148,16 +135,12 @@ def _kernel(case: Case, tiles: Tiles, q_tiles: int, programs: int, refs: Any, *s
     warpgroup = jax.lax.axis_index("wg")
     (_, k_ref, v_ref, key_list, plan, _, _), ((_, _, k_smem, v_smem, _, _), (_, *full), used) = refs, scratch
     items = Items(case, plan.rows, q_tiles, programs)
-
-    @pl.when(warpgroup == tiles.warpgroups)
-    def _copy():
-        take_registers(tiles.warpgroups, True)
-        copy_keys(items, tiles, k_ref, v_ref, key_list, (k_smem, v_smem), full, used)
-
-    @pl.when(warpgroup < tiles.warpgroups)
-    def _compute():
-        take_registers(tiles.warpgroups, False)
-        _Attention(case, tiles, items, warpgroup, refs, scratch).run()
+    share_work(
+        warpgroup,
+        tiles.warpgroups,
+        lambda: copy_keys(items, tiles, k_ref, v_ref, key_list, (k_smem, v_smem), full, used),
+        lambda: _Attention(case, tiles, items, refs, scratch, warpgroup).run(),
+    )
 
 
 def shared_memory(case: Case, tiles: Tiles) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from math import gcd
 from typing import Any
 
@@ -41,6 +42,45 @@ def take_registers(warpgroups: int, copies: bool) -> None:
         return
     compute, copy = {2: (232, 40), 3: (160, 32), 4: (112, 32)}[warpgroups]
     plgpu.set_max_registers(copy if copies else compute, action="decrease" if copies else "increase")
+
+
+def share_work(warpgroup: Any, warpgroups: int, copy: Callable[[], None], compute: Callable[[], None]) -> None:
+    """The last warpgroup of a program copies, the others compute."""
+
+    @pl.when(warpgroup == warpgroups)
+    def _copy():
+        take_registers(warpgroups, True)
+        copy()
+
+    @pl.when(warpgroup < warpgroups)
+    def _compute():
+        take_registers(warpgroups, False)
+        compute()
+
+
+class Worker:
+    """What a compute warpgroup does: its 64 rows of each item of its program, one item after another.
+
+    A pass says how to ``fetch`` item n's own rows, if there is such an item, and to ``work`` on it: that begins when
+    ``done`` steps have gone by, and returns how many have gone by at its end.
+    """
+
+    def __init__(self, case: Case, tiles: Any, items: Any, warpgroup: Any):
+        self.case, self.tiles, self.items, self.warpgroup = case, tiles, items, warpgroup
+
+    def first_row(self, tile):
+        return pl.multiple_of(tile * (self.tiles.warpgroups * ROWS) + self.warpgroup * ROWS, ROWS)
+
+    def fetch(self, n) -> None:
+        raise NotImplementedError
+
+    def work(self, n, done):
+        raise NotImplementedError
+
+    def run(self) -> None:
+        self.fetch(jnp.int32(0))
+        jax.lax.fori_loop(0, self.items.rounds, self.work, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
 
 
 class Steps:
@@ -180,6 +220,17 @@ def skip_steps(stages: int, full: Any, used: Any, first: Any, end: Any) -> None:
             plgpu.barrier_arrive(free.at[slot])
 
     jax.lax.fori_loop(first, end, skip, None)
+
+
+def stream_keys(stages: int, steps: Steps, masks: Masks, full: Any, used: Any, done: Any, step: Any, carry: Any) -> Any:
+    """Takes ``carry`` through the steps of a tile that hold a key for this warpgroup: ``step(mask, number, carry)``."""
+    if masks.list is not None:
+        carry = jax.lax.fori_loop(0, steps.listed, functools.partial(step, masks.listed), carry)
+    first, end = masks.window_steps()
+    skip_steps(stages, full, used, done + steps.listed, done + first)
+    carry = jax.lax.fori_loop(first, end, functools.partial(step, masks.window), carry)
+    skip_steps(stages, full, used, done + end, done + steps.end)
+    return carry
 
 
 class Masks:

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import Arguments
+from pallas_kernels.tiles import capability
 from pallas_kernels.triton_call import check_installed, jit, tl, triton_call
 from pallas_kernels.window_attention import triton_bwd, triton_step, triton_update
 from pallas_kernels.window_attention.api import Case, Operands
 from pallas_kernels.window_attention.triton_plan import make_plan, plan_arguments
 from pallas_kernels.window_attention.triton_tiles import (
     LANES,
-    capability,
     launch,
     load_rows,
     own_tile,
@@ -104,13 +104,13 @@ def check(case: Any) -> None:
     """Raises UnsupportedCase where these kernels do not run the case."""
     check_installed("window_attention")
     require = Arguments("window_attention: triton").require
-    require(capability() >= 8, f"compute capability {capability()}; it must be at least 8 (Ampere): use 'xla'")
+    require(capability() >= 80, f"compute capability {capability() / 10}; it must be 8.0 at least: use 'xla'")
     require(max(case.N, case.V) <= 256, f"head sizes N={case.N}, V={case.V}; both must be at most 256: use 'xla'")
     require(case.scale > 0, f"scale={case.scale}; it must be positive: negate q instead")
     if isinstance(case, Case):
         require(
-            case.dtype != "float32" or (max(case.N, case.V) <= 64 and (capability() == 8 or spacious())),
-            f"float32 with head sizes N={case.N}, V={case.V} on {capability()}; its products fit into the shared "
+            case.dtype != "float32" or (max(case.N, case.V) <= 64 and (capability() == 80 or spacious())),
+            f"float32 with head sizes N={case.N}, V={case.V} on {capability() / 10}; its products fit into the shared "
             "memory of capability 8.0 and 9.0 to 11 up to 64: use bfloat16, float16 or 'xla'",
         )
         rows = max(case.T * case.H, case.U * case.K, case.C * case.K) * max(case.N, case.V)

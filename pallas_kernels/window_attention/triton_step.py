@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import UnsupportedCase
-from pallas_kernels.triton_call import jit, tl, triton_call
+from pallas_kernels.arguments import Arguments
+from pallas_kernels.triton_call import LONGEST_AXIS, jit, tl, triton_call
 from pallas_kernels.window_attention.api import StepCase, UpdateCase
 from pallas_kernels.window_attention.triton_tiles import LOG2_E, block, load_rows
 
@@ -224,11 +224,14 @@ def tiles_of(case: StepCase | UpdateCase) -> tuple[StepTiles, int]:
 
 def check_step(case: Any) -> None:
     """Raises UnsupportedCase where these kernels do not run the step."""
-    if case.H // case.K > 128:
-        raise UnsupportedCase(
-            f"window_attention_step: {case.H // case.K} query heads per KV head; implementation='triton' takes at most "
-            "128; use 'xla'"
-        )
+    require, group = Arguments("window_attention_step: triton").require, case.H // case.K
+    require(group <= 128, f"{group} query heads per KV head; at most 128: use 'xla'")
+    rows = case.B * case.K
+    require(
+        rows <= LONGEST_AXIS, f"B K = {rows}; a grid has at most {LONGEST_AXIS} of them: split the batch or use 'xla'"
+    )
+    numbers = max(case.slots) * case.K * max(case.N, case.V)
+    require(numbers < 2**31, f"the slots of a row hold {numbers} numbers, which are counted in 32 bits: use 'xla'")
 
 
 def _held(held: jax.Array) -> jax.Array:

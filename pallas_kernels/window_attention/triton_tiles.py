@@ -15,9 +15,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
-
-from pallas_kernels.triton_call import jit, tl
+from pallas_kernels.tiles import capability
+from pallas_kernels.triton_call import LONGEST_AXIS, jit, tl
 from pallas_kernels.window_attention.api import Case
 
 LOG2_E = 1.4426950408889634
@@ -263,8 +262,6 @@ def retains(case: Case) -> bool:
     return case.expiry and window_of(case) < case.U
 
 
-LONGEST_AXIS = 65_535  # of a grid, all but the first
-
 # How many of the batch's heads go on from tile to tile together, at most, as measured on an H200. With many, the tiles
 # of one end, which have the least work, come last and fill the multiprocessors that have run out of others; with few,
 # the keys of a head stay in the L2 cache. "window": a forward pass without retained keys (full attention, whose tiles
@@ -322,15 +319,9 @@ SMALL_TILES = {
 }
 
 
-def capability() -> float:
-    """The compute capability of the GPU that kernels are made for: 9.0 where there is none to ask."""
-    device = jax.local_devices()[0]
-    return float(device.compute_capability) if device.platform == "gpu" else 9.0
-
-
 def spacious() -> bool:
     """Whether a program may have the 227 KB of shared memory of Hopper, as on 10 and 11; on 12 there are 99 again."""
-    return 9 <= capability() < 12
+    return 90 <= capability() < 120
 
 
 def block(size: int) -> int:

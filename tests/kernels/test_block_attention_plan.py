@@ -23,7 +23,7 @@ def _documents(B, T, lengths):
 def test_lists_name_each_reader_once(B, T, K, M, S, lengths, most):
     rng = np.random.default_rng(17)
     layout = plain_layout(B, T, S) if lengths is None else row_layout(_documents(B, T, lengths), S)
-    current = np.asarray(layout.position) // S
+    current, start = np.asarray(layout.position) // S, np.asarray(layout.start)
     indices = np.full((B, T, K, M), -1, np.int32)
     for b, t, kv in np.ndindex(B, T, K):
         if current[b, t] >= 0:
@@ -36,7 +36,7 @@ def test_lists_name_each_reader_once(B, T, K, M, S, lengths, most):
             assert end - begin <= most
             found |= {(int(first), int(entry)) for entry in lists.entry[b, kv, begin:end]}
         wanted = {
-            (int(layout.start[b, t] + S * indices[b, t, kv, m]), t * M + m)
+            (int(start[b, t] + S * indices[b, t, kv, m]), t * M + m)
             for t, m in np.ndindex(T, M)
             if indices[b, t, kv, m] >= 0
         }

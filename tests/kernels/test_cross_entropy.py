@@ -73,6 +73,22 @@ def test_what_is_not_finite_shows_in_the_loss(implementation):
     assert not np.isfinite(loss[1]) and not np.isfinite(loss[2]) and np.isfinite(loss[3])
 
 
+def test_a_label_beyond_the_columns_makes_its_loss_nan_and_no_other(implementation):
+    """In the last row, where the number that it points at belongs to no array."""
+    logits, labels = inputs(4, 9000)
+    labels[3] = 9000
+    loss, correct, gradient = cross_entropy(logits, labels, implementation=implementation)
+    expected = truth(logits[:3], labels[:3])
+    assert np.isnan(loss[3]) and correct[3] == 0.0
+    assert rms_error(loss[:3], expected[0]) < 1e-6 and rms_error(gradient[:3], expected[2]) < 1e-6
+
+
+def test_a_gradient_through_it_is_zero(implementation):
+    logits, labels = inputs(3, 40)
+    found = jax.grad(lambda z: cross_entropy(z, labels, implementation=implementation)[0].sum())(logits)
+    assert not np.any(found)
+
+
 def test_the_same_bits_twice(implementation):
     logits, labels = inputs(9, 17001)
     first, second = (cross_entropy(logits, labels, dtype=jnp.bfloat16, implementation=implementation) for _ in "ab")

@@ -1,4 +1,4 @@
-"""The gated norm against its equations and hand-derived gradients in float64, for every implementation."""
+"""The norm, gated or of a residual stream, against its equations and hand-derived gradients in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from lte_jax.remat import checkpointed
 from pallas_kernels.dispatch import UnsupportedCase
-from pallas_kernels.rms_norm import rms_norm
+from pallas_kernels.rms_norm import residual_rms_norm, rms_norm
 from tests.tolerances import assert_close
 
 EPS = 1e-3  # large enough that leaving it out would show
@@ -58,6 +58,27 @@ def test_values_and_gradients(implementation, shape, gated):
         assert_close(a, b, "rms_norm")
 
 
+@functools.partial(jax.jit, static_argnames="implementation")
+def stream(x, weight, cotangents, *, implementation):
+    """x, y, dx, dweight."""
+    run = functools.partial(residual_rms_norm, eps=EPS, implementation=implementation)
+    outputs, pullback = jax.vjp(run, x, weight)
+    return (*outputs, *pullback(cotangents))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(5,), (7, 13), (2, 3, 5, 128), (37, 1000), (19, 2048)], ids=str)
+def test_a_stream_goes_on_beside_its_norm(implementation, shape, dtype):
+    """x stays as it is, and its gradient is the sum of both ways."""
+    (x, weight, past), dy = make_inputs(shape, dtype=dtype)
+    y, dx, dweight = truth(x, weight, None, dy)
+    found = stream(x, weight, (past, dy), implementation=implementation)
+    np.testing.assert_array_equal(found[0], x)
+    for a, b in zip(found[1:], (y, dx + np.asarray(past, np.float64), dweight), strict=True):
+        assert_close(a, b, "rms_norm", dtype)
+    assert [str(a.dtype) for a in found] == [dtype, dtype, dtype, "float32"]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_inputs(implementation, dtype):
     inputs, dy = make_inputs((3, 37, 128), dtype=dtype)
@@ -81,6 +102,21 @@ def test_gates_beyond_the_exponential(implementation):
     found = outputs_and_gradients((x, weight, gate), dy, implementation=implementation)
     assert all(np.isfinite(a).all() for a in found)
     assert_close(found[0], truth(x, weight, gate, dy)[0], "rms_norm")
+
+
+@pytest.mark.gpu
+def test_more_numbers_under_vmap_than_32_bits_count():
+    """All rows lie behind one another then, those of the second weight beyond 2^31 numbers."""
+    if (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0) < 20 * 2**30:
+        pytest.skip("needs 20 GB of a GPU's memory")
+    rows = 2**24 + 64
+    x = jax.jit(lambda: jax.lax.broadcasted_iota(jnp.bfloat16, (2, rows, 64), 2) - 31)()
+    weight = jnp.stack([jnp.ones(64), jnp.arange(64.0)])
+    run = functools.partial(rms_norm, eps=EPS, implementation="triton")
+    y = jax.jit(jax.vmap(run))(x, weight)
+    for number in range(2):
+        few = x[number, -9:]
+        assert_close(y[number, -9:], truth(few, weight[number], None, few)[0], "rms_norm", "bfloat16")
 
 
 def test_vmap_and_same_bits_twice(implementation):

@@ -73,7 +73,7 @@ def test_every_kernel_compiles_without_spills(size, dtype, documents):
         (3, 32, jnp.bfloat16, "head size=32 is not one of 64, 128"),
         (3, 256, jnp.bfloat16, "head size=256 is not one of 64, 128"),
         (4, 64, jnp.bfloat16, "4 convolutions leave 8 of 128 channels"),
-        (3, 64, jnp.float32, "dtype=float32 is not one of bfloat16, float16"),
+        (3, 64, jnp.float32, "dtype='float32' is not one of bfloat16, float16"),
     ],
 )
 def test_what_the_kernels_do_not_do_is_refused_by_name(count, size, dtype, message):

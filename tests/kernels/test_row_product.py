@@ -24,6 +24,7 @@ CASES = {
     "two_rows": (2, 130, (16, 17), ("norm",)),
     "rows_all": (7, 97, (37, 3, 40, 1, 8, 5), ("norm", "bias", "residual")),
     "rows_gated": (19, 257, (67,), ("norm", "bias", "residual", "gated")),
+    "shallow": (3, 7, (5,), ("norm", "residual")),
     "many_rows": (131, 64, (33,), ("residual",)),
     "many_rows_gated": (70, 1000, (129,), ("norm", "gated")),
 }
@@ -83,7 +84,7 @@ def test_float32_out_of_16_bits(implementation):
         ({"bias": (15,)}, "bias has shape"),
         ({"residual": (2, 15)}, "residual has shape"),
         ({"widths": (8, 9)}, "add up to 16"),
-        ({"widths": (16, 0)}, "add up to 16"),
+        ({"widths": (16, 0)}, "pieces=0; it must be a Python integer >= 1"),
         ({"gated": True, "weight": (15, 8)}, "gated, it must have an even number"),
         ({"implementation": "pallas"}, "does not exist"),
     ],

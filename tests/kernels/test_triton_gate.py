@@ -12,6 +12,8 @@ from pallas_kernels import triton_call
 from pallas_kernels.dispatch import UnsupportedCase, lowering_for_gpu
 from pallas_kernels.gated_delta_rule import triton as gated_delta_rule
 from pallas_kernels.gated_delta_rule import triton_tiles
+from pallas_kernels.short_convolution import short_convolution
+from pallas_kernels.window_attention import window_attention_step
 from tests.kernels import needs_triton
 
 # Spilled bytes per thread allowed to each kernel, by head size: what the compiler reported when its speed was measured.
@@ -42,12 +44,12 @@ WIDE_SPILLS = {("_scan_chunks", 256): 188, ("_reverse_scan", 256): 112}
 WITHOUT_DOTS = ("_one_token",)
 
 
+def spec(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 def _arguments(size: int, packed: bool = False, long: bool = False):
     """Inputs of two rows of 256 tokens, or of one row that is split over the GPU."""
-
-    def spec(dtype, *shape):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
     batch, tokens = (1, 4096) if long else (2, 256)
     q = spec(jnp.bfloat16, batch, tokens, 2, size)
     v = spec(jnp.bfloat16, batch, tokens, 4, size)
@@ -97,6 +99,44 @@ def test_wide_scans_compile_without_further_spills(size, monkeypatch):
             scan = triton_call.compile_call(call)
             assert "wgmma" in scan.ptx
             assert scan.spill_bytes <= WIDE_SPILLS.get((name, size), 0)
+
+
+SLOTS = 2**31 // (16 * 128)
+LARGE = {
+    "rows of the short convolution": (
+        lambda x, w: short_convolution(x, w, implementation="triton"),
+        (spec(jnp.bfloat16, 65_536, 2, 16), spec(jnp.float32, 4, 16)),
+        "65536 rows; a grid has at most 65535",
+    ),
+    "rows of the short convolution under vmap": (
+        jax.vmap(lambda x, w: short_convolution(x, w, implementation="triton")[0], in_axes=(0, None)),
+        (spec(jnp.bfloat16, 2, 32_768, 2, 16), spec(jnp.float32, 4, 16)),
+        r"_forward: \(1, 1, 65536\) programs; all axes but the first have at most 65535",
+    ),
+    "numbers in a row of the short convolution": (
+        lambda x, w: short_convolution(x, w, implementation="triton"),
+        (spec(jnp.bfloat16, 1, 2**21, 1024), spec(jnp.float32, 4, 1024)),
+        "2097152 tokens of 1024 channels are more than a 32-bit index of a row reaches",
+    ),
+    "heads of a decode step": (
+        lambda q, k, n: window_attention_step(q, k, k, n, implementation="triton"),
+        (spec(jnp.bfloat16, 4096, 16, 64), spec(jnp.bfloat16, 4096, 3, 16, 64), spec(jnp.int32, 4096, 16)),
+        "B K = 65536; a grid has at most 65535",
+    ),
+    "numbers in a row of a cache": (
+        lambda q, k, n: window_attention_step(q, k, k, n, implementation="triton"),
+        (spec(jnp.bfloat16, 1, 16, 128), spec(jnp.bfloat16, 1, SLOTS, 16, 128), spec(jnp.int32, 1, 16)),
+        "the slots of a row hold 2147483648 numbers, which are counted in 32 bits",
+    ),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("name", LARGE)
+def test_what_a_grid_or_32_bits_do_not_count_is_refused(name):
+    function, arrays, message = LARGE[name]
+    with pytest.raises(UnsupportedCase, match=message):
+        triton_call.record_calls(function, *arrays)
 
 
 def test_without_triton_the_error_says_what_to_install(monkeypatch):

@@ -1,6 +1,7 @@
 """Are compiled Triton kernels kept on disk, found again only where they are the same, and mended where damaged?"""
 
 import concurrent.futures
+import errno
 import json
 import logging
 import multiprocessing
@@ -185,6 +186,26 @@ def test_a_folder_that_cannot_be_written_is_reported_and_the_program_is_compiled
     with caplog.at_level(logging.WARNING, logger=triton_programs.__name__):
         assert triton_programs.program(source()).name == "_kernel"
     assert "is not kept" in caplog.text
+
+
+def test_whoever_shares_the_folder_may_read_a_program(folder):
+    before = os.umask(0o022)
+    try:
+        triton_programs.program(source())
+    finally:
+        os.umask(before)
+    (path,) = folder.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_full_disk_leaves_nothing_behind(folder, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(triton_programs.json, "dump", full)
+    with caplog.at_level(logging.WARNING, logger=triton_programs.__name__):
+        assert triton_programs.program(source()).name == "_kernel"
+    assert "is not kept" in caplog.text and not list(folder.iterdir())
 
 
 def test_nothing_is_kept_where_jax_keeps_nothing(folder):

@@ -98,7 +98,7 @@ CASE = Case(1, 8, 8, 2, 1, 64, 64, 0, "bfloat16", 4, 0.125, False, False, False,
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(dtype="float32"), "dtype=float32 is not one of bfloat16, float16"),
+        (dict(dtype="float32"), "dtype='float32' is not one of bfloat16, float16"),
         (dict(N=320), "head sizes N=320, V=64 are above 256"),
         (dict(scale=-1.0), "needs a positive one"),
     ],

@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import lte_jax
-from experiments.generate import check_flags
+from experiments import evaluate, generate
 from lte_jax import configs, data, restore, runs
 from lte_jax.model_config import ModelConfig
 from tests.system.tiny import tiny_experiment, tiny_model
@@ -160,7 +160,27 @@ def test_bad_input_is_one_line_with_value_rule_and_fix(kind, tmp_path):
         (dict(interactive=True, devices=4), "--devices=4: the rows of --prompts_file are shared"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(given, message):
+def test_flags_of_generation_that_do_not_go_together_are_refused(given, message):
     usual = dict(prompt=None, prompts_file=None, interactive=False, output=None, log_probs=False, chunk=None, devices=1)
     with pytest.raises(ValueError, match=message):
-        check_flags(SimpleNamespace(**usual | given))
+        generate.check_flags(SimpleNamespace(**usual | given))
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "message"),
+    [
+        ("--own=bytes", "num_samples", "--num_samples: --own=bytes does not read it; leave it out"),
+        ("--own=mqar", "depths", "--depths: --own=mqar does not read it"),
+        ("--tasks", "text", "--text: --tasks does not read it"),
+        ("data", "limit", "--limit: an evaluation on data does not read it"),
+        ("--inspect", "reading", "--reading: --inspect does not read it"),
+    ],
+)
+def test_flags_that_an_evaluation_does_not_read_are_refused(kind, given, message):
+    known = {
+        name: SimpleNamespace(present=int(name == given)) for names in evaluate.READ.values() for name in names.split()
+    }
+    with pytest.raises(ValueError, match=message):
+        evaluate.check_flags(known, kind)
+    known[given].present = 0
+    evaluate.check_flags(known, kind)

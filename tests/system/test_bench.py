@@ -250,6 +250,27 @@ def test_whole_models_are_timed_at_every_length_and_batch(monkeypatch):
         models.Plan("gdn", "0.4B", lengths=(5000,))
 
 
+def test_what_cannot_fit_is_said_and_not_compiled(monkeypatch):
+    """By the bytes of weights and cache: the compiler would search for minutes for a plan that there is not."""
+    bench = models.Bench(models.Plan("transformer", "tiny", (16, 48), (1, 64), chunk=16, steps=2, rounds=1))
+    most, few = (models._bytes(bench._shapes) + models._bytes(bench._shape_of_cache(64, T)) for T in (48, 16))
+    bench._limit = (most + few) / 2
+    monkeypatch.setattr(models, "_program", lambda future: models.Program(future.result(), 1))  # a small plan
+    bench.compile()
+    assert {(kind, batch) for kind, batch, _ in bench._programs} == {
+        (kind, batch) for kind in ("prompt", "token") for batch in (1, 64)
+    } and len(bench._programs) == 6, "none of 64 rows of 48 tokens"
+    bench.allocate()
+    rows = list(bench.rows())
+    large = [row for row in rows if "token" not in row]
+    assert [(row["length"], row["batch"]) for row in large] == [(48, 64)] and len(rows) == 4
+    assert large[0]["missing"] == large[0]["prompt_missing"] == "needs over 0 GiB"
+    alone = models.Bench(models.Plan("transformer", "tiny", (48,), (64,), chunk=16, steps=2, rounds=1))
+    alone._limit = bench._limit
+    alone.compile()
+    assert not alone._programs and [row["missing"] for row in alone.rows()] == ["needs over 0 GiB"]
+
+
 def test_a_killed_table_goes_on(tmp_path):
     known = {"who": "ours", "model": "gdn", "size": "tiny", "length": 16, "batch": 2, "token": 1.0}
     path = tmp_path / "cost.jsonl"

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lte_jax import damage
-from lte_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, abstract_like
+from lte_jax.checkpoint import CheckpointError, Checkpoints, DamagedError
 from lte_jax.checksums import checksums
 
 ROOT = Path(__file__).parents[2]
@@ -40,10 +40,15 @@ def save(folder, steps, **kwargs):
     checkpoints.close()
 
 
+def abstract(arrays, sharding=None):
+    """What to restore: as these arrays lie, or all of them on ``sharding``."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), arrays)
+
+
 def restore(folder, sharding=None, read_only=True, **kwargs):
     checkpoints = Checkpoints(folder, read_only=read_only)
     try:
-        return checkpoints.restore({"params": abstract_like(tree(), sharding)}, **kwargs)
+        return checkpoints.restore({"params": abstract(tree(), sharding)}, **kwargs)
     finally:
         checkpoints.close()
 
@@ -176,7 +181,7 @@ def test_a_model_with_another_tree_renames_nothing(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     for other in ({**tree(), "new": jnp.zeros(3)}, {**tree(), "half": jnp.zeros(17, jnp.bfloat16)}):
         with pytest.raises(CheckpointError, match="code whose parameters have other shapes"):
-            checkpoints.restore({"params": abstract_like(other)})
+            checkpoints.restore({"params": abstract(other)})
     checkpoints.close()
     assert names(tmp_path) == ["1", "2"]
 

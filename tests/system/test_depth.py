@@ -91,6 +91,39 @@ def test_the_gradient_of_slices_is_one_stack():
     assert "pad" not in str(jax.make_jaxpr(lambda c: pull(tuple(c)))(cotangents))
 
 
+def equations(jaxpr):
+    """Every equation, of inner programs too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_training_casts_each_weight_once(layers):
+    """As a stack of all layers, not where a backward pass would cast it again; its gradient is widened once too."""
+    model = nnx.eval_shape(lambda: LanguageModel(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, remat="operands"))
+    model.layers = layers
+    graph, state = nnx.split(model)
+    ids = jnp.zeros((2, 33), jnp.int32)
+    loss = lambda state: training_loss(nnx.merge(graph, state), ids)[0]  # noqa: E731
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(state).jaxpr
+    variables = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    linear = [x.get_value().shape for x in variables if "read_in" in x.get_metadata()]
+    assert len(linear) == 17  # 7 of a delta rule's layer, 4 of LTE, 3 of each MLP
+    casts = [e for e in equations(jaxpr) if e.primitive.name == "convert_element_type"]
+    for to, origin in ((jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)):
+        shapes = [
+            e.invars[0].aval.shape
+            for e in casts
+            if (e.params["new_dtype"], e.invars[0].aval.dtype) == (to, origin)
+            and e.invars[0].aval.shape[-2:] in {shape[1:] for shape in linear}
+        ]
+        assert sorted(shapes) == sorted(linear)
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="layers='loop' is not one of scan, unroll"):
         through(lambda x, _: (x, None), jnp.ones(2), jnp.ones((3, 2)), layers="loop", remat="none")

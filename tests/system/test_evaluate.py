@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.evaluate import evaluate_data, evaluate_tasks
+from experiments.evaluations import evaluate_data, evaluate_tasks
 from lte_jax import LTE, GatedDeltaNet, LanguageModel, ModelConfig, configs, restore
 from lte_jax.checkpoint import Checkpoints
 from lte_jax.data import MQARMix, SymbolNeedles, Text

@@ -16,18 +16,20 @@ import numpy as np
 import pytest
 
 from lte_jax import data, metrics, spikes
+from lte_jax.bad_steps import TrainingError
 from lte_jax.checkpoint import CheckpointConfig, CheckpointError, Checkpoints
 from lte_jax.data import DataError, UnreadableError, corpus, pipeline
 from lte_jax.data.tasks import TaskRows
 from lte_jax.experiment import EvaluationConfig
 from lte_jax.metrics import read_metrics
 from lte_jax.spikes import SpikeConfig, SpikeState
-from lte_jax.train import TrainingError, _Run, train
+from lte_jax.train import _Run, train
 from tests.system.data_samples import batches, same, small_text
 from tests.system.test_launch import check_gone
 from tests.system.worker import experiment
 
 ONE = jax.devices()[:1]
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 def small(**changes):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import types
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -13,9 +16,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.evaluate import evaluate_tasks, texts
+from experiments.evaluations import evaluate_tasks, texts
 from lte_jax import LTE, GatedDeltaNet, LanguageModel, ModelConfig, restore
 from lte_jax.data.tokenizer import load_tokenizer
+from lte_jax.lengths import LengthWarning
 
 pytestmark = [
     pytest.mark.skipif(
@@ -220,6 +224,40 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(run, documents, tmp_path, 
     assert again["results"] == first["results"]
 
 
+def test_a_process_killed_outright_goes_on_where_it_stopped(run, tmp_path):
+    """kill -9 of the program itself, at a moment of nobody's choosing; the rest is what a run without it says."""
+    rows = [{"goal": f"number {n} is", "sol1": "odd", "sol2": "two", "label": 1 - n % 2} for n in range(150)]
+    for split in ("validation", "train"):
+        put(tmp_path / "documents", "baber/piqa", split, rows)
+    cache = tmp_path / "answers.jsonl"
+    places = (f"--local_data={tmp_path / 'documents'}", f"--cache={cache}", f"--output={tmp_path / 'killed.json'}")
+    task = ("--tasks=piqa", "--batch_size=1", f"--checkpoint={run}")
+    command = [sys.executable, "-m", "experiments.evaluate", *task, *places]
+
+    def answers(path: Path) -> list[str]:
+        return path.read_text().splitlines()[1:] if path.exists() else []
+
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while len(answers(cache)) < 20:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    before = answers(cache)
+    assert 20 <= len(before) < 300 and not list(tmp_path.glob("killed*")), "killed in the middle, and nothing written"
+
+    def evaluate(name: str, path: Path) -> None:
+        options = dict(adapter={"answers": str(path), "batch_size": 1}, local_data=str(tmp_path / "documents"))
+        evaluate_tasks(str(run), ["piqa"], str(tmp_path / f"{name}.json"), **options)
+
+    evaluate("killed", cache)
+    evaluate("whole", tmp_path / "other.jsonl")
+    assert answers(cache)[: len(before) - 1] == before[:-1], "what was answered is not asked again"
+    assert sorted(answers(cache)) == sorted(answers(tmp_path / "other.jsonl")) and len(answers(cache)) == 300
+    killed, whole = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("killed", "whole"))
+    assert killed["results"] == whole["results"] and killed["n-samples"]["piqa"]["effective"] == 150
+
+
 def test_answers_of_another_evaluation_or_damaged_ones_are_refused(run, documents, tmp_path):
     from lte_jax.evaluate.answers import Answers, AnswersError
 
@@ -242,51 +280,6 @@ def test_answers_of_another_evaluation_or_damaged_ones_are_refused(run, document
     assert not (run / "tasks.json").exists()
 
 
-@pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("transformers", "nltk", "wonderwords")),
-    reason="RULER needs transformers, nltk and wonderwords: pip install -e '.[eval]'",
-)
-def test_ruler_makes_its_samples_with_the_models_own_tokenizer(run, tmp_path, monkeypatch):
-    import wonderwords
-
-    few = {kind: list(words)[:20] for kind, words in wonderwords.RandomWord()._categories.items()}
-    # RULER sorts millions of pairs of words when it is imported.
-    monkeypatch.setattr(wonderwords, "RandomWord", lambda: types.SimpleNamespace(_categories=few))
-    from lm_eval.tasks.ruler import prepare_niah
-
-    import lte_jax.evaluate.tasks as tasks
-
-    asked, make = [], prepare_niah.generate_samples
-    # It makes 500 samples of each length, of which two are asked.
-    monkeypatch.setattr(prepare_niah, "generate_samples", lambda *args, **kw: make(*args, **kw | {"num_samples": 3}))
-
-    def perfect(model, prompts, *, decode, max_new_tokens, **options):
-        """A stand-in that reads the number off the prompt."""
-        said = []
-        for prompt in prompts:
-            text = decode(prompt)
-            asked.append(len(prompt))
-            said.append(" " + text.split(" is: ")[1].split(".")[0] + ".")
-        return said
-
-    from lte_jax.evaluate.harness import HarnessModel
-
-    adapter = HarnessModel(build(), load_tokenizer("bytes"), perfect, max_length=4096 + 128, batch_size=4)
-    lengths = [1024, 2048, 4096]
-    found = tasks.run_tasks(adapter, ["niah_single_1"], lengths=lengths, limit=2, seed=1, log_samples=True)
-    numbers = found["results"]["niah_single_1"]
-    assert {name: value for name, value in numbers.items() if name[0].isdigit() and "stderr" not in name} == {
-        "1024,none": 1.0,
-        "2048,none": 1.0,
-        "4096,none": 1.0,
-    }
-    assert found["truncated"] == 0 and len(asked) == 6
-    assert 2048 < max(asked[:2]) <= 4096 and max(asked[4:]) <= 1024  # sorted by length, longest first
-    docs = [sample["doc"]["input"] for sample in found["samples"]["niah_single_1"]]
-    again = tasks.run_tasks(adapter, ["niah_single_1"], lengths=lengths, limit=2, seed=1, log_samples=True)
-    assert [sample["doc"]["input"] for sample in again["samples"]["niah_single_1"]] == docs
-
-
 def test_a_mesh_answers_as_one_device_does(run, documents, tmp_path):
     options = dict(local_data=str(documents))
     alone = evaluate_tasks(str(run), ["piqa", "fda_v0"], str(tmp_path / "one.json"), **options)
@@ -300,9 +293,9 @@ def test_a_mesh_answers_as_one_device_does(run, documents, tmp_path):
         evaluate_tasks(str(run), ["piqa"], adapter={"devices": 9}, **options)
 
 
-def test_lengths_beyond_the_models_are_said_and_empty_contexts_begin_a_text(caplog):
-    asked = adapter(max_length=200, add_bos_token=False)
-    assert "max_length=200: the model was made for 96" in caplog.text
+def test_lengths_beyond_the_models_are_said_and_empty_contexts_begin_a_text():
+    with pytest.warns(LengthWarning, match="longer than the 96 tokens that the model was made for"):
+        asked = adapter(max_length=200, add_bos_token=False)
     (value, _) = asked.loglikelihood(instances("loglikelihood", [("", "abc")]), disable_tqdm=True)[0]
     np.testing.assert_allclose(value, log_probs([256, *b"abc"], "prompt").sum(), atol=1e-4)
     options = {"until": ["\n"], "max_gen_toks": 16}
@@ -333,6 +326,10 @@ def test_the_adapter_refuses_what_cannot_work(run, tmp_path, monkeypatch):
         adapter(max_length=8).generate_until(instances("generate_until", [("a", {"until": ["\n"]})]), disable_tqdm=True)
     with pytest.raises(ValueError, match="at most max_length=8"):
         adapter(max_length=8).loglikelihood(instances("loglikelihood", [("a", "b" * 9)]), disable_tqdm=True)
+    with pytest.raises(ValueError, match=r"--lengths=300000000: every such sample would be cut to max_length=96"):
+        evaluate_tasks(str(run), ["niah_single_1"], lengths=[1024, 300_000_000])
+    with pytest.raises(ValueError, match=r"8 rows of 1,000,000,000,000 tokens: .* GiB, and the device has"):
+        evaluate_tasks(str(run), ["niah_single_1"], adapter={"max_length": 10**12})
     with pytest.raises(ValueError, match="no task 'piqaa'; near: piqa"):
         evaluate_tasks(str(run), ["piqaa"])
     with pytest.raises(ValueError, match=r"piqa: its documents cannot be read from the hub .*; give local files"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.evaluate import texts
+from experiments.evaluations import texts
 from lte_jax import restore
 
 pytestmark = [

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import evaluate
+from experiments import evaluations
 from lte_jax import LTE, GatedDeltaNet, LanguageModel, ModelConfig, restore
 from lte_jax.data.tokenizer import load_tokenizer
 from lte_jax.evaluate.probe import MASSES, probe
@@ -135,7 +135,7 @@ def test_the_program_writes_pictures_and_one_page(tmp_path, capsys):
     restore.save_model(build(), tmp_path / "run", tokenizer=load_tokenizer("bytes"))
     (tmp_path / "text.txt").write_text(TEXT + " </script> & more")
     run = str(tmp_path / "run")
-    written = evaluate.inspect(run, text=str(tmp_path / "text.txt"), length=len(tokens()) + 10)
+    written = evaluations.inspect(run, text=str(tmp_path / "text.txt"), length=len(tokens()) + 10)
     assert sorted(path.name for path in written) == sorted(path.name for path in (tmp_path / "run/inspect").iterdir())
     for name in ("kept", "counts", "lives", "mass"):
         assert (tmp_path / f"run/inspect/{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -162,9 +162,9 @@ def test_what_cannot_be_inspected_is_refused(tmp_path):
     restore.save_model(build(), tmp_path / "bare")
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(ValueError, match="holds no tokenizer"):
-        evaluate.inspect(str(tmp_path / "bare"), text=str(tmp_path / "empty.txt"))
+        evaluations.inspect(str(tmp_path / "bare"), text=str(tmp_path / "empty.txt"))
     with pytest.raises(ValueError, match="the files hold no text"):
-        evaluate.inspect(str(tmp_path / "bare"), text=str(tmp_path / "empty.txt"), tokenizer="bytes")
+        evaluations.inspect(str(tmp_path / "bare"), text=str(tmp_path / "empty.txt"), tokenizer="bytes")
     with pytest.raises(ValueError, match="names no data set"):
-        evaluate.inspect(str(tmp_path / "bare"))
+        evaluations.inspect(str(tmp_path / "bare"))
     assert not (tmp_path / "bare" / "inspect").exists()

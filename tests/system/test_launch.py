@@ -15,6 +15,7 @@ import pytest
 from experiments.launch import local
 from lte_jax import processes
 from lte_jax.processes import LaunchError, Place
+from pallas_kernels.visible_gpus import visible_gpus
 
 ROOT = Path(__file__).parents[2]
 
@@ -153,8 +154,13 @@ def test_gpus_that_the_tasks_cannot_share_are_refused():
 
 
 def test_gpus_are_counted_as_the_process_sees_them():
-    assert processes.visible_gpus({"CUDA_VISIBLE_DEVICES": "0,3"}) == 2
-    assert processes.visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == processes.visible_gpus({"JAX_PLATFORMS": "cpu"}) == 0
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "0, 3,-1"}) == ["0", "3"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == visible_gpus({"JAX_PLATFORMS": "cpu"}) == []
+
+
+def test_the_launcher_itself_does_without_jax():
+    code = "import sys, experiments.launch.local; print('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).stdout == b"False\n"
 
 
 def test_deterministic_sets_the_compilers_option(tmp_path):

@@ -6,17 +6,20 @@ import functools
 import itertools
 import json
 import math
+import warnings
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.evaluate import evaluate_own
+from experiments.evaluations import evaluate_own, evaluate_text
+from experiments.warned import say_warnings
 from lte_jax import LTE, GatedDeltaNet, LanguageModel, ModelConfig, restore
 from lte_jax.data import Copying, SymbolNeedles, TextNeedles
 from lte_jax.data.tokenizer import load_tokenizer
 from lte_jax.evaluate import own
+from lte_jax.lengths import LengthWarning
 
 OPTIONS = own.Options(num_samples=6, seed=3, batch_size=4)
 
@@ -27,7 +30,7 @@ def build() -> LanguageModel:
         GatedDeltaNet(num_heads=2, head_dim=8, expand_v=1),
         LTE(num_heads=2, num_kv_heads=1, window=13, budget=6, sinks=2),
     )
-    config = ModelConfig(vocab_size=260, width=16, num_layers=2, pattern=pattern, init_std=0.3, max_length=64)
+    config = ModelConfig(vocab_size=260, width=16, num_layers=2, pattern=pattern, init_std=0.3, max_length=128)
     return LanguageModel(config, rngs=nnx.Rngs(0))
 
 
@@ -111,18 +114,56 @@ def test_the_program_writes_numbers_and_a_picture(corpus, tmp_path, capsys):
     record = evaluate_own(run, "copying", assignments=["length=64", "symbols=4"], **chosen)
     assert json.loads((tmp_path / "run" / "copying.json").read_text()) == json.loads(json.dumps(record))
     evaluate_own(run, "needles", str(tmp_path / "n.json"), lengths=[128], depths=2, text=str(corpus), **chosen)
-    evaluate_own(run, "bytes", str(tmp_path / "b.json"), text=str(corpus), lengths=[40], **chosen)
+    evaluate_text(run, "bytes", str(tmp_path / "b.json"), text=str(corpus), length=40, **chosen)
     for path in (tmp_path / "run" / "copying.png", tmp_path / "n.png", tmp_path / "b.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
     assert "bits_per_byte" in capsys.readouterr().out
     for message, name, options in (
-        ("needs --text", "bytes", {}),
         ("takes TextNeedles or SymbolNeedles", "needles", {"kind": "MQAR"}),
         ("draws its own tokens; drop it", "copying", {"text": str(corpus)}),
         ("has no such length", "mqar", {"lengths": [7]}),
         ("num_samples=0", "copying", {"num_samples": 0}),
+        ("GiB, and the device has .* shorten the rows", "needles", {"lengths": [10**12]}),
+        ("a row needs 4.. of hay, and none stands there twice", "needles", {"text": str(corpus), "lengths": [500]}),
         ("below the model's vocab_size 260", "mqar", {"kind": "MQAR"}),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message), warnings.catch_warnings():
+            warnings.simplefilter("ignore", LengthWarning)
             evaluate_own(run, name, str(tmp_path / "none.json"), **{**chosen, **options})
+    with pytest.raises(ValueError, match="needs --text"):
+        evaluate_text(run, "bytes", str(tmp_path / "none.json"), **chosen)
     assert not list(tmp_path.glob("none*"))
+
+
+def test_needles_in_text_are_written_with_the_checkpoints_tokenizer(tmp_path, monkeypatch):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    pieces = Tokenizer(
+        models.BPE({piece: n for n, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    pieces.save(str(tmp_path / "tokenizer.json"))
+    restore.save_model(build(), tmp_path / "run", tokenizer=load_tokenizer(tmp_path))
+    restore.save_model(build(), tmp_path / "bare")
+    asked: list[str] = []
+    needles = own.needles
+    monkeypatch.setattr(
+        own, "needles", lambda model, task, *a, **k: asked.append(task.tokenizer) or needles(model, task, *a, **k)
+    )
+    options = dict(lengths=[128], depths=1, num_samples=2, batch_size=2)
+    evaluate_own(str(tmp_path / "run"), "needles", str(tmp_path / "a.json"), **options)
+    evaluate_own(str(tmp_path / "run"), "needles", str(tmp_path / "b.json"), tokenizer="bytes", **options)
+    assert asked == [str(tmp_path / "run" / "tokenizer" / "tokenizer.json"), "bytes"]
+    with pytest.raises(ValueError, match="holds no tokenizer: name one"):
+        evaluate_own(str(tmp_path / "bare"), "needles", **options)
+
+
+def test_lengths_beyond_the_models_are_one_warning_and_no_stop(tmp_path, capsys):
+    restore.save_model(build(), tmp_path / "run", tokenizer=load_tokenizer("bytes"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", LengthWarning)
+        say_warnings()
+        for length in (192, 256):
+            evaluate_own(str(tmp_path / "run"), "needles", lengths=[length], depths=1, num_samples=2, batch_size=2)
+    assert (tmp_path / "run" / "needles.json").exists()
+    assert capsys.readouterr().err.count("warning: sequences may be longer than the 128 tokens") == 1

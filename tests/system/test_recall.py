@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from experiments.configs.quickstart import get_config
-from experiments.evaluate import evaluate_own
+from experiments.evaluations import evaluate_own
 from lte_jax import configs
 from lte_jax.train import train
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -26,6 +28,7 @@ from lte_jax.train import Result, _Run, train
 from tests.system.test_signals import config, metas, send
 
 ONE = jax.devices()[:1]
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 def test_a_learning_rate_changes_where_that_is_stated_and_the_step_is_kept(tmp_path, monkeypatch):
@@ -155,3 +158,19 @@ def test_a_mixture_of_texts_brings_its_tokenizer_to_the_run(tmp_path):
         with pytest.raises(data.DataError, match="at least one data set"):
             read(data.Mixture())
     assert configs.to_dict(mixture)["weights"] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("suite", [False, True])
+def test_a_folder_of_another_run_is_named_before_the_settings_are_printed(tmp_path, monkeypatch, capsys, suite):
+    config = configs.load_named("experiments.configs", "quickstart")
+    name = config.runs[1].name if suite else ""
+    (tmp_path / name).mkdir(exist_ok=True)
+    other = configs.to_dict(dataclasses.replace(config.runs[1], seed=5))
+    (tmp_path / name / runs.CONFIG).write_text(json.dumps(other))
+    monkeypatch.setattr(configs, "load_named", lambda *_: config if suite else config.runs[1])
+    flags = dict(config="a", workdir=str(tmp_path), set=[], allow_change=[], init_from=None, profile=None)
+    monkeypatch.setattr(program, "FLAGS", SimpleNamespace(**flags))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(runs.RunError, match="holds another run; differing: seed 5 -> 0"):
+        program._train()
+    assert capsys.readouterr().out == "" and sorted(tmp_path.rglob("*")) == before

@@ -144,6 +144,10 @@ def operations(segments):
             lambda x, w, gate: partition.rms_norm(x, w, gate, eps=1e-6, axes=partition.ROWS),
             (random(B, T, 8, 6), random(6), random(B, T, 8, 6)),
         ),
+        "residual": (
+            lambda x, w: jnp.stack(partition.residual_rms_norm(x, w, eps=1e-6)),
+            (random(B, T, 12), random(12)),
+        ),
     }
 
 
@@ -166,16 +170,52 @@ def check_operation(name, mesh_config):
         assert np.linalg.norm(other - one) <= 3e-5 * np.linalg.norm(one) + 1e-9
 
 
+PADDED = [
+    [1] * 3 + [0] * 13,  # shards of padding alone hand the last inputs on
+    [0] * 9 + [2] * 7,  # and the state before the row
+    [3] * 2 + [0] * 13 + [4],  # a document of one token in the last shard
+    [5] * 5 + [6] * 2 + [-7] * 9,
+    [8] * 7 + [9] * 9,
+    [0] * 3 + [8] * 2 + [0] * 11,  # its two tokens lie in two shards
+    [0] * 16,
+]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("given", [False, True], ids=["empty", "state"])
+def test_the_short_convolutions_state_goes_from_shard_to_shard(padded, given):
+    """Of four tokens each, with three inputs to remember: outputs, the last inputs, and all gradients."""
+    ids = jnp.asarray(PADDED, jnp.int32) if padded else None
+    B, T = len(PADDED), len(PADDED[0])
+    arrays = [random(B, T, 5), random(4, 5), *([random(B, 3, 5)] if given else [])]
+    directions = random(B, T, 5) + 1, random(B, 3, 5) - 1
+    mesh = make_mesh(MeshConfig(data=1, sequence=4), jax.devices()[:4])
+
+    def run(x, weight, state=None):
+        return partition.short_convolution(x, weight, segment_ids=ids, initial_state=state)
+
+    def on_mesh(*arrays):
+        with sharding.on(mesh):
+            outputs, pullback = jax.vjp(run, *arrays)
+            return outputs, pullback(directions)
+
+    outputs, pullback = jax.vjp(run, *arrays)
+    found = jax.jit(on_mesh)(*jax.device_put(arrays, sharding.replicated(mesh)))
+    for one, other in zip(jax.tree.leaves((outputs, pullback(directions))), jax.tree.leaves(found), strict=True):
+        assert_close(other, one, "short_convolution")
+
+
 def test_few_key_heads_and_split_tokens_give_what_one_device_gives():
     check_operation("lte", MeshConfig(data=1, tensor=4, sequence=2))
     check_operation("delta", MeshConfig(data=1, tensor=2, sequence=4))
     check_operation("convolution", MeshConfig(data=2, tensor=4))
     check_operation("norm", MeshConfig(data=2, tensor=2, sequence=2))
+    check_operation("residual", MeshConfig(data=2, fsdp=2, sequence=2))
 
 
 @pytest.mark.rotating
 @pytest.mark.parametrize("mesh", [dict(tensor=4, sequence=2), dict(sequence=8), dict(data=2, sequence=4)], ids=str)
-@pytest.mark.parametrize("name", ["window", "lte", "delta", "convolution", "norm"])
+@pytest.mark.parametrize("name", ["window", "lte", "delta", "convolution", "norm", "residual"])
 def test_every_operation_on_every_mesh_gives_what_one_device_gives(name, mesh):
     check_operation(name, MeshConfig(**{"data": 1, **mesh}))
 

@@ -20,6 +20,15 @@ from tests.system.tiny import DATA
 from tests.system.worker import experiment
 
 ONE = jax.devices()[:1]
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
+@pytest.fixture(autouse=True)
+def usual_ctrl_c():
+    """As in a terminal: a program that was started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def config(**changes):

@@ -200,6 +200,20 @@ def test_shards_hold_the_rows_and_damage_is_seen(tmp_path, text):
     assert not corpus.is_done(plan, 0)
 
 
+def test_a_split_that_would_be_empty_is_refused_before_anything_is_packed(tmp_path):
+    texts = [f"story {index}" for index in range(20)]
+    source = write_jsonl(tmp_path / "few.jsonl", texts)
+    text = data.Text(path=str(source), packing=data.Packing(8), heldout=0.001)
+    assert not any(map(text.is_heldout, texts))
+    with pytest.raises(data.DataError, match=r"heldout=0.001: of 20 documents none falls into the heldout part"):
+        corpus.make_plan(text, tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+    # Without a held-out part the first document is enough, and no other is read.
+    with source.open("a") as file:
+        file.write("no JSON")
+    corpus.make_plan(dataclasses.replace(text, heldout=0.0), tmp_path / "shards")
+
+
 def test_shards_are_mixed_by_weight_and_continue_from_one_position(tmp_path):
     parts = []
     for seed, letter in enumerate("ab"):

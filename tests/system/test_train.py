@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from lte_jax import configs, runs
+from lte_jax.bad_steps import TrainingError
 from lte_jax.checkpoint import CheckpointConfig, Checkpoints
 from lte_jax.data import SymbolNeedles
 from lte_jax.experiment import EvaluationConfig, step_config
@@ -24,10 +25,11 @@ from lte_jax.metrics import flops_per_token, read_metrics
 from lte_jax.retention import PenaltyConfig
 from lte_jax.sharding import MeshConfig, make_mesh
 from lte_jax.step import Builder
-from lte_jax.train import TrainingError, _Run, train
+from lte_jax.train import _Run, train
 from tests.system.tiny import DATA, tiny_experiment, tiny_model
 
 ONE = jax.devices()[:1]
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 def sums(folder, step):
@@ -38,7 +40,7 @@ def sums(folder, step):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, shared_programs):
     """An uninterrupted run, and how it ended."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     return folder, train(tiny_experiment(), folder, devices=ONE)

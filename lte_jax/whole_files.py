@@ -1,0 +1,21 @@
+"""How are results written so that a file is there whole or not at all?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes under another name in the same folder, which is made, and renames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes JSON so; what JSON does not know, as its text."""
+    write_text(path, json.dumps(values, indent=2, default=str) + "\n")
