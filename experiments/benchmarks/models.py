@@ -197,12 +197,11 @@ class Bench:
     def rows(self) -> Iterator[dict[str, Any]]:
         """A line for each length and batch, as it is known. ``compile`` and ``allocate`` come before."""
         for length, batches in self.plan.cases():
-            large = {batch: self._too_large(batch, length) for batch in batches}
-            for batch in [batch for batch in batches if large[batch] is not None]:
-                size = _bytes(self._shape_of_cache(batch, length))
-                why = {"prompt_missing": large[batch], "missing": large[batch]}
-                yield self._line(length, batch, {"cache_bytes": size, **why})
-            batches = [batch for batch in batches if large[batch] is None]
+            for batch in batches:
+                if why := self._too_large(batch, length):
+                    size = _bytes(self._shape_of_cache(batch, length))
+                    yield self._line(length, batch, {"cache_bytes": size, "prompt_missing": why, "missing": why})
+            batches = [batch for batch in batches if self._too_large(batch, length) is None]
             if not batches:
                 continue
             single = self._find("prompt", 1, length)
