@@ -28,6 +28,9 @@ IMPLEMENTATIONS = ("pallas", "triton", "xla")
 # A context of JAX's: what is traced within it is kept apart from what is traced outside, and never run there.
 _lowering_for_gpu = jax.make_user_context(False)
 
+recording = jax.make_user_context(None)
+"""Where ``triton_call`` notes its calls. It is made here, as JAX wants its contexts made before it traces."""
+
 
 class UnsupportedCase(ValueError):
     """An operation was asked for something that it, or the named implementation, does not do.

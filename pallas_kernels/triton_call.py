@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import triton_launch, triton_programs
-from pallas_kernels.dispatch import UnsupportedCase, lowering_for_gpu
+from pallas_kernels.dispatch import UnsupportedCase, lowering_for_gpu, recording
 from pallas_kernels.triton_launch import is_array
 
 try:
@@ -73,13 +73,10 @@ class CompiledKernel:
 
 
 class _Recording:
-    """Where calls are noted. A context of JAX's holds it, so that nothing traced under one is met outside of it."""
+    """Where calls are noted: another one, as JAX sees it, for every recording."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-
-
-_recording = jax.make_user_context(None)
 
 
 def interpreting() -> bool:
@@ -91,7 +88,7 @@ def check_installed(operation: str) -> None:
     """Raises UnsupportedCase, saying what to install, unless ``triton_call`` can launch a kernel."""
     if triton is None:
         raise UnsupportedCase(f"{operation}: implementation='triton' needs triton, which is missing; {INSTALL}")
-    if not (interpreting() or _recording.value is not None or triton_launch.available()):
+    if not (interpreting() or recording.value is not None or triton_launch.available()):
         raise UnsupportedCase(
             f"{operation}: implementation='triton' needs JAX's CUDA plugin, which is missing; {INSTALL}"
         )
@@ -137,10 +134,8 @@ def triton_call(
     some_array = next((a for a in arguments if is_array(a)), None)
     # A Python float would arrive as float64 and make every result that it touches float64.
     arguments = tuple(np.float32(a) if isinstance(a, float) else some_array if a is None else a for a in arguments)
-    if _recording.value is not None:
-        _recording.value.calls.append(
-            Call(kernel, arguments, outputs, num_warps, num_stages, tuple(constexprs.items()))
-        )
+    if recording.value is not None:
+        recording.value.calls.append(Call(kernel, arguments, outputs, num_warps, num_stages, tuple(constexprs.items())))
         results = tuple(jnp.zeros(o.shape, o.dtype) for o in outputs)
     elif interpreting():
         from pallas_kernels import triton_interpreter  # it needs Triton
@@ -170,10 +165,10 @@ def record_calls(function: Callable, *arguments: Any) -> list[Call]:
 
     ``arguments`` may be ShapeDtypeStructs. Use ``jax.grad`` or ``jax.vjp`` inside ``function`` to see a backward pass.
     """
-    recording = _Recording()
-    with lowering_for_gpu(), _recording(recording):
+    record = _Recording()
+    with lowering_for_gpu(), recording(record):
         jax.eval_shape(function, *arguments)
-    return recording.calls
+    return record.calls
 
 
 def compile_call(call: Call, capability: int = 90) -> CompiledKernel:
