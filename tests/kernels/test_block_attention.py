@@ -19,9 +19,17 @@ from safetensors.numpy import load_file
 
 import lte_jax
 from lte_jax.mixers.nsa import NSA
-from pallas_kernels.block_attention import block_attention, block_attention_extend, init_block_cache, triton_tiles
+from pallas_kernels.block_attention import (
+    block_attention,
+    block_attention_extend,
+    init_block_cache,
+    pallas,
+    triton_select,
+    triton_tiles,
+)
 from pallas_kernels.block_attention import xla as xla_backend
 from pallas_kernels.block_attention.api import Case
+from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool, row_layout
 from tests.tolerances import assert_close
 
 IMPLEMENTATIONS = ("triton", "xla")  # of float32; the Hopper kernel takes 16 bits alone
@@ -311,9 +319,7 @@ def test_gathering_tokens_by_block_changes_nothing(name, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "name, group", [*(("triton", group) for group in (1, 2, 4, 8, 16, 32)), ("pallas", 1), ("pallas", 16)]
-)
+@pytest.mark.parametrize("name, group", [*(("triton", group) for group in (1, 2, 4, 8, 16, 32)), ("pallas", 16)])
 def test_sixteen_bits_on_tensor_cores(name, group):
     """The tiles that 16 bits have, for each way that blocks and tokens meet.
 
@@ -321,38 +327,44 @@ def test_sixteen_bits_on_tensor_cores(name, group):
     tokens, which float32 would count as error.
     """
     arrays = draw(23, 1, 1021, max(16, group), max(16, group) // group, 64, 64)
-    both_agree_in_16_bits(arrays, None, dict(block_size=64, block_counts=8, window=100), name)
+    options = (("block_size", 64), ("block_counts", 8), ("window", 100))
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays)
+    cotangent = jnp.cos(7.0 * arrays[0]).astype(jnp.bfloat16)
+    both = (jax.tree.leaves(compiled(options, side)(low, None, cotangent)) for side in ("xla", name))
+    for one, other in zip(*both, strict=True):
+        assert_close(other, one, "block attention", "bfloat16")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "name, T, N, S",
+    "name, T, U, N, S",
     [
-        ("documents", 1531, 128, 16),
-        ("all columns", 2053, 64, 16),
-        ("in parts", 4507, 64, 16),
-        ("one row", 70, 40, 32),
+        ("documents", 1531, 1531, 128, 16),
+        ("all columns", 2053, 2053, 64, 16),
+        ("documents in parts", 4507, 4507, 64, 16),
+        ("cached", 70, 1531, 40, 32),
+        ("cached in parts", 200, 4507, 64, 16),
     ],
 )
-def test_pallas_in_sixteen_bits(name, T, N, S):
-    """Packed rows; as many blocks as a program holds and one more under way; more of them; hardly more than a tile."""
-    arrays = draw(29, 2, T, 8, 2, N, N)
-    segments = packed_segments(2, T, (700, 1, 300, 413), (3, 0, 8, 1)) if name != "all columns" else None
-    both_agree_in_16_bits(arrays, segments, dict(block_size=S, block_counts=5, window=33), "pallas")
-
-
-def both_agree_in_16_bits(arrays, segments, options, implementation):
-    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays)
-    cotangent = jnp.cos(7.0 * arrays[0]).astype(jnp.bfloat16)
-    results = []
-    for name in ("xla", implementation):
-        run = compiled(tuple(options.items()), name)
-        results.append(jax.tree.leaves(run(low, segments, cotangent)))
-        if name != "xla":
-            for one, again in zip(results[-1], jax.tree.leaves(run(low, segments, cotangent)), strict=True):
-                np.testing.assert_array_equal(one, again)
-    for one, other in zip(*results, strict=True):
-        assert_close(other, one, "block attention", "bfloat16")
+def test_pallas_selects_as_triton_does(name, T, U, N, S):
+    """Packed rows; as many blocks as a program holds and one more under way; more of them; queries behind a cache."""
+    q, k, v = (x.astype(jnp.bfloat16) for x in draw(29, 2, U, 8, 2, N, N)[:3])
+    layout = plain_layout(2, U, S)
+    if "documents" in name:
+        layout = row_layout(packed_segments(2, U, (700, 1, 300, 413), (3, 0, 8, 1)), S)
+    means = pool(k, layout, S), pool(v, layout, S)
+    if "cached" in name:
+        zero, index = jnp.zeros((2, T), jnp.int32), jnp.arange(U - T, U, dtype=jnp.int32)
+        position = jnp.stack([index, jnp.where(index < U - T + 9, -1, index - 99)])
+        layout = Layout(zero, position, zero, jnp.zeros((2, 1), jnp.int32))
+    case = Case(2, T, U, 8, 2, N, N, "bfloat16", S, 5, N**-0.5, "documents" in name, "cached" in name)
+    truth, run = (jax.jit(functools.partial(form.select, case)) for form in (triton_select, pallas))
+    (true_o, true_lse, true_blocks), (o, lse, blocks), again = (f(q[:, :T], *means, layout) for f in (truth, run, run))
+    np.testing.assert_array_equal(blocks, true_blocks)
+    assert_close(o, true_o, "block attention", "bfloat16")
+    assert_close(lse, true_lse, "block attention", "bfloat16")
+    for one, other in zip((o, lse, blocks), again, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.gpu
