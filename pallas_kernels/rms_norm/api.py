@@ -12,7 +12,8 @@ A backend is a module of this folder with three functions, whose arguments have 
     x and gate (or None) [..., V], weight [V]; y in ``dtype``. Not as rows: batch and length stay apart for the compiler
     to split them on a mesh.
 ``backward(x, weight, gate, dy, past=None, *, eps) -> dx, dweight, dgate``
-    Gradients in the dtype of what they belong to; dgate is None where gate is. ``past``, like x, is added to dx.
+    Gradients in the dtype of what they belong to; dgate is None where gate is. ``past``, like x and where there is no
+    gate, is added to dx.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     r = 1 / sqrt(mean(x^2) + eps),   n = x r,   s = silu(gate),   y = weight n s
     dn = dy weight s,   dx = r (dn - n mean(n dn)),   dweight = sum of dy n s,   dgate = dy weight n silu'(gate)
 
-In a residual stream dx begins with the gradient of x itself.
+In a residual stream dx begins with the gradient of x itself, and rows are as wide as the model: ``_stream_backward``
+takes one at a time, and loads the next while it works on this one.
 
 A program takes a stretch of rows, a few at a time; in the backward pass it keeps their sum for dweight, and XLA adds
 the programs' sums in a fixed order. r and n are computed again from x, which the backward pass reads anyway.
@@ -25,8 +26,8 @@ from pallas_kernels.triton_math import sigmoid
 
 WIDEST = 8192  # a whole row stands in the registers of one program
 ELEMENTS = {"forward": (2048, 4), "backward": (1024, 1)}  # of a program at a time, and its warps
-MOST = 256  # elements of a row that one warp takes: wide rows get more warps
 STRETCH = {"forward": 1, "backward": 16}  # how many times a program takes rows
+STREAM = 512  # elements of a stream's row that a warp takes, of at least 4
 
 
 def check(case: Any) -> None:
@@ -62,10 +63,10 @@ def _forward(
 
 @jit
 def _backward(
-    x_ptr, weight_ptr, gate_ptr, dy_ptr, past_ptr, R, eps,
+    x_ptr, weight_ptr, gate_ptr, dy_ptr, R, eps,
     dx_ptr, dweight_ptr, dgate_ptr,
     V: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
-    RESIDUAL: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
+    WIDE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, WIDTH)[None, :]
     base = tl.program_id(1) * R
@@ -93,12 +94,51 @@ def _backward(
             dy *= silu
         dweight += dy * n
         dx = r * (dn - n * (tl.sum(n * dn, 1) / V)[:, None])
-        if RESIDUAL:
-            dx += tl.load(past_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     at = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     total = tl.sum(dweight, 0)[None, :]
     tl.store(dweight_ptr + at * V + column, total, mask=column < V)
+
+
+@jit
+def _stream_backward(
+    x_ptr, weight_ptr, dy_ptr, past_ptr, R, eps,
+    dx_ptr, dweight_ptr,
+    V: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, WIDTH)
+    base = tl.program_id(1) * R
+    if WIDE:
+        base = base.to(tl.int64)
+    weight = tl.load(weight_ptr + tl.program_id(1) * V + column, mask=column < V, other=0.0).to(tl.float32)
+    dweight = tl.zeros((WIDTH,), tl.float32)
+    row = tl.program_id(0) * STEPS
+    end = tl.minimum(row + STEPS, R)
+    at = (base + row) * V + column
+    inside = (row < end) & (column < V)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    dy = tl.load(dy_ptr + at, mask=inside, other=0.0)
+    past = tl.load(past_ptr + at, mask=inside, other=0.0)
+    for _ in range(STEPS):
+        row += 1
+        ahead = (row < end) & (column < V)
+        next_x = tl.load(x_ptr + at + V, mask=ahead, other=0.0)
+        next_dy = tl.load(dy_ptr + at + V, mask=ahead, other=0.0)
+        next_past = tl.load(past_ptr + at + V, mask=ahead, other=0.0)
+        n = x.to(tl.float32)
+        dn = dy.to(tl.float32) * weight
+        r = tl.rsqrt(tl.sum(n * n, 0) / V + eps)
+        n *= r
+        dweight += dy.to(tl.float32) * n
+        dx = r * (dn - n * (tl.sum(n * dn, 0) / V)) + past.to(tl.float32)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        at += V
+        inside = ahead
+        x = next_x
+        dy = next_dy
+        past = next_past
+    at = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * V + column
+    tl.store(dweight_ptr + at, dweight, mask=column < V)
 
 
 def _plan(kernel: str, x: jax.Array, weight: jax.Array, gated: bool) -> dict[str, Any]:
@@ -109,7 +149,7 @@ def _plan(kernel: str, x: jax.Array, weight: jax.Array, gated: bool) -> dict[str
     at_once = max(elements // width, 1)
     steps = STRETCH[kernel]
     return dict(
-        grid=(ceil_div(rows, at_once * steps), G), num_warps=max(warps, min(width // MOST, 16)), num_stages=1,
+        grid=(ceil_div(rows, at_once * steps), G), num_warps=warps, num_stages=1,
         V=V, WIDTH=width, ROWS=at_once, STEPS=steps, GATED=gated,
         WIDE=x.size >= 2**31, FAST=not interpreting(),
     )  # fmt: skip
@@ -135,25 +175,42 @@ def forward(x, weight, gate, *, eps, dtype):
 
 
 @functools.partial(fold_batch, static=("eps",))
-def _gradients(x, weight, gate, dy, past, *, eps):
-    """dx, dweight [G,V], dgate; ``past``: what x receives beside the norm, or None."""
+def _gradients(x, weight, gate, dy, *, eps):
+    """dx, dweight [G,V], dgate."""
     (R, V), G = x.shape, weight.shape[0]
     plan = _plan("backward", x, weight, gate is not None)
     dx, dweight, dgate = triton_call(
-        _backward, x, weight, gate, dy, past, R // G, eps,
+        _backward, x, weight, gate, dy, R // G, eps,
         out_shape=(
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct((G, plan["grid"][0], V), jnp.float32),
             jax.ShapeDtypeStruct((R, 1), x.dtype) if gate is None else jax.ShapeDtypeStruct(gate.shape, gate.dtype),
         ),
-        RESIDUAL=past is not None,
         **plan,
     )  # fmt: skip
     return dx, jnp.sum(dweight, axis=1).astype(weight.dtype), None if gate is None else dgate
 
 
+@functools.partial(fold_batch, static=("eps",))
+def _stream_gradients(x, weight, dy, past, *, eps):
+    """dx, dweight [G,V] of the norm of a stream; ``past``: what x receives beside the norm."""
+    (R, V), G, steps = x.shape, weight.shape[0], STRETCH["backward"]
+    width = max(1 << (V - 1).bit_length(), 16)
+    grid = (ceil_div(R // G, steps), G)
+    dx, dweight = triton_call(
+        _stream_backward, x, weight, dy, past, R // G, eps,
+        out_shape=(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((G, grid[0], V), jnp.float32)),
+        grid=grid, num_warps=max(4, width // STREAM), num_stages=1,
+        V=V, WIDTH=width, STEPS=steps, WIDE=x.size >= 2**31,
+    )  # fmt: skip
+    return dx, jnp.sum(dweight, axis=1).astype(weight.dtype)
+
+
 def backward(x, weight, gate, dy, past=None, *, eps):
     """dx, dweight, dgate; the protocol is in ``api``."""
-    rows = (_rows(array) for array in (gate, dy, past))
-    dx, dweight, dgate = _gradients(_rows(x), weight[None], *rows, eps=eps)
+    rows, weight = _rows(x), weight[None]
+    if past is not None:
+        dx, dweight = _stream_gradients(rows, weight, _rows(dy), _rows(past), eps=eps)
+        return dx.reshape(x.shape), dweight[0], None
+    dx, dweight, dgate = _gradients(rows, weight, _rows(gate), _rows(dy), eps=eps)
     return dx.reshape(x.shape), dweight[0], None if gate is None else dgate.reshape(gate.shape)
