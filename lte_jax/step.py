@@ -20,14 +20,9 @@ from lte_jax.model_config import ModelConfig
 from lte_jax.optim import OptimizerConfig
 from lte_jax.retention import PenaltyConfig, PenaltyState
 from lte_jax.spikes import SpikeConfig, SpikeState
-from pallas_kernels.dispatch import on_gpu
 
 Params = dict[str, jax.Array]
 """Parameters by name, such as "units/blocks/0/mixer/q_proj/weight"; layers of a pattern are stacked."""
-
-# Products by cuBLAS, never as XLA's own Triton kernels. The compiler then writes sums of products, such as the gradient
-# of what several projections read, as products that add to what is there, which costs nothing. And it tries less.
-COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +147,7 @@ class Builder:
     def train_step(self) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
         """(state, batch) -> (state, metrics), compiled; the old state is donated."""
         places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
-        options = COMPILER_OPTIONS if on_gpu() else None
-        where = (places, sharding.replicated(self.mesh))
-        return jax.jit(self._step, donate_argnums=0, out_shardings=where, compiler_options=options)
+        return jax.jit(self._step, donate_argnums=0, out_shardings=(places, sharding.replicated(self.mesh)))
 
     def evaluate_step(self, reading: str) -> Callable[[Params, dict[str, jax.Array]], dict[str, jax.Array]]:
         """(params, batch) -> sums {"loss", "correct", "targets"} over the batch's labels, compiled."""
