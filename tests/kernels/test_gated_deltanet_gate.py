@@ -6,7 +6,7 @@ import pytest
 
 from pallas_kernels import triton_call
 from pallas_kernels.gated_deltanet import Parameters, Projections, State, gated_deltanet_step
-from pallas_kernels.rms_norm import rms_norm
+from pallas_kernels.rms_norm import residual_rms_norm, rms_norm
 from pallas_kernels.short_convolution import short_convolution
 from tests.kernels import needs_triton
 
@@ -43,6 +43,14 @@ def norm(width: int, gated: bool):
 
     x = spec(jnp.bfloat16, 512, width)
     return triton_call.record_calls(run, x, spec(jnp.float32, width), x if gated else None)
+
+
+def stream(width: int):
+    def run(x, weight):
+        outputs, pullback = jax.vjp(lambda *a: residual_rms_norm(*a, eps=1e-6, implementation="triton"), x, weight)
+        return pullback(outputs)
+
+    return triton_call.record_calls(run, spec(jnp.bfloat16, 512, width), spec(jnp.float32, width))
 
 
 def step(batch: int, key_heads: int, heads: int, size: int, value_size: int):
@@ -97,6 +105,13 @@ def test_every_convolution_compiles(packed, state, taps, width, capability):
 @pytest.mark.parametrize("width, gated", [(128, True), (1024, False)])
 def test_norm_compiles_without_spills(width, gated):
     check(norm(width, gated), ["_forward", "_backward"])
+
+
+@pytest.mark.parametrize("width", [1024, 2048])
+def test_norm_of_a_stream_compiles_without_spills(width):
+    """Registers for both of the rows that it holds, at 4 warps and 4 programs a multiprocessor."""
+    forward, backward = check(stream(width), ["_forward", "_stream_backward"])
+    assert forward.num_warps == backward.num_warps == 4 and backward.registers <= 128
 
 
 @pytest.mark.parametrize("batch", [1, 64])
