@@ -9,6 +9,7 @@ The factor 3 stands for a backward pass that costs two forward passes; recomputa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -97,7 +98,7 @@ class Reporter:
         self._path = folder / "metrics.jsonl"
         _keep_until(self._path, start)
         self._file = self._path.open("a")
-        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=1.0)
+        self._bar = _Bar(total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=1.0)
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Counts one step; every so many, fetches and writes its numbers."""
@@ -153,8 +154,18 @@ class Reporter:
 
     def close(self) -> None:
         if self.active:
-            self._bar.close()
+            with contextlib.suppress(OSError):  # as in _Bar: it ends its line
+                self._bar.close()
             self._file.close()
+
+
+class _Bar(tqdm):
+    """A bar that a full disk under the log does not make an error, which would hide the one that is to be said."""
+
+    def display(self, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.suppress(OSError):
+            return super().display(*args, **kwargs)
+        return None
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import resource
 import signal
 import subprocess
@@ -147,6 +148,21 @@ def test_a_shard_cut_short_is_refused_before_anything_is_written(split, tmp_path
     with pytest.raises(DataError, match=f"{shard.name}: .* bytes, but the manifest says .*; copy it again"):
         train(config, tmp_path / "run", devices=ONE)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_under_the_log_hides_no_error(tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Full())
+        reporter = metrics.Reporter(tmp_path, start=0, total=2, tokens_per_step=1, flops=1.0, every=1)
+        reporter._bar.mininterval = 0.0
+        for step in (1, 2):
+            reporter.step(step, {"loss": 2.0})
+        reporter.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
 
 
 def test_spikes_stand_out_from_what_the_run_has_shown():
