@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 SBATCH = ROOT / "experiments" / "launch" / "train.sbatch"
 ONE = jax.devices()[:1]
 TIMEOUT = 420
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
+def single(tmp_path_factory, shared_programs):
     """The same run on one device, never stopped."""
     return on_one_device("lte", tmp_path_factory.mktemp("single") / "run")
 
