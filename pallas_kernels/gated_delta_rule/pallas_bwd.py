@@ -74,36 +74,34 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
 
     def retreat(step, dstate):
         n, slot = chunks - 1 - step, jax.lax.rem(step, jnp.int32(stages))
-        low = dstate.astype(dtype)
         plgpu.barrier_wait(m.full.at[slot])
         k, do, inverse = m.k_s.at[slot], m.do_s.at[slot], m.inverse_s.at[slot]
 
-        def publish_rest():
+        def publish():
+            for start in range(0, size, CHUNK):  # in parts, for the sake of registers
+                part = slice(start, start + CHUNK)
+                m.dstates_s.at[:, part][...], m.rest_s.at[:, part][...] = t.split(dstate[:, part], dtype)
+            plgpu.commit_smem()
             if m.r is not None:
-                m.rest_s[...] = t.split(dstate, dtype)[1]
-                plgpu.commit_smem()
                 plgpu.barrier_arrive(m.gradient_ready)
-
-        def during_first():
-            if not reads_published(size) and m.r is not None:
-                m.dstates_s[...] = low
-            publish_rest()
-            rows = (plgpu.load(m.factors_s.at[slot, x], layout=COLUMNS) for x in (t.READ_K, t.READ_Q, t.WRITE))
-            return plgpu.load(do.T, layout=WGMMA), *rows, m.factors_s[slot, t.CARRY, 0]
 
         if m.r is not None:
             pl.when(step > 0)(lambda: plgpu.barrier_wait(m.gradient_read))
+        # In two summands here too: dbeta is a difference of sums with this product and with that of ``_weigh_writes``.
         if reads_published(size):
-            m.dstates_s[...] = low
-            plgpu.commit_smem()
-            low = m.dstates_s
-        w, (read, read_k, read_q, write, carry) = t.product(low, k.T, tokens, room=room_state, meanwhile=during_first)
-        w = t.product(do.T, m.scores_s.at[slot], tokens, w * t.along_columns(write, tokens))
+            publish()
+            seen = t.products([(m.dstates_s, k.T), (m.rest_s, k.T)], tokens)
+        else:
+            seen, _ = t.product(dstate.astype(dtype), k.T, tokens, room=room_state, meanwhile=publish)
+            seen = t.product(m.rest_s, k.T, tokens, seen)
+        write = plgpu.load(m.factors_s.at[slot, t.WRITE], layout=COLUMNS)
+        w = t.product(do.T, m.scores_s.at[slot], tokens, seen * t.along_columns(write, tokens))
         # Two summands each: the inverse's columns can add many almost cancelling w, and without decay all stays.
         high, rest = t.split(w, dtype)
-        read = (read.astype(jnp.float32) * t.along_columns(read_q, tokens)).astype(dtype)
         dy = t.products([(high, inverse), (rest, inverse)], tokens, room=room)
+        read_k, read_q = (plgpu.load(m.factors_s.at[slot, x], layout=COLUMNS) for x in (t.READ_K, t.READ_Q))
         erased = t.split(dy * t.along_columns(-read_k, tokens), dtype)
+        read = (plgpu.load(do.T, layout=WGMMA).astype(jnp.float32) * t.along_columns(read_q, tokens)).astype(dtype)
 
         def publish_dy():
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -115,7 +113,7 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
             plgpu.barrier_wait(m.q_full)
         pairs = [(read, m.q_s.at[jax.lax.rem(step, jnp.int32(queries))]), *((x, k) for x in erased)]
         meanwhile = None if m.dv is None else publish_dy
-        dstate = t.products(pairs, shape, dstate * carry, room=room, meanwhile=meanwhile)
+        dstate = t.products(pairs, shape, dstate * m.factors_s[slot, t.CARRY, 0], room=room, meanwhile=meanwhile)
         plgpu.barrier_arrive(m.used.at[slot])
         return dstate
 
