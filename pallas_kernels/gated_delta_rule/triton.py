@@ -15,6 +15,8 @@ dot and stays in registers. It holds it as N // BN arrays of BN key columns each
 a dot, which are never all in registers beside S then.
 """
 
+# mypy: disable-error-code="assignment, var-annotated"
+# (Tuples grow in loops that Triton unrolls.)
 from __future__ import annotations
 
 import functools

@@ -14,6 +14,8 @@ here, with 16 bits of D: where few tokens survive their decays they are nearly a
 which D is kept are too few for them.
 """
 
+# mypy: disable-error-code="assignment, var-annotated"
+# (Tuples grow in loops that Triton unrolls.)
 from __future__ import annotations
 
 from typing import Any
