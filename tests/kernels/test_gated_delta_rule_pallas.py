@@ -117,7 +117,7 @@ GOOD = Case(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "float32"}, "dtype=float32"),
+        ({"dtype": "float32"}, "dtype='float32'"),
         ({"head_size": 96, "value_size": 96}, "key head size=96"),
         ({"value_size": 64}, "value head size=64"),
         ({"batch": 70000}, "70000 rows"),
