@@ -1,44 +1,13 @@
-"""What tests of training share: to trace and compile once more what an earlier run has is most of their time."""
-
-from __future__ import annotations
-
-import functools
+"""What tests of the system share."""
 
 import pytest
-
-import lte_jax.train
-from lte_jax.step import Builder
-from lte_jax.train import _Run
-
-
-class SharedBuilder(Builder):
-    """Makes its evaluation once."""
-
-    @functools.cache  # noqa: B019, kept as long as the tests run
-    def evaluate_step(self, reading):
-        return super().evaluate_step(reading)
-
-
-@functools.cache
-def builder_of(config, mesh) -> Builder:
-    return SharedBuilder(config, mesh)
-
-
-@functools.cache
-def programs_of(builder: Builder) -> dict:
-    return {}
 
 
 @pytest.fixture(scope="module")
 def shared_programs():
     """Runs of the same settings on the same devices take one compiled step, as they would from the cache on disk."""
-    start = _Run.start
+    # Here, as absl's log keeps the stderr of its first import, which is not to be the one that pytest starts with.
+    from tests.system.shared_steps import shared
 
-    def and_share(self, init_from):
-        self.compiled = programs_of(self.builder)
-        return start(self, init_from)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lte_jax.train, "Builder", builder_of)
-        patch.setattr(_Run, "start", and_share)
+    with shared():
         yield
