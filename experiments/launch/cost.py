@@ -45,9 +45,10 @@ class Measured:
 
 
 MEASURED = {
-    ("lalte", "0.4B"): Measured(154_471, 8, 37.2),
-    ("lalte", "1.4B"): Measured(54_368, 4, 47.2),
-    ("gdn", "1.4B"): Measured(40_806, 4, 31.9),
+    ("lalte", "0.4B"): Measured(160_036, 8, 38.0),
+    ("lalte", "1.4B"): Measured(56_576, 4, 49.4),
+    ("gdn", "1.4B"): Measured(55_370, 4, 56.5),
+    ("gdn_swa", "1.4B"): Measured(60_733, 4, 46.9),
 }
 
 

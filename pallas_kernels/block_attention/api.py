@@ -146,7 +146,7 @@ def block_attention_extend(
     Args:
       cache: from ``init_block_cache`` or an earlier call, of any of the same dtypes. The caller makes
         sure that no document outgrows it: tokens beyond its length are dropped.
-      segment_ids: 1 for tokens, 0 for padding, which may stand left and right of the tokens. None: all are tokens.
+      segment_ids: 0 for padding, which may stand left and right of the tokens; another number for these. None: all are tokens.
       Others: as in :func:`block_attention`.
 
     Returns:
@@ -158,10 +158,10 @@ def block_attention_extend(
     case = _check(q, k, v, gates, segment_ids, window, block_size, block_counts, scale, cache)
     module = fastest_order(case).select(implementation, case)
     if case.T == 1 and hasattr(module, "step"):
-        active = None if segment_ids is None else (segment_ids[:, 0] > 0).astype(jnp.int32)
+        active = None if segment_ids is None else (segment_ids[:, 0] != 0).astype(jnp.int32)
         return _call(module, "step", case)(q, k, v, gates, cache, active, window)
     before = cache.length
-    valid = None if segment_ids is None else segment_ids > 0
+    valid = None if segment_ids is None else segment_ids != 0
     cache, position = append(cache, k, v, valid, block_size)
     held = (x.astype(q.dtype) for x in (cache.k, cache.v, cache.pooled_k, cache.pooled_v))
     compressed, selected = _call(module, "attend", case)(q, *held, position)

@@ -49,7 +49,7 @@ def row_layout(segment_ids: Int32[Array, "B T"], block_size: int) -> Layout:
     index = jnp.arange(T, dtype=jnp.int32)
     changes = jnp.concatenate([jnp.ones((B, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
     start = jax.lax.cummax(jnp.where(changes, index, 0), axis=1)
-    position = jnp.where(segment_ids > 0, index - start, -1)
+    position = jnp.where(segment_ids != 0, index - start, -1)
     ends = (position >= 0) & ((position + 1) % block_size == 0)
     count = jnp.cumsum(ends, axis=1, dtype=jnp.int32)
     base = count - (position + 1) // block_size

@@ -1,11 +1,15 @@
-"""Does block attention refuse every wrong argument, naming it?"""
+"""Does block attention refuse every wrong argument, naming it, and take every right one?"""
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from pallas_kernels.block_attention import block_attention
+from pallas_kernels.block_attention import block_attention, block_attention_extend, init_block_cache
 from pallas_kernels.dispatch import UnsupportedCase
 from tests.kernels.test_block_attention import NAMES, OPTIONS, draw
 
@@ -36,3 +40,20 @@ def test_bad_arguments_are_named(change, message):
             options[name] = value
     with pytest.raises(UnsupportedCase, match=message):
         block_attention(**named, **options)
+
+
+def test_numbers_of_documents_may_be_negative():
+    """All three branches take a document by its number, whatever its sign; 0 alone is padding."""
+    ids = jnp.asarray([[0] * 2 + [1] * 19 + [0] * 3 + [2] * 16], jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (jax.random.normal(key, (1, 40, heads, 16)) for key, heads in zip(keys[:3], (4, 2, 2), strict=True))
+    gates = jax.random.uniform(keys[3], (1, 40, 4, 3))
+    run = functools.partial(block_attention, block_size=4, block_counts=2, window=5, implementation="xla")
+    expected = run(q, k, v, gates, segment_ids=ids)
+    np.testing.assert_array_equal(run(q, k, v, gates, segment_ids=jnp.where(ids == 2, -7, ids)), expected)
+    extend = functools.partial(block_attention_extend, block_size=4, block_counts=2, window=5, implementation="xla")
+    cache = init_block_cache(1, 64, 2, 16, 16, 4, jnp.float32)
+    real = (ids[:, :21] != 0).astype(jnp.int32)
+    arrays = [x[:, :21] for x in (q, k, v, gates)]
+    for one, other in zip(*(jax.tree.leaves(extend(*arrays, cache, segment_ids=s)) for s in (real, -real)), strict=True):
+        np.testing.assert_array_equal(one, other)
