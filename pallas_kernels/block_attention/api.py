@@ -146,7 +146,8 @@ def block_attention_extend(
     Args:
       cache: from ``init_block_cache`` or an earlier call, of any of the same dtypes. The caller makes
         sure that no document outgrows it: tokens beyond its length are dropped.
-      segment_ids: 0 for padding, which may stand left and right of the tokens; another number for these. None: all are tokens.
+      segment_ids: 0 for padding, which may stand left and right of the tokens; another number for these. None: all
+        are tokens.
       Others: as in :func:`block_attention`.
 
     Returns:

@@ -55,5 +55,6 @@ def test_numbers_of_documents_may_be_negative():
     cache = init_block_cache(1, 64, 2, 16, 16, 4, jnp.float32)
     real = (ids[:, :21] != 0).astype(jnp.int32)
     arrays = [x[:, :21] for x in (q, k, v, gates)]
-    for one, other in zip(*(jax.tree.leaves(extend(*arrays, cache, segment_ids=s)) for s in (real, -real)), strict=True):
+    first, second = (jax.tree.leaves(extend(*arrays, cache, segment_ids=ids)) for ids in (real, -real))
+    for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one, other)
