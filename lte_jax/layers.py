@@ -52,23 +52,23 @@ def parameter(
     axes: Sequence[str | None],
     param_dtype: DTypeLike,
     rngs: nnx.Rngs,
-    read_in: DTypeLike | None = None,
+    multiplied: bool = False,
 ) -> nnx.Param:
     """A parameter of ``shape`` whose dimensions carry the logical names ``axes``.
 
-    ``read_in``: the dtype that every reader casts it to first, where there is such (``as_read``).
+    ``multiplied``: every reader casts it to the model's dtype first (``as_read``).
     """
     assert len(axes) == len(shape), f"{len(axes)} axis names for {len(shape)} dimensions"
-    named: dict[str, Any] = {} if read_in is None else {"read_in": jnp.dtype(read_in)}
+    named: dict[str, Any] = {"multiplied": True} if multiplied else {}
     return nnx.Param(initializer(rngs.params(), tuple(shape), param_dtype), axes=tuple(axes), **named)
 
 
-def as_read(state: Any) -> Any:
-    """A module's state with each weight in the dtype that its readers cast it to: cast once, and no gradient wider."""
+def as_read(state: Any, dtype: DTypeLike) -> Any:
+    """A module's state with the weights of products in ``dtype``, the model's: cast once, and no gradient wider."""
 
     def cast(variable: nnx.Variable) -> nnx.Variable:
-        dtype = variable.get_metadata().get("read_in")
-        return variable if dtype is None else variable.replace(variable.get_value().astype(dtype))
+        multiplied = variable.get_metadata().get("multiplied")
+        return variable.replace(variable.get_value().astype(dtype)) if multiplied else variable
 
     return jax.tree.map(cast, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
@@ -88,7 +88,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         use_bias: bool = False,
     ):
-        self.weight = parameter(init, (in_features, out_features), axes, param_dtype, rngs, read_in=dtype)
+        self.weight = parameter(init, (in_features, out_features), axes, param_dtype, rngs, multiplied=True)
         self.bias = (
             parameter(jax.nn.initializers.zeros, (out_features,), axes[1:], param_dtype, rngs) if use_bias else None
         )

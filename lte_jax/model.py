@@ -141,7 +141,7 @@ class LanguageModel(nnx.Module):
         positions = row_positions(input_ids) if segment_ids is None else document_positions(segment_ids)
         shared = dict(positions=positions, segment_ids=segment_ids, reading=reading)
         graph, state = nnx.split(self.units)
-        state = as_read(state) if reading == "train" else state
+        state = as_read(state, self.dtype) if reading == "train" else state
 
         def step(x: Hidden, inputs: tuple[Any, jax.Array | None]) -> tuple[Hidden, tuple[Aux, ...]]:
             unit = nnx.merge(graph, inputs[0])

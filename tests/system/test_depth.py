@@ -111,7 +111,7 @@ def test_training_casts_each_weight_once(layers):
     loss = lambda state: training_loss(nnx.merge(graph, state), ids)[0]  # noqa: E731
     jaxpr = jax.make_jaxpr(jax.grad(loss))(state).jaxpr
     variables = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    linear = [x.get_value().shape for x in variables if "read_in" in x.get_metadata()]
+    linear = [x.get_value().shape for x in variables if "multiplied" in x.get_metadata()]
     assert len(linear) == 17  # 7 of a delta rule's layer, 4 of LTE, 3 of each MLP
     casts = [e for e in equations(jaxpr) if e.primitive.name == "convert_element_type"]
     for to, origin in ((jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)):
