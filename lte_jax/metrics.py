@@ -24,6 +24,7 @@ from tqdm import tqdm
 from lte_jax.mixers import mixer_name
 from lte_jax.model_config import ModelConfig
 from lte_jax.profiling import Stopwatch
+from lte_jax.whole_files import write_text
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12}
 """Dense bfloat16 peak of one device, by a word in its name."""
@@ -183,9 +184,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 def _keep_until(path: Path, step: int) -> None:
     if path.is_file():
         kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
-        partial = path.with_name(f".{path.name}-partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        partial.replace(path)  # a full disk or a kill leaves the old ones
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _plain(value: Any) -> Any:

@@ -37,6 +37,7 @@ from lte_jax.restore import CONFIG, TOKENIZER
 from lte_jax.retention import PenaltyConfig
 from lte_jax.sharding import MeshConfig, make_mesh
 from lte_jax.step import Builder, ComputeConfig, Params, StepConfig
+from lte_jax.whole_files import write_text
 
 FREE = (
     *("mesh", "accumulation", "checkpoint", "evaluation", "reading", "spikes", "optimizer.max_skipped"),
@@ -110,9 +111,7 @@ def _take(folder: Path, config: dict[str, Any], stated: Sequence[str]) -> IO[str
     lock = _lock(folder)
     try:
         _check_contents(folder, config, stated)  # again, now that no other launch changes them
-        partial = folder / f".{CONFIG}-{os.getpid()}"
-        partial.write_text(json.dumps(config, indent=2) + "\n")
-        partial.replace(folder / CONFIG)
+        write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         lock.flush()

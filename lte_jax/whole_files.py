@@ -1,4 +1,4 @@
-"""How are results written so that a file is there whole or not at all?"""
+"""How is a small file written so that it is there whole or not at all?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes under another name in the same folder, which is made, and renames."""
+    """Writes under another name in the folder, which is made, and renames; a full disk or a kill leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
