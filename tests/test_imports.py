@@ -103,3 +103,9 @@ def test_files_and_functions_stay_short(path):
             kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
             limit = 120 if kernel else 80
             assert node.end_lineno - node.lineno < limit, f"{path}: {node.name} has {limit} lines or more"
+
+
+def test_the_package_says_what_each_of_its_modules_is_for():
+    listed = re.findall(r"[a-z_]+(?=,| |$)", ast.get_docstring(ast.parse((ROOT / "lte_jax/__init__.py").read_text())))
+    modules = {path.stem for path in (ROOT / "lte_jax").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert modules - {"__init__"} <= set(listed), "name new modules in the docstring of lte_jax"
