@@ -10,7 +10,8 @@ counts the tokens seen. It takes batch * (2 S K N * itemsize + 4) bytes.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float, Int32
 from lte_jax.dims import Hidden, Positions, SegmentIds
 from lte_jax.inputs import check_room
 from lte_jax.layers import InitRule, Linear, RMSNorm, rotary
-from lte_jax.mixers.base import Aux, Mixer, Reading
+from lte_jax.mixers.base import Aux, Mixer, MixerConfig, Reading
 from lte_jax.partition import window_attention
 from pallas_kernels.window_attention import NEVER, Columns, window_attention_step
 
@@ -37,48 +38,71 @@ class RingCache(NamedTuple):
     length: Int32[Array, "B"]
 
 
-def validate_heads(name: str, width: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> None:
-    """Raises ValueError where these numbers of heads do not fit each other or the width."""
-    if num_heads < 1:
-        raise ValueError(f"{name}: num_heads={num_heads} must be at least 1")
-    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    if kv_heads < 1 or num_heads % kv_heads:
-        raise ValueError(f"{name}: num_kv_heads={kv_heads} must divide num_heads={num_heads}")
-    if head_dim is None and width % num_heads:
-        raise ValueError(f"{name}: num_heads={num_heads} must divide the width {width}, or head_dim must be given")
-    size = width // num_heads if head_dim is None else head_dim
-    if size < 2 or size % 2:
-        raise ValueError(f"{name}: head_dim={size} must be even and at least 2, for rotary positions on halves")
+@dataclasses.dataclass(frozen=True)
+class SoftmaxConfig(MixerConfig):
+    """Settings of full attention, and of a window but for its width.
+
+    Attributes:
+      num_kv_heads: as many as heads by default.
+      head_dim: width / num_heads by default.
+      rope_theta: base of the rotary positions.
+      qkv_bias: biases on the three input projections.
+      qk_norm: an RMSNorm over each head of q and of k, before the rotation.
+    """
+
+    num_heads: int = 16
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    rope_theta: float = 10000.0
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    name: ClassVar[str]
+
+    @property
+    def window(self) -> int | None:
+        """The keys that a token sees, itself included; None for all before it."""
+        return None
+
+    def validate(self, width: int) -> None:
+        name, num_heads, head_dim = self.name, self.num_heads, self.head_dim
+        if num_heads < 1:
+            raise ValueError(f"{name}: num_heads={num_heads} must be at least 1")
+        kv_heads = num_heads if self.num_kv_heads is None else self.num_kv_heads
+        if kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(f"{name}: num_kv_heads={kv_heads} must divide num_heads={num_heads}")
+        if head_dim is None and width % num_heads:
+            raise ValueError(f"{name}: num_heads={num_heads} must divide the width {width}, or head_dim must be given")
+        size = width // num_heads if head_dim is None else head_dim
+        if size < 2 or size % 2:
+            raise ValueError(f"{name}: head_dim={size} must be even and at least 2, for rotary positions on halves")
+        if self.rope_theta <= 0:
+            raise ValueError(f"{name}: rope_theta={self.rope_theta} must be above 0")
 
 
 class SoftmaxAttention(Mixer):
-    """Causal attention over the last ``window`` tokens, or over all of them for None."""
+    """Causal attention over the last ``config.window`` tokens, or over all of them for None."""
 
     inputs = ("q_proj", "k_proj", "v_proj")
 
     def __init__(
         self,
+        config: SoftmaxConfig,
         width: int,
         *,
-        num_heads: int,
-        num_kv_heads: int | None,
-        head_dim: int | None,
-        window: int | None,
-        rope_theta: float,
-        qkv_bias: bool,
-        qk_norm: bool,
         init: InitRule,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
         max_length: int,
-        implementation: str | None,
+        implementation: str | None = None,
     ):
-        self.H = num_heads
-        self.K = num_heads if num_kv_heads is None else num_kv_heads
-        self.N = width // num_heads if head_dim is None else head_dim
-        self.window = window
-        self.rope_theta = rope_theta
+        config.validate(width)
+        self.H = config.num_heads
+        self.K = self.H if config.num_kv_heads is None else config.num_kv_heads
+        self.N = width // self.H if config.head_dim is None else config.head_dim
+        self.window = config.window
+        self.rope_theta = config.rope_theta
         self.max_length = max_length
         self.implementation = implementation
 
@@ -87,14 +111,14 @@ class SoftmaxAttention(Mixer):
             return Linear(inputs, outputs, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **options)
 
         inner, kv = self.H * self.N, self.K * self.N
-        self.q_proj = linear(width, inner, ("embed", "heads"), init.normal(), qkv_bias)
-        self.k_proj = linear(width, kv, ("embed", "kv_heads"), init.normal(), qkv_bias)
-        self.v_proj = linear(width, kv, ("embed", "kv_heads"), init.normal(), qkv_bias)
+        self.q_proj = linear(width, inner, ("embed", "heads"), init.normal(), config.qkv_bias)
+        self.k_proj = linear(width, kv, ("embed", "kv_heads"), init.normal(), config.qkv_bias)
+        self.v_proj = linear(width, kv, ("embed", "kv_heads"), init.normal(), config.qkv_bias)
         self.o_proj = linear(inner, width, ("heads", "embed"), init.residual(inner))
 
         def norm() -> RMSNorm | None:
             options: dict[str, Any] = dict(eps=QK_NORM_EPS, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-            return RMSNorm(self.N, **options) if qk_norm else None
+            return RMSNorm(self.N, **options) if config.qk_norm else None
 
         self.q_norm, self.k_norm = norm(), norm()
 
