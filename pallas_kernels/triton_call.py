@@ -41,6 +41,11 @@ except ImportError:
         return function
 
 
+def constant(value: float) -> Any:
+    """A number of a module, as its kernels may read it."""
+    return value if tl is None else tl.constexpr(value)
+
+
 LONGEST_AXIS = 65_535  # of a grid, all but the first
 
 INSTALL = "install the extra with GPU support: pip install '.[cuda]' (triton 3.6)"

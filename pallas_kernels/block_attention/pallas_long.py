@@ -21,10 +21,11 @@ from pallas_kernels.block_attention.blocks import Layout
 from pallas_kernels.block_attention.pallas_select import ROWS, Places, across, columns_from, fill, operands, product
 from pallas_kernels.block_attention.triton_select import pick
 from pallas_kernels.tiles import ceil_div
+from pallas_kernels.window_attention.cases import LOG2_E
 from pallas_kernels.window_attention.cases import Case as WindowCase
 from pallas_kernels.window_attention.pallas_forward import TILES, call_forward
 from pallas_kernels.window_attention.pallas_plan import EDGE, KeyList, QueryPlan
-from pallas_kernels.window_attention.pallas_stream import BY_ROW, LOG2_E, SWIZZLED
+from pallas_kernels.window_attention.pallas_stream import BY_ROW, SWIZZLED
 
 COLUMNS = 128  # block means of a program
 STAGES = 3  # heads of queries in flight

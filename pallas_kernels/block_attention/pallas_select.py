@@ -21,8 +21,9 @@ from jaxtyping import Array, Float32, Int32
 from pallas_kernels.block_attention.blocks import Layout
 from pallas_kernels.block_attention.triton_tiles import slots
 from pallas_kernels.tiles import ceil_div
+from pallas_kernels.window_attention.cases import LOG2_E
 from pallas_kernels.window_attention.pallas_plan import pad_rows
-from pallas_kernels.window_attention.pallas_stream import BARRIERS, BY_ROW, LOG2_E, SWIZZLED, fold
+from pallas_kernels.window_attention.pallas_stream import BARRIERS, BY_ROW, SWIZZLED, fold
 
 ROWS = 64  # tokens of a program
 COLUMNS = (64, 128)  # block means that a program can hold

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_attention.blocks import table_size
 from pallas_kernels.triton_call import jit, tl
-
-LOG2_E = 1.4426950408889634
+from pallas_kernels.window_attention.cases import LOG2_E
 
 
 @jit

@@ -37,11 +37,11 @@ class Case:
 
 def cross_entropy(
     logits: Float32[Array, "rows L"],
-    labels: Int32[Array, "rows"],
+    labels: Int32[Array, " rows"],
     *,
     dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
-) -> tuple[Float32[Array, "rows"], Float32[Array, "rows"], Float[Array, "rows L"]]:
+) -> tuple[Float32[Array, " rows"], Float32[Array, " rows"], Float[Array, "rows L"]]:
     """The loss of each row, whether its label is the best column, and the gradient in its logits.
 
     It is not differentiable, a gradient through it is 0: the gradient is here.

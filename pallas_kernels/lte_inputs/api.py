@@ -48,7 +48,7 @@ class Operands(NamedTuple):
     recent: Float[Array, "B past K C"]
     convolutions: tuple[Convolution, ...]
     weight: Float[Array, "heads I"]
-    bias: Float[Array, "heads"]
+    bias: Float[Array, " heads"]
 
 
 class Results(NamedTuple):

@@ -88,7 +88,7 @@ _residual.defvjp(_residual_forward_rule, _residual_backward_rule)
 
 def rms_norm(
     x: Float[Array, "*rows V"],
-    weight: Float[Array, "V"],
+    weight: Float[Array, " V"],
     gate: Float[Array, "*rows V"] | None = None,
     *,
     eps: float,
@@ -119,7 +119,7 @@ def rms_norm(
 
 def residual_rms_norm(
     x: Float[Array, "*rows V"],
-    weight: Float[Array, "V"],
+    weight: Float[Array, " V"],
     *,
     eps: float,
     dtype: DTypeLike | None = None,

@@ -55,7 +55,7 @@ class Operands(NamedTuple):
     v: Float[Array, "B T K N"]
     convolutions: tuple[Convolution, ...]
     weight: Float32[Array, "heads I"]
-    bias: Float32[Array, "heads"]
+    bias: Float32[Array, " heads"]
     segment_ids: Int32[Array, "B T"] | None
     seeds: UInt32[Array, "convolutions 2"] | None
 
@@ -107,7 +107,7 @@ def router_scores(
     v: Float[Array, "B T K N"],
     convolutions: Sequence[Convolution],
     weight: Float[Array, "heads I"],
-    bias: Float[Array, "heads"],
+    bias: Float[Array, " heads"],
     *,
     dilations: Sequence[int],
     method: str = "sigmoid",

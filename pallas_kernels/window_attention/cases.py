@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels.arguments import FLOATS, Arguments
 
 NEVER = 2**31 - 1  # an expiry that no query index reaches
+FAR = 2**30  # beyond every index and every distance: the window where there is none, the begin of padding
+LOG2_E = 1.4426950408889634  # kernels take powers of two: exp(x) = 2^(x LOG2_E)
 
 
 class Columns(NamedTuple):
@@ -68,6 +70,11 @@ class Case:
     expiry: bool
     segment_ids: bool
     return_lse: bool
+
+    @property
+    def width(self) -> int:
+        """The window, ``FAR`` for none."""
+        return FAR if self.window is None else min(self.window, FAR)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +135,7 @@ def check_call(operands: Operands, window: int | None, scale: float | None, retu
     check.heads()
     T, U = sizes["T"], sizes["U"]
     check.require(U >= T, f"q has {T} tokens and k has {U}; queries are the last of the keys' positions: give fewer")
-    check.require(U < 2**30, f"k has {U} tokens; there must be fewer than 2**30")
+    check.require(U < FAR, f"k has {U} tokens; there must be fewer than {FAR}")
     if window is not None:
         check.count("window", window)
     for name, value in (("expiry", expiry), ("columns", columns)):

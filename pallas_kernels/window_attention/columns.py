@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-PADDING = 2**30  # the begin of a padding position: beyond every key
+from pallas_kernels.window_attention.cases import FAR
 
 
 class DocumentBounds(NamedTuple):
-    """Per position: the first index of its document and the index after its last (PADDING and 0 for padding)."""
+    """Per position: the first index of its document and the index after its last (FAR and 0 for padding)."""
 
     begin: Int32[Array, "B U"]
     end: Int32[Array, "B U"]
@@ -40,7 +40,7 @@ def document_bounds(segment_ids: Int32[Array, "B U"]) -> DocumentBounds:
     begin = jax.lax.cummax(jnp.where(jnp.concatenate([edge, change], 1), place, 0), axis=1)
     end = jax.lax.cummin(jnp.where(jnp.concatenate([change, edge], 1), place + 1, U), axis=1, reverse=True)
     real = segment_ids != 0
-    return DocumentBounds(jnp.where(real, begin, PADDING), jnp.where(real, end, 0))
+    return DocumentBounds(jnp.where(real, begin, FAR), jnp.where(real, end, 0))
 
 
 def retained(expiry: Int32[Array, "B U K"], window: int, begin: Int32[Array, "B U"] | None) -> Retained:
@@ -50,7 +50,7 @@ def retained(expiry: Int32[Array, "B U K"], window: int, begin: Int32[Array, "B 
     kept = (place < U - window)[:, None] & (expiry > (place + window)[:, None])
     if begin is not None:
         # The first query beyond the window must still belong to the key's document.
-        later = jnp.pad(begin[:, window:], ((0, 0), (0, min(window, U))), constant_values=PADDING)
+        later = jnp.pad(begin[:, window:], ((0, 0), (0, min(window, U))), constant_values=FAR)
         kept &= (later <= place)[:, :, None]
     kept, expiry = kept.transpose(0, 2, 1), expiry.transpose(0, 2, 1)
     counts = jnp.cumsum(kept, axis=2, dtype=jnp.int32)
@@ -66,12 +66,12 @@ def retained(expiry: Int32[Array, "B U K"], window: int, begin: Int32[Array, "B 
 def survey(columns: Any, window: int, U: int, begin: Int32[Array, "B U"] | None) -> Int32[Array, "B K 3"]:
     """Per KV head of a cache: slots in use (a prefix), the index from which every query sees all of them, its document.
 
-    The index is 2**30 if one of the slots is empty or expires before U; the document is the row's first, by its begin.
+    The index is FAR if one of the slots is empty or expires before U; the document is the row's first, by its begin.
     """
     C = columns.expiry.shape[1]
     live = columns.expiry > 0
     used = jnp.max(jnp.where(live, jnp.arange(1, C + 1, dtype=jnp.int32)[None, :, None], 0), axis=1)
     whole = (jnp.sum(live, axis=1, dtype=jnp.int32) == used) & jnp.all(~live | (columns.expiry >= U), axis=1)
-    latest = jnp.max(jnp.where(live, columns.position, -(2**30)), axis=1) + window
+    latest = jnp.max(jnp.where(live, columns.position, -FAR), axis=1) + window
     document = jnp.zeros_like(used) if begin is None else jnp.broadcast_to(jnp.min(begin, 1)[:, None], used.shape)
-    return jnp.stack([used, jnp.where(whole, latest, 2**30), document], axis=-1)
+    return jnp.stack([used, jnp.where(whole, latest, FAR), document], axis=-1)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.window_attention import pallas_dkv, pallas_dq
 from pallas_kernels.window_attention.api import Case, Gradients, Operands, row_delta
+from pallas_kernels.window_attention.cases import LOG2_E
 from pallas_kernels.window_attention.pallas_gather import gather_rows
 from pallas_kernels.window_attention.pallas_plan import (
     Known,
@@ -22,7 +23,6 @@ from pallas_kernels.window_attention.pallas_plan import (
     plan_queries,
     round_up,
     survey_data,
-    window_of,
 )
 
 
@@ -35,7 +35,7 @@ def differentiate(
     dq_tiles, dkv_tiles = pallas_dq.TILES[case.N], pallas_dkv.TILES[case.N]
     q, k, v, do8 = (pad_rows(x) for x in (operands.q, operands.k, operands.v, do))
     rows = round_up(case.T, dq_tiles.warpgroups * 64) + dkv_tiles.queries
-    lse2 = jnp.where(jnp.isneginf(lse), 1e30, lse * 1.4426950408889634)
+    lse2 = jnp.where(jnp.isneginf(lse), 1e30, lse * LOG2_E)
     delta = row_delta(o, lse, do, dlse)
     edge = ((0, 0), (0, 0), (0, rows - case.T))
     lse2, delta = (jnp.pad(x.swapaxes(1, 2), edge, constant_values=c) for x, c in ((lse2, 1e30), (delta, 0.0)))
@@ -69,7 +69,7 @@ def _window_intervals(case: Case, known: Known, size: int) -> tuple[Any, Any]:
     j = jnp.arange(round_up(case.U, size), dtype=jnp.int32)
     end = jnp.full((case.B, case.U), case.U, jnp.int32) if known.bounds is None else known.bounds.end
     end = jnp.pad(end, ((0, 0), (0, j.size - case.U)))
-    high = jnp.minimum(end, j + window_of(case))
+    high = jnp.minimum(end, j + case.width)
     return jnp.broadcast_to(j, high.shape)[:, None], high[:, None]
 
 

@@ -20,13 +20,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.window_attention.api import Case
+from pallas_kernels.window_attention.cases import FAR, LOG2_E
 from pallas_kernels.window_attention.pallas_dq import two_products
 from pallas_kernels.window_attention.pallas_plan import ROWS
 from pallas_kernels.window_attention.pallas_stream import (
     BARRIERS,
     BY_COLUMN,
     BY_ROW,
-    LOG2_E,
     SWIZZLED,
     Worker,
     add_product,
@@ -89,7 +89,7 @@ def plan_keys(case: Case, tiles: KeyTiles, low: Array, high: Array) -> tuple[Arr
     skip = case.U - case.T
     low, high = (x.reshape(*x.shape[:2], -1, tiles.warpgroups, ROWS) for x in (low, high))
     seen = high > low
-    least = jnp.where(seen, low, 2**30).min(-1)
+    least = jnp.where(seen, low, FAR).min(-1)
     most = jnp.where(seen, high, 0).max(-1)
     first = jnp.maximum(least.min(-1) - skip, 0) // 8 * 8
     n = jnp.maximum(-(-(jnp.minimum(most.max(-1), case.U) - skip - first) // tiles.queries), 0)
@@ -98,7 +98,7 @@ def plan_keys(case: Case, tiles: KeyTiles, low: Array, high: Array) -> tuple[Arr
     own_end = -(-(jnp.minimum(most, case.U) - skip - first[..., None]) // tiles.queries)
     own_end = jnp.where(most > least, jnp.clip(own_end, 0, n[..., None]), 0)
     own_first = jnp.clip((least - skip - first[..., None]) // tiles.queries, 0, own_end)
-    whole_low = jnp.where(jnp.all(seen, -1), low.max(-1), 2**30)
+    whole_low = jnp.where(jnp.all(seen, -1), low.max(-1), FAR)
     own = jnp.stack([own_first, own_end, whole_low, high.min(-1)], -1)
     rows = jnp.concatenate([first[..., None], n[..., None], own.reshape(*n.shape, -1)], -1)
     tile = jnp.arange(1, n.shape[2] + 1, dtype=jnp.int32)

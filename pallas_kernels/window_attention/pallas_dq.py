@@ -14,11 +14,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.window_attention.api import Case
+from pallas_kernels.window_attention.cases import LOG2_E
 from pallas_kernels.window_attention.pallas_plan import ROWS, KeyList, QueryPlan
 from pallas_kernels.window_attention.pallas_stream import (
     BARRIERS,
     BY_ROW,
-    LOG2_E,
     SWIZZLED,
     Items,
     Masks,

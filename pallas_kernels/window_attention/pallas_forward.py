@@ -19,12 +19,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.window_attention.api import Case
-from pallas_kernels.window_attention.columns import PADDING
+from pallas_kernels.window_attention.cases import FAR, LOG2_E
 from pallas_kernels.window_attention.pallas_plan import ROWS, KeyList, QueryPlan
 from pallas_kernels.window_attention.pallas_stream import (
     BARRIERS,
     BY_ROW,
-    LOG2_E,
     SWIZZLED,
     Items,
     Masks,
@@ -118,7 +117,7 @@ class _Attention(Worker):
         acc, m, l = carry
         l = l.sum(axis=1)
         if masks.begins is not None:
-            l = jnp.where(masks.begins < PADDING, l, 0.0)
+            l = jnp.where(masks.begins < FAR, l, 0.0)
         seen = l > 0
         divisor = jnp.where(seen, l, 1.0)
         factor = jnp.where(seen, 1.0 / divisor, 0.0)

@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from pallas_kernels.window_attention.api import Case, Operands
-from pallas_kernels.window_attention.columns import PADDING, DocumentBounds, Retained, document_bounds, retained, survey
+from pallas_kernels.window_attention.cases import FAR
+from pallas_kernels.window_attention.columns import DocumentBounds, Retained, document_bounds, retained, survey
 from pallas_kernels.window_attention.pallas_gather import gather_rows
 
 ROWS = 64  # queries, or keys, of a warpgroup
@@ -42,11 +43,6 @@ class Known(NamedTuple):
     list: KeyList | None
 
 
-def window_of(case: Case) -> int:
-    """The window, or a number beyond every distance."""
-    return 2**30 if case.window is None else min(case.window, 2**30)
-
-
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -64,7 +60,7 @@ def survey_data(
     case: Case, operands: Operands, kept: Retained | None = None, *, gather: Callable[..., Any] = gather_rows
 ) -> Known:
     """The document bounds, the list and what is known of it; ``kept`` is given if it is known."""
-    W = window_of(case)
+    W = case.width
     bounds = document_bounds(operands.segment_ids) if operands.segment_ids is not None else None
     begin = None if bounds is None else bounds.begin
     if kept is None and operands.expiry is not None and W < case.U:
@@ -93,7 +89,7 @@ def _cache_part(case: Case, columns: Any, W: int, bounds: DocumentBounds | None,
     low, high = position + W, expiry
     if bounds is not None:
         end = jnp.take_along_axis(bounds.end, jnp.minimum(document, case.U - 1), axis=1)
-        end = jnp.where(document < PADDING, end, 0)
+        end = jnp.where(document < FAR, end, 0)
         low, high = jnp.maximum(low, document[..., None]), jnp.minimum(high, end[..., None])
     return [_pad_slots(x, cached_slots(case)) for x in (k, v, low, high)]
 
@@ -129,7 +125,7 @@ def plan_queries(case: Case, known: Known, keys: int, warpgroups: int) -> QueryP
     """The plan for tiles of ``warpgroups`` x 64 queries that meet tiles of ``keys`` keys."""
     # What depends on no data is worked out before the program runs, not by small kernels within it.
     xp: Any = jnp if any(x is not None for x in known) else np
-    W, size = window_of(case), warpgroups * ROWS
+    W, size = case.width, warpgroups * ROWS
     tiles = -(-case.T // size)
     i_first = case.U - case.T + xp.arange(tiles, dtype=xp.int32) * size
     i_last = xp.minimum(i_first + size, case.U) - 1
@@ -138,10 +134,10 @@ def plan_queries(case: Case, known: Known, keys: int, warpgroups: int) -> QueryP
     begin = None
     if known.bounds is not None:
         edge = ((0, 0), (0, tiles * size - case.T))
-        begin = jnp.pad(known.bounds.begin[:, case.U - case.T :], edge, constant_values=PADDING)
+        begin = jnp.pad(known.bounds.begin[:, case.U - case.T :], edge, constant_values=FAR)
         each = begin.reshape(case.B, tiles, size)
-        low, high = each.min(2), jnp.where(each < PADDING, each, 0).max(2)
-    empty = low == PADDING
+        low, high = each.min(2), jnp.where(each < FAR, each, 0).max(2)
+    empty = low == FAR
     low = xp.where(empty, 0, low)
     first = xp.maximum(xp.maximum(i_first - W + 1, low), 0) // 8 * 8
     window_n = -(-(i_last + 1 - first) // keys)

@@ -18,9 +18,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.window_attention.api import Case
-from pallas_kernels.window_attention.pallas_plan import ROWS, KeyList, window_of
+from pallas_kernels.window_attention.pallas_plan import ROWS, KeyList
 
-LOG2_E = 1.4426950408889634
 BARRIERS = 4096  # bytes left for barriers and the compiler's own use
 PROGRAMS = 132  # one per multiprocessor of a Hopper GPU
 SWIZZLED: Any = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
@@ -246,14 +245,14 @@ class Masks:
 
     def window_steps(self):
         """(first, end) of the steps in the window that hold a key for this warpgroup."""
-        steps, W = self.steps, window_of(self.case)
+        steps, W = self.steps, self.case.width
         end = jnp.minimum(steps.window_n, (self.i + ROWS - 1 - steps.first) // steps.keys + 1)
         first = jnp.minimum(jnp.maximum(self.i - W + 1 - steps.first, 0) // steps.keys, end)
         return steps.listed + first, steps.listed + end
 
     def window(self, step, logits):
         """The logits of a step in the window, -inf where not seen."""
-        key, W = self.steps.key(step), window_of(self.case)
+        key, W = self.steps.key(step), self.case.width
         whole = (key >= jnp.maximum(self.i + ROWS - W, self.steps.high)) & (key + self.steps.keys - 1 <= self.i)
 
         def mask(logits):

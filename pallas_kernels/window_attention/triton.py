@@ -17,14 +17,15 @@ from pallas_kernels.window_attention import triton_bwd, triton_step, triton_upda
 from pallas_kernels.window_attention.api import Case, Operands
 from pallas_kernels.window_attention.triton_plan import make_plan, plan_arguments
 from pallas_kernels.window_attention.triton_tiles import (
+    FAR,
     LANES,
+    LN_2,
     launch,
     load_rows,
     own_tile,
     query_begins,
     spacious,
     stream,
-    window_of,
 )
 
 FOLD_VMAP = True
@@ -64,7 +65,7 @@ def _forward_kernel(
     )  # fmt: skip
     l = tl.sum(l, 1)
     if SEGMENTS:
-        l = tl.where(begins < 2**30, l, 0.0)
+        l = tl.where(begins < FAR, l, 0.0)
     seen = l > 0
     divisor = tl.where(seen, l, 1.0)
     result = tl.where(seen[:, None], acc / divisor[:, None], 0.0)
@@ -72,7 +73,7 @@ def _forward_kernel(
     o_rows = o + b * T * H * V + head * V + t[:, None] * (H * V) + n[None, :]
     tl.store(o_rows, result.to(o.dtype.element_ty), mask=(t < T)[:, None] & (n < V)[None, :])
     # The natural logarithm: m and log2 are in powers of two.
-    log_sum = tl.where(seen, (m + tl.log2(divisor)) * 0.6931471805599453, float("-inf"))
+    log_sum = tl.where(seen, (m + tl.log2(divisor)) * LN_2, float("-inf"))
     tl.store(lse + (b * T + t) * H + head, log_sum, mask=t < T)
 
 
@@ -92,7 +93,7 @@ def forward(case: Case, operands: Operands) -> Any:
         *plan_arguments(operands, plan),
         case.T,
         case.U,
-        window_of(case),
+        case.width,
         together,
         out_shape=outputs,
         **launched,

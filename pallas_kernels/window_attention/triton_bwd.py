@@ -22,14 +22,14 @@ import jax.numpy as jnp
 from pallas_kernels.triton_call import jit, tl, triton_call
 from pallas_kernels.window_attention.api import Case, Gradients, Operands
 from pallas_kernels.window_attention.triton_dkv import call_dkv
-from pallas_kernels.window_attention.triton_plan import plan_arguments
+from pallas_kernels.window_attention.triton_plan import Plan, plan_arguments
 from pallas_kernels.window_attention.triton_tiles import (
+    LN_2,
     launch,
     load_rows,
     own_tile,
     query_begins,
     stream,
-    window_of,
 )
 
 
@@ -75,7 +75,7 @@ def _dq_kernel(
     )  # fmt: skip
     n = tl.arange(0, N_BLOCK)
     dq_rows = dq + b * T * H * N + head * N + t[:, None] * (H * N) + n[None, :]
-    acc = acc * (SCALE * 0.6931471805599453)
+    acc = acc * (SCALE * LN_2)
     tl.store(dq_rows, acc.to(dq.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
 
 
@@ -84,14 +84,14 @@ def backward(
     operands: Operands,
     o: jax.Array,
     lse: jax.Array,
-    plan: dict[str, Any],
+    plan: Plan,
     do: jax.Array,
     dlse: jax.Array | None,
 ) -> Gradients:
     """The gradients of every differentiable operand."""
     dq, terms = _call_dq(case, operands, o, lse, plan, do, dlse)
     lists: tuple[Any, ...] = (None, None)
-    if plan["retained"] is not None:
+    if plan.retained is not None:
         lists = call_dkv(case, operands, plan, do, terms, lists, "retained")[:2]
     dk, dv, dscores = call_dkv(case, operands, plan, do, terms, lists, "window")
     columns: tuple[Any, ...] = (None, None)
@@ -101,7 +101,7 @@ def backward(
 
 
 def _call_dq(
-    case: Case, operands: Operands, o: jax.Array, lse: jax.Array, plan: dict[str, Any], do: jax.Array, dlse: Any
+    case: Case, operands: Operands, o: jax.Array, lse: jax.Array, plan: Plan, do: jax.Array, dlse: Any
 ) -> tuple[jax.Array, ...]:
     """(dq, terms [B,H,T,2]: lse in powers of two, and delta)."""
     together, launched = launch(case, "dq", case.T)
@@ -118,7 +118,7 @@ def _call_dq(
         dlse,
         case.T,
         case.U,
-        window_of(case),
+        case.width,
         together,
         out_shape=(jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype), terms),
         LSE_GRADIENT=dlse is not None,

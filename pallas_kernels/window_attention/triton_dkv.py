@@ -9,13 +9,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.triton_call import jit, tl, triton_call
 from pallas_kernels.window_attention.api import Case, Operands
-from pallas_kernels.window_attention.triton_plan import plan_arguments
+from pallas_kernels.window_attention.triton_plan import Plan, plan_arguments
 from pallas_kernels.window_attention.triton_tiles import (
+    FAR,
+    LN_2,
     launch,
     load_rows,
     own_tile,
     span_of,
-    window_of,
 )
 
 # How many tiles of queries (of all the heads of a group) make another program for a tile of retained keys worth its
@@ -51,7 +52,7 @@ def _add_queries(
         i = U - T + t
         mask = (i[None, :] - low[:, None]).to(tl.uint32) < span[:, None]
         if SEGMENTS:
-            begins = tl.load(begin + i, mask=t < T, other=2**30)
+            begins = tl.load(begin + i, mask=t < T, other=FAR)
             mask = mask & (begins[None, :] <= position[:, None])
         p = tl.where(mask, p, 0.0)
     dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
@@ -92,14 +93,14 @@ def _intervals(
         position = row
         low = row + window
         high = tl.load(expiry + group * U + c, mask=c < count, other=0)
-        i_first = tl.min(tl.where(c < count, low, 2**30), 0)
+        i_first = tl.min(tl.where(c < count, low, FAR), 0)
         i_end = tl.minimum(U, tl.max(high, 0))
         whole = tl.max(tl.where(c < count, low, 0), 0)
         whole_end = tl.where(tl.load(never + group) != 0, U, 0)
         if SEGMENTS:
             end = tl.load(ends + b * U + row, mask=c < count, other=0)
             i_end = tl.minimum(i_end, tl.max(end, 0))
-            whole_end = tl.minimum(whole_end, tl.min(tl.where(c < count, end, 2**30), 0))
+            whole_end = tl.minimum(whole_end, tl.min(tl.where(c < count, end, FAR), 0))
     else:
         count = tl.load(cache_survey + group * 3)
         row = c
@@ -107,7 +108,7 @@ def _intervals(
         high = tl.load(cache_expiry + (b * C + c) * K + h, mask=c < count, other=0)
         document = tl.load(cache_survey + group * 3 + 2)
         position = tl.zeros_like(c) + document
-        i_first = tl.maximum(tl.min(tl.where(high > 0, low, 2**30), 0), 0)
+        i_first = tl.maximum(tl.min(tl.where(high > 0, low, FAR), 0), 0)
         i_end = tl.minimum(U, tl.max(high, 0))
         whole = tl.load(cache_survey + group * 3 + 1)
         whole_end = U
@@ -199,7 +200,7 @@ def _gradients(
             T, U, dk, dv, H, N, V, SCALE, SEGMENTS, QUERIES, N_BLOCK, V_BLOCK, PRECISION,
         )  # fmt: skip
         other, tile = _following(other, tile, whole_tiles, H // K)
-    return dk * (SCALE * 0.6931471805599453), dv
+    return dk * (SCALE * LN_2), dv
 
 
 @jit
@@ -277,7 +278,7 @@ def _dkv_kernel(
 def call_dkv(
     case: Case,
     operands: Operands,
-    plan: dict[str, Any],
+    plan: Plan,
     do: jax.Array,
     terms: jax.Array,
     lists: tuple[Any, ...],
@@ -297,13 +298,13 @@ def call_dkv(
         operands.k,
         operands.v,
         *plan_arguments(operands, plan),
-        plan["bounds"].end if plan["bounds"] is not None else None,
+        plan.bounds.end if plan.bounds is not None else None,
         do,
         terms,
         *lists,
         case.T,
         case.U,
-        window_of(case),
+        case.width,
         together,
         min(PARTS, -(-steps // STEPS)),
         out_shape=(

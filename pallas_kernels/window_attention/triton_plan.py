@@ -5,15 +5,16 @@ The bounds of documents, the list of retained keys of every KV head, made by a k
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int32
 
 from pallas_kernels.triton_call import jit, tl, triton_call
 from pallas_kernels.window_attention.api import Case, Operands
-from pallas_kernels.window_attention.columns import Retained, document_bounds, survey
-from pallas_kernels.window_attention.triton_tiles import window_of
+from pallas_kernels.window_attention.columns import DocumentBounds, Retained, document_bounds, survey
+from pallas_kernels.window_attention.triton_tiles import FAR
 
 
 @jit
@@ -33,7 +34,7 @@ def _list_kernel(
         kept = (j < U - window) & (until > j + window)
         if SEGMENTS:
             # The first query beyond the window must still belong to the key's document.
-            kept = kept & (tl.load(begin + b * U + j + window, mask=j < U - window, other=2**30) <= j)
+            kept = kept & (tl.load(begin + b * U + j + window, mask=j < U - window, other=FAR) <= j)
         place = count + tl.cumsum(kept.to(tl.int32), 0)
         tl.store(counts + group * U + j, place, mask=j < U)
         tl.store(listed + group * U + place - 1, j, mask=kept)
@@ -51,7 +52,7 @@ def list_retained(case: Case, expiry: Any, begin: Any) -> Retained:
         expiry,
         begin,
         case.U,
-        window_of(case),
+        case.width,
         out_shape=(rows, rows, rows, jax.ShapeDtypeStruct((case.B, case.K), jnp.int32)),
         grid=(case.B * case.K,),
         num_warps=8,
@@ -62,20 +63,27 @@ def list_retained(case: Case, expiry: Any, begin: Any) -> Retained:
     return Retained(*result)
 
 
-def make_plan(case: Case, operands: Operands) -> dict[str, Any]:
-    """What the passes must know of the data: {"bounds", "retained", "survey"}, each None where it has no use."""
+class Plan(NamedTuple):
+    """What the passes must know of the data; None where it has no use."""
+
+    bounds: DocumentBounds | None
+    retained: Retained | None
+    survey: Int32[Array, "B K 3"] | None
+
+
+def make_plan(case: Case, operands: Operands) -> Plan:
     bounds = document_bounds(operands.segment_ids) if operands.segment_ids is not None else None
     begin = bounds.begin if bounds is not None else None
     kept = None
-    if operands.expiry is not None and window_of(case) < case.U:
+    if operands.expiry is not None and case.width < case.U:
         kept = list_retained(case, operands.expiry, begin)
-    cache = survey(operands.columns, window_of(case), case.U, begin) if operands.columns is not None else None
-    return {"bounds": bounds, "retained": kept, "survey": cache}
+    cache = survey(operands.columns, case.width, case.U, begin) if operands.columns is not None else None
+    return Plan(bounds, kept, cache)
 
 
-def plan_arguments(operands: Operands, plan: dict[str, Any]) -> tuple[Any, ...]:
+def plan_arguments(operands: Operands, plan: Plan) -> tuple[Any, ...]:
     """The kernels' arguments from begin to cache_survey, in their order."""
-    kept = plan["retained"] or Retained(None, None, None, None)  # type: ignore[arg-type]
+    kept = plan.retained or Retained(None, None, None, None)  # type: ignore[arg-type]
     columns = operands.columns if operands.columns is not None else (None,) * 4
-    begin = plan["bounds"].begin if plan["bounds"] is not None else None
-    return begin, *kept, *columns, plan["survey"]
+    begin = plan.bounds.begin if plan.bounds is not None else None
+    return begin, *kept, *columns, plan.survey

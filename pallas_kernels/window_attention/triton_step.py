@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from pallas_kernels.arguments import Arguments
 from pallas_kernels.triton_call import LONGEST_AXIS, jit, tl, triton_call
 from pallas_kernels.window_attention.api import StepCase, UpdateCase
-from pallas_kernels.window_attention.triton_tiles import LOG2_E, block, load_rows
+from pallas_kernels.window_attention.cases import LOG2_E
+from pallas_kernels.window_attention.triton_tiles import block, load_rows
 
 
 @jit

@@ -16,11 +16,13 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels.tiles import capability
-from pallas_kernels.triton_call import LONGEST_AXIS, jit, tl
-from pallas_kernels.window_attention.api import Case
+from pallas_kernels.triton_call import LONGEST_AXIS, constant, jit, tl
+from pallas_kernels.window_attention import cases
+from pallas_kernels.window_attention.cases import LOG2_E, Case
 
-LOG2_E = 1.4426950408889634
-LANES = tl.constexpr(8) if tl is not None else 8
+LANES = constant(8)
+FAR = constant(cases.FAR)
+LN_2 = constant(0.6931471805599453)
 
 
 @jit
@@ -71,7 +73,7 @@ def retained_tiles(counts, never, U, i_first, i_last, begin_low, begin_high, win
     whole = tl.load(counts + i_first - window, mask=i_first >= window, other=0)
     whole = tl.where((tl.load(never) != 0) & (first_high == first), whole, first)
     whole_end = first + tl.maximum(whole - first, 0) // TILE * TILE
-    return first, whole_end, tl.where(begin_low < 2**30, end, first)
+    return first, whole_end, tl.where(begin_low < FAR, end, first)
 
 
 @jit
@@ -89,9 +91,9 @@ def cache_tiles(survey_of_head, i_first, begin_low, begin_high, TILE: tl.constex
 def query_begins(begin, i, U, SEGMENTS: tl.constexpr):
     """(first index of each query's document, the lowest, the highest of those that are not padding)."""
     if SEGMENTS:
-        begins = tl.load(begin + i, mask=i < U, other=2**30)
+        begins = tl.load(begin + i, mask=i < U, other=FAR)
         low = tl.min(begins, 0)
-        return begins, low, tl.max(tl.where(begins < 2**30, begins, 0), 0)
+        return begins, low, tl.max(tl.where(begins < FAR, begins, 0), 0)
     else:
         return tl.zeros_like(i), 0, 0
 
@@ -252,14 +254,9 @@ def stream(
     return acc, m, l
 
 
-def window_of(case: Case) -> int:
-    """The window, or a number beyond every distance."""
-    return 2**30 if case.window is None else min(case.window, 2**30)
-
-
 def retains(case: Case) -> bool:
     """Whether keys of the call may be retained beyond the window."""
-    return case.expiry and window_of(case) < case.U
+    return case.expiry and case.width < case.U
 
 
 # How many of the batch's heads go on from tile to tile together, at most, as measured on an H200. With many, the tiles
