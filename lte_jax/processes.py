@@ -61,6 +61,8 @@ def join(
     Raises:
       LaunchError: some flags without the others, no launcher to ask, or GPUs that the tasks cannot share.
     """
+    # Its handler would swallow a SIGTERM that comes before the run's own (``signals.py``): the process would not end.
+    jax.config.update("jax_enable_preemption_service", False)
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     options: Any = {"heartbeat_timeout_seconds": heartbeat_seconds, "initialization_timeout": timeout_seconds}

@@ -3,10 +3,11 @@
     python -m experiments.launch.local -- --config=lalte_1p4b --workdir=runs/lalte --set mesh.fsdp=8
     python -m experiments.launch.local --processes=2 --simulate=4 -- --config=text --workdir=runs/text
 
-What follows ``--`` goes to ``experiments.train``. SIGTERM, SIGUSR1 and Ctrl-C are passed on: the run saves and exits
-with 75. When one process fails, the others are ended at once; when this one is killed, none stays behind. Exit codes:
-0 all finished, 75 stopped by a signal with everything saved, otherwise that of the first process that failed (128 + n
-after signal n). Process 0 writes here, process i into ``LOGS/process-i.log``.
+What follows ``--`` goes to ``experiments.train``. SIGTERM, SIGUSR1 and Ctrl-C are passed on, whenever they come: the
+run saves and exits with 75; what has not ended after ``--grace`` seconds is killed. When one process fails, the others
+are ended at once; when this one is killed, none stays behind. Exit codes: 0 all finished, 75 stopped by a signal with
+everything saved, otherwise that of the first process that failed (128 + n after signal n). Process 0 writes here,
+process i into ``LOGS/process-i.log``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
+import math
 import os
 import signal
 import socket
@@ -29,6 +32,9 @@ from absl import app, flags
 from pallas_kernels.visible_gpus import visible_gpus
 
 INTERRUPTED = 75
+ALONE_SECONDS = 10.0
+"""How long the others may go on after a signal has ended a process that had no run to save: they may wait for it."""
+
 FLAGS = flags.FLAGS
 
 
@@ -93,15 +99,16 @@ def run(launch: Launch, gpus: Sequence[str]) -> int:
     logs.mkdir(parents=True, exist_ok=True)
     group = _Group(launch.grace)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda number, _frame: group.forward(number))
+        signal.signal(number, group.note)
     coordinator = f"localhost:{_free_port()}"
     for index in range(launch.processes):
+        if group.received:
+            break  # those that are there wait for the others, and end by the signal
         group.processes.append(_start(launch, gpus, index, coordinator, logs))
     code = group.wait()
-    failed = group.first_failed
-    if failed is not None:
-        index, status = failed
-        print(f"process {index} ended with {_describe(status)}; the others were stopped", file=sys.stderr)
+    if group.failed is not None:
+        index, status, why = group.failed
+        print(f"process {index} ended with {_describe(status)}{why}; the others were stopped", file=sys.stderr)
         if index:
             tail = (logs / f"process-{index}.log").read_text(errors="replace").splitlines()[-20:]
             print("\n".join([f"--- end of {logs}/process-{index}.log", *tail]), file=sys.stderr, flush=True)
@@ -132,61 +139,84 @@ def _start(launch: Launch, gpus: Sequence[str], index: int, coordinator: str, lo
             stdout=output,
             stderr=subprocess.STDOUT if index else None,
             start_new_session=True,  # Ctrl-C reaches the processes once, through this one
-            preexec_fn=_die_with_parent,
+            preexec_fn=functools.partial(_die_with_parent, os.getpid()),
         )
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """In the child: the kernel kills it when this launcher is gone, however that ended."""
     set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it was gone before
 
 
 class _Group:
-    """The processes of one launch."""
+    """The processes of one launch.
+
+    Signals are only noted when they come, which may be while a process starts, and passed on by ``wait``, which knows
+    all processes. One that a signal ends by its usual effect, passed on once, had no run to save: it has not begun one,
+    or has left it saved.
+    """
 
     def __init__(self, grace: float):
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.first_failed: tuple[int, int] | None = None
+        self.received: list[int] = []
+        self.failed: tuple[int, int, str] | None = None
+        """The process that explains how the launch ended, its exit code as Popen gives it, and words about it."""
         self._grace = grace
-        self._deadline: float | None = None
+        self._passed_on: list[int] = []
+        self._deadline = math.inf
 
-    def forward(self, number: int) -> None:
-        """Tells every process to save and stop."""
-        told = signal.SIGTERM if number == signal.SIGINT else number
-        for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(told)
-        if self._deadline is None:
-            self._deadline = time.monotonic() + self._grace
+    def note(self, number: int, _frame: object) -> None:
+        self.received.append(number)
 
     def wait(self) -> int:
         """Returns when all have ended, with the exit code of the launch."""
+        stopped = False
         while True:
+            self._pass_on()
             codes = [process.poll() for process in self.processes]
-            failed = [
-                (index, code) for index, code in enumerate(codes) if code is not None and code not in (0, INTERRUPTED)
-            ]
-            if failed and self.first_failed is None:
+            if not stopped and any(map(self._had_no_run, codes)):
+                stopped = True
+                self._deadline = min(self._deadline, time.monotonic() + ALONE_SECONDS)
+            failed = [(index, code) for index, code in enumerate(codes) if code not in (None, 0, INTERRUPTED)]
+            if failed and self.failed is None and not stopped:
                 # A process that died by a signal explains the others; they wait for it inside a step and are killed.
-                self.first_failed = min(failed, key=lambda found: found[1] > 0)
-                self._kill()
-            if self._deadline is not None and time.monotonic() > self._deadline and None in codes:
-                if self.first_failed is None:
-                    self.first_failed = codes.index(None), -signal.SIGKILL
+                self.failed = (*min(failed, key=lambda found: found[1] > 0), "")
                 self._kill()
             if None not in codes:
                 break
+            if time.monotonic() > self._deadline:
+                self._deadline = math.inf
+                if stopped:
+                    print("killed the processes that waited for one without a run to save", file=sys.stderr, flush=True)
+                elif self.failed is None:
+                    why = f": killed, as it had not ended {self._grace:g} s after a signal"
+                    self.failed = codes.index(None), -signal.SIGKILL, why
+                self._kill()
             time.sleep(0.05)
-        if self.first_failed is not None:
-            code = self.first_failed[1]
+        if self.failed is not None:
+            code = self.failed[1]
             return 128 - code if code < 0 else code
-        return INTERRUPTED if INTERRUPTED in codes else 0
+        return INTERRUPTED if stopped or INTERRUPTED in codes or not codes else 0
+
+    def _pass_on(self) -> None:
+        """Tells every process to save and stop."""
+        while self.received:
+            number = self.received.pop(0)
+            told = signal.SIGTERM if number == signal.SIGINT else number
+            self._passed_on.append(told)
+            for process in self.processes:
+                process.send_signal(told)  # if it has not ended
+            self._deadline = min(self._deadline, time.monotonic() + self._grace)
+
+    def _had_no_run(self, code: int | None) -> bool:
+        return code is not None and self._passed_on.count(-code) == 1
 
     def _kill(self) -> None:
         for process in self.processes:
-            if process.poll() is None:
-                process.kill()
+            process.kill()  # if it has not ended
 
 
 def _describe(status: int) -> str:

@@ -9,13 +9,20 @@ import time
 from pathlib import Path
 
 
+def tell_once(note: Path) -> None:
+    """As a run that goes on to the end of its step: a second signal has its usual effect."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    note.touch()
+
+
 def main() -> None:
     flags = dict(argument.removeprefix("--").split("=", 1) for argument in sys.argv[1:] if "=" in argument)
     index, folder = int(flags["process_id"]), Path(flags["folder"])
     behaviour = flags["do"].split(",")
     what = behaviour[min(index, len(behaviour) - 1)]
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if what == "deaf" else lambda *_: sys.exit(75))
-    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+    told = {"deaf": signal.SIG_IGN, "plain": signal.SIG_DFL, "once": lambda *_: tell_once(folder / f"{index}.told")}
+    signal.signal(signal.SIGTERM, told.get(what, lambda *_: os._exit(75)))
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))  # an exception is lost where Python ignores those
     note = folder / f".{index}"
     note.write_text("\n".join([str(os.getpid()), os.environ.get("XLA_FLAGS", ""), *sys.argv[1:]]))
     note.rename(folder / str(index))

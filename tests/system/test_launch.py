@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -20,18 +21,22 @@ from pallas_kernels.visible_gpus import visible_gpus
 ROOT = Path(__file__).parents[2]
 
 
-def start(folder, do, count=3, **options):
-    extra = [f"--{name}={value}" for name, value in options.items()]
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "experiments.launch.local", f"--processes={count}", "--simulate=2", *extra),
-            *("--module=tests.system.sleeper", f"--logs={folder}/logs", "--", f"--do={do}", f"--folder={folder}"),
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def start(tmp_path):
+    """Starts launchers whose processes note themselves in the test's folder; what a test leaves running is killed."""
+    with contextlib.ExitStack() as launchers:
+
+        def launch(do, count=3, program=("experiments.launch.local",), **options):
+            command = [sys.executable, "-m", *program, f"--processes={count}", "--simulate=2"]
+            command += [f"--{name}={value}" for name, value in options.items()]
+            command += ["--module=tests.system.sleeper", f"--logs={tmp_path}/logs"]
+            command += ["--", f"--do={do}", f"--folder={tmp_path}"]
+            launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            launchers.enter_context(launcher)  # closes its pipes and waits for it
+            launchers.callback(launcher.kill)  # before that; its processes die with it
+            return launcher
+
+        yield launch
 
 
 def notes(folder, count=3):
@@ -58,8 +63,8 @@ def check_gone(pids, seconds=10.0):
         time.sleep(0.02)
 
 
-def test_each_process_is_told_its_place_and_all_finish(tmp_path):
-    launcher = start(tmp_path, "0")
+def test_each_process_is_told_its_place_and_all_finish(start, tmp_path):
+    launcher = start("0")
     out, err = launcher.communicate(timeout=60)
     assert launcher.returncode == 0 and out == "process 0 says 0\n", err
     assert (tmp_path / "logs" / "process-2.log").read_text() == "process 2 says 0\n"
@@ -74,33 +79,81 @@ def test_each_process_is_told_its_place_and_all_finish(tmp_path):
     ("do", "code", "words"),
     [("sleep,3,sleep", 3, "process 1 ended with exit code 3"), ("sleep,sleep,die", 137, "2 ended with signal SIGKILL")],
 )
-def test_when_one_fails_the_others_end_at_once_with_its_code(tmp_path, do, code, words):
-    launcher = start(tmp_path, do)
+def test_when_one_fails_the_others_end_at_once_with_its_code(start, tmp_path, do, code, words):
+    launcher = start(do)
     _, err = launcher.communicate(timeout=60)
     assert launcher.returncode == code and words in err and "says" in err  # the end of its log is shown
     check_gone([note[0] for note in notes(tmp_path)], 1.0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_signals_are_passed_on_and_the_launch_says_that_all_is_saved(tmp_path, number):
-    launcher = start(tmp_path, "sleep", count=2)
+def test_signals_are_passed_on_and_the_launch_says_that_all_is_saved(start, tmp_path, number):
+    launcher = start("sleep", count=2)
     notes(tmp_path, 2)
     launcher.send_signal(number)
     launcher.communicate(timeout=30)
     assert launcher.returncode == 75
 
 
-def test_a_process_that_does_not_stop_in_time_is_killed(tmp_path):
-    launcher = start(tmp_path, "sleep,deaf", count=2, grace=0.3)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(("moment", "count"), [("none", 1), ("first", 1), ("both", 2), ("ready", 2)])
+def test_a_signal_while_processes_are_started_reaches_all_of_them(start, moment, count, number):
+    """Where the launcher looks only later, and where a process has no handler yet."""
+    launcher = start("sleep", count=2, program=("tests.system.signalled_launch", moment, str(int(number))))
+    out, err = launcher.communicate(timeout=30)
+    started = [line.split()[1] for line in out.splitlines() if line.startswith("started")]
+    assert launcher.returncode == 75 and not err and len(started) == count
+    assert not any(map(alive, started))
+
+
+def test_a_process_that_had_no_run_ends_the_launch_though_another_waits_for_it(start):
+    """The first does not end by itself, as in a step; the second has no handler."""
+    launcher = start("deaf,plain", count=2, program=("tests.system.signalled_launch", "ready", "15"))
+    out, err = launcher.communicate(timeout=30)
+    assert launcher.returncode == 75 and err == "killed the processes that waited for one without a run to save\n"
+    check_gone([line.split()[1] for line in out.splitlines() if line.startswith("started")], 1.0)
+
+
+def test_a_signal_between_joining_and_the_run_ends_the_process():
+    """JAX's own handler would note it, for a service that nobody asks."""
+    code = """
+import os, signal, socket
+from lte_jax import processes
+with socket.socket() as found:
+    found.bind(("localhost", 0))
+    port = found.getsockname()[1]
+processes.join(f"localhost:{port}", 1, 0)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert run.returncode == -signal.SIGTERM, run.stderr
+
+
+def test_a_second_signal_that_ends_a_process_before_it_has_saved_is_no_success(start, tmp_path):
+    launcher = start("once", count=2)
+    notes(tmp_path, 2)
+    launcher.send_signal(signal.SIGTERM)
+    while not all((tmp_path / f"{index}.told").exists() for index in range(2)):
+        assert launcher.poll() is None
+        time.sleep(0.02)
+    launcher.send_signal(signal.SIGTERM)
+    _, err = launcher.communicate(timeout=30)
+    assert launcher.returncode == 143 and "ended with signal SIGTERM; the others were stopped" in err
+
+
+def test_a_process_that_does_not_stop_in_time_is_killed(start, tmp_path):
+    launcher = start("sleep,deaf", count=2, grace=0.3)
     pids = [note[0] for note in notes(tmp_path, 2)]
     launcher.send_signal(signal.SIGTERM)
     _, err = launcher.communicate(timeout=30)
-    assert launcher.returncode == 137 and "process 1 ended with signal SIGKILL" in err
+    assert launcher.returncode == 137
+    assert "process 1 ended with signal SIGKILL: killed, as it had not ended 0.3 s after a signal" in err
     check_gone(pids, 1.0)
 
 
-def test_a_killed_launcher_leaves_no_process_behind(tmp_path):
-    launcher = start(tmp_path, "deaf", count=2)
+def test_a_killed_launcher_leaves_no_process_behind(start, tmp_path):
+    launcher = start("deaf", count=2)
     pids = [note[0] for note in notes(tmp_path, 2)]
     launcher.send_signal(signal.SIGKILL)
     launcher.communicate()

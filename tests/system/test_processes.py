@@ -53,21 +53,21 @@ def on_one_device(mixer, folder):
 
 def launch(workdir, cache, count, devices, *arguments, mixer="lte", fault="none:0:-1"):
     """The local launcher's result, and the seconds from the fault to its end (None without a fault)."""
-    command = [sys.executable, "-m", "experiments.launch.local", f"--processes={count}", f"--simulate={devices}"]
-    command += [
-        "--module=tests.system.worker",
-        f"--logs={workdir}-logs",
-        "--",
-        f"--config={mixer}",
-        f"--workdir={workdir}",
-    ]
-    command += [f"--compilation_cache={cache}", *arguments]
+    command = [*launcher(workdir, cache, count, devices, mixer), *arguments]
     environment = {**os.environ, "TEST_FAULT": fault}
     run = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
     note = Path(workdir) / "fault.json"
     return run, time.time() - json.loads(note.read_text())["time"] if note.exists() else None
+
+
+def launcher(workdir, cache, count, devices, mixer="lte"):
+    return [
+        *(sys.executable, "-m", "experiments.launch.local", f"--processes={count}", f"--simulate={devices}"),
+        *("--module=tests.system.worker", f"--logs={workdir}-logs", "--"),
+        *(f"--config={mixer}", f"--workdir={workdir}", f"--compilation_cache={cache}"),
+    ]
 
 
 def moments(folder, step, mixer):
@@ -280,3 +280,29 @@ def test_without_a_launcher_the_heartbeat_ends_the_others(cache, tmp_path):
     assert checkpoints.steps()[-1] in (2, 3)
     checkpoints.close()
     assert train(experiment(), folder, devices=ONE).finished
+
+
+@pytest.mark.exhaustive
+def test_a_signal_at_any_instant_ends_the_launch_and_nothing_is_lost(single, cache, tmp_path):
+    """One run, stopped sixteen times: while Python starts, processes join, programs are restored, steps run, or end."""
+    folder, second, rng = tmp_path / "run", tmp_path / "run-logs" / "process-1.log", np.random.default_rng(0)
+    step = 0
+    for seconds in [*rng.uniform(0, 6, 10), *rng.uniform(6, 20, 6)]:
+        number = rng.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+        second.unlink(missing_ok=True)
+        with (
+            (tmp_path / "log").open("w") as log,
+            subprocess.Popen(launcher(folder, cache, 2, 1), cwd=ROOT, stdout=log, stderr=log) as run,
+        ):
+            while not second.exists():
+                assert run.poll() is None
+                time.sleep(0.001)
+            time.sleep(seconds)
+            run.send_signal(number)
+            told = time.monotonic()
+            code = run.wait(150)
+        before, step = step, max((int(path.name) for path in (folder / "checkpoints").glob("[0-9]*")), default=0)
+        print(f"signal {number} after {seconds:.1f} s: {code} after {time.monotonic() - told:.1f} s, step {step}")
+        assert step >= before and code in (75, 0 if step == STEPS else 75), (tmp_path / "log").read_text()[-3000:]
+    assert launch(folder, cache, 2, 1)[0].returncode == 0
+    check_same_run(folder, single, STEPS)
