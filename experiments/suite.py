@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from lte_jax import configs, plots, restore
 from lte_jax.data import Batches
 from lte_jax.evaluate.scores import Scores, score_batches
 from lte_jax.experiment import ExperimentConfig
+from lte_jax.whole_files import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def compare(suite: Suite, workdir: Path) -> str:
         chance,
     )
     summary = {"chance": chance, "models": {name: found.to_dict() for name, found in scores.items()}}
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(workdir / "summary.json", summary)
     return f"{_table(scores, chance)}\npicture: {picture}"
 
 

@@ -28,7 +28,7 @@ from lte_jax.experiment import ExperimentConfig
 from lte_jax.mixers import lte_cache
 from lte_jax.mixers.base import MixerConfig
 from lte_jax.mixers.lte_store import RULES
-from lte_jax.whole_files import write_json
+from lte_jax.whole_files import write_json, write_text
 
 FLAGS = flags.FLAGS
 SLIDING = "sliding"
@@ -139,7 +139,7 @@ def sweep(
             records.append({**point, "seed": seed, "accuracy": scores.accuracy, "loss": scores.loss})
             say(f"{config.name}: accuracy {scores.accuracy:.4f}, loss {scores.loss:.4f}")
             write_json(workdir / "sweep.json", {"base": configs.to_dict(base), "points": records})
-            (workdir / "sweep.md").write_text(table(records) + "\n")
+            write_text(workdir / "sweep.md", table(records) + "\n")
             figure(records, workdir / "sweep.png", base.name)
     return records
 

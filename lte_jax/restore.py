@@ -32,6 +32,7 @@ from lte_jax.model import LanguageModel
 from lte_jax.model_config import ModelConfig
 from lte_jax.penalty_files import SavedPenalty
 from lte_jax.retention import PenaltyConfig
+from lte_jax.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ def save_model(
     checkpoints = Checkpoints(folder / CHECKPOINTS, asynchronous=False)
     checkpoints.save(0, items, {"config": settings})
     checkpoints.close()
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(folder / CONFIG, settings)
 
 
 def load_penalty(folder: str | os.PathLike[str], step: int | None = None) -> SavedPenalty | None:

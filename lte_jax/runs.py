@@ -37,7 +37,7 @@ from lte_jax.restore import CONFIG, TOKENIZER
 from lte_jax.retention import PenaltyConfig
 from lte_jax.sharding import MeshConfig, make_mesh
 from lte_jax.step import Builder, ComputeConfig, Params, StepConfig
-from lte_jax.whole_files import write_text
+from lte_jax.whole_files import partial_of, write_json
 
 FREE = (
     *("mesh", "accumulation", "checkpoint", "evaluation", "reading", "spikes", "optimizer.max_skipped"),
@@ -101,7 +101,7 @@ def _on_process_0[T](do: Callable[[], T]) -> T | None:
 def _check_contents(folder: Path, config: dict[str, Any], stated: Sequence[str]) -> None:
     if (folder / CONFIG).is_file():
         check_same(read_config(folder), config, str(folder), stated)
-    elif folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+    elif folder.exists() and not {path.name for path in folder.iterdir()} <= {LOCK, partial_of(folder / CONFIG).name}:
         raise RunError(f"{folder} is not empty and holds no {CONFIG} of a run: name another --workdir")
 
 
@@ -111,7 +111,7 @@ def _take(folder: Path, config: dict[str, Any], stated: Sequence[str]) -> IO[str
     lock = _lock(folder)
     try:
         _check_contents(folder, config, stated)  # again, now that no other launch changes them
-        write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        write_json(folder / CONFIG, config)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         lock.flush()

@@ -41,7 +41,8 @@ ALLOWED = {
         "lte_jax.mixers",
         "pallas_kernels",
     ),
-    "lte_jax.data": ("lte_jax.dims", "lte_jax.configs", "lte_jax.data"),
+    "lte_jax.whole_files": (),
+    "lte_jax.data": ("lte_jax.dims", "lte_jax.configs", "lte_jax.whole_files", "lte_jax.data"),
 }
 MODEL = ("lte_jax.dims", "lte_jax.layers", "lte_jax.inputs", "lte_jax.remat", "lte_jax.sharding", "lte_jax.mixers")
 MODEL += ("lte_jax.partition", "lte_jax.depth")

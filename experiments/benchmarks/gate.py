@@ -14,6 +14,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from lte_jax.whole_files import write_text
+
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "experiments/results/gpu_tests.json"
 IMPLEMENTATIONS = ("pallas", "triton", "xla")
@@ -71,8 +73,7 @@ def write_record(outcomes: dict[str, dict[str, int]], device: str, path: Path) -
         if files:
             total = {key: sum(counts[key] for counts in files) for key in ("passed", "failed", "skipped")}
             record[operation] = total | dict(digest=digest(operation), commit=commit(), date=now, device=device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    write_text(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
 def require_green(operation: str, path: Path = RECORD) -> dict[str, Any]:

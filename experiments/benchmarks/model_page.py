@@ -12,6 +12,7 @@ from typing import Any
 
 from experiments.benchmarks import report
 from experiments.benchmarks.models import check_lines
+from lte_jax.whole_files import write_text
 
 TITLE = "What inference costs"
 LEGEND = """Random weights, bfloat16, greedy. *prompt*: read in chunks of 4096 tokens of each row, compiled before;
@@ -43,8 +44,7 @@ def write(lines: Sequence[Line], folder: str | Path) -> list[Path]:
     store = folder / "inference_cost.jsonl"
     old = read_lines(store) if store.exists() else []
     merged = check_lines([*old, *lines])
-    folder.mkdir(parents=True, exist_ok=True)
-    store.write_text("".join(json.dumps(line) + "\n" for line in merged))
+    write_text(store, "".join(json.dumps(line) + "\n" for line in merged))
     pictures = [_picture(merged, size, folder) for size in dict.fromkeys(line["size"] for line in merged)]
     page = folder / "inference_cost.md"
     shown = "\n".join(f"![{path.stem}]({path.name})" for path in pictures)

@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from lte_jax.whole_files import write_text
+
 BEGIN, END = "<!-- measured: written by experiments.bench from the JSON file beside this page -->", "<!-- end -->"
 _PACKAGES = ("jax", "jaxlib", "triton", "torch", "fla-core", "jax-linear-attention")
 
@@ -39,8 +41,7 @@ def merge(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     fresh = {row["case"] for row in rows}
     merged = [row for row in old if row["case"] not in fresh] + rows
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"rows": merged}, indent=1) + "\n")
+    write_text(path, json.dumps({"rows": merged}, indent=1) + "\n")
     return merged
 
 
@@ -90,4 +91,4 @@ def write_page(path: Path, title: str, legend: str, body: str) -> None:
         text = f"{text.rstrip()}\n\n## Measured by experiments.bench\n\n{legend}\n\n{BEGIN}\n{END}\n"
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
-    path.write_text(f"{before}{BEGIN}\n\n{body}\n{END}{after}")
+    write_text(path, f"{before}{BEGIN}\n\n{body}\n{END}{after}")

@@ -19,11 +19,12 @@ from typing import Any
 
 from lte_jax.data.packing import DataError
 from lte_jax.data.pipeline import exit_with_parent
-from lte_jax.data.shards import FORMAT, MANIFEST, Shard, check_shard, write_json, write_shard
+from lte_jax.data.shards import FORMAT, MANIFEST, Shard, check_shard, write_shard
 from lte_jax.data.sources import Unit, find_units, read_documents
 from lte_jax.data.tasks import SPLITS, Split
 from lte_jax.data.text import Text, padding_id
 from lte_jax.data.tokenizer import load_tokenizer
+from lte_jax.whole_files import partial_of, write_json
 
 PLAN = "plan.json"
 
@@ -66,7 +67,7 @@ def make_plan(settings: Text, folder: str | Path, part_bytes: int = 64 * 2**20) 
             raise DataError(
                 f"out={str(folder)!r}: it holds shards of other settings or of changed files; use another folder"
             )
-    elif folder.exists() and any(entry.name != f"{PLAN}.tmp" for entry in folder.iterdir()):
+    elif folder.exists() and any(entry != partial_of(folder / PLAN) for entry in folder.iterdir()):
         raise DataError(f"out={str(folder)!r}: it holds other files, which are never overwritten; use another folder")
     else:
         _check_splits(settings, units)

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from lte_jax.data.packing import DataError, Row, row_of_segments, with_labels
 from lte_jax.data.pipeline import endless, split_rows
 from lte_jax.data.readers import FILES
 from lte_jax.data.tasks import Split
+from lte_jax.whole_files import whole_file
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -56,42 +56,27 @@ def decode_row(record: bytes) -> list[np.ndarray]:
 
 
 def write_shard(path: Path, rows: Iterable[Sequence[np.ndarray]], id_bytes: int) -> Shard | None:
-    """Writes rows under a temporary name, then renames: the file is whole or absent. None (no file) without rows."""
+    """Writes a whole file; None, and no file, without rows."""
     from array_record.python import array_record_module
 
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    counts = np.zeros(3, np.int64)
-    # One record per chunk: training reads rows at random.
-    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,zstd:3,max_parallelism:1")
-    try:
-        for segments in rows:
-            writer.write(encode_row(segments, id_bytes))
-            counts += (1, sum(map(len, segments)), len(segments))
-    finally:
-        writer.close()
-    if not counts[0]:
-        temporary.unlink()
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
         return None
-    sync(temporary)
-    size, digest = temporary.stat().st_size, file_digest(temporary)
-    temporary.replace(path)
+    counts = np.zeros(3, np.int64)
+    with whole_file(path) as partial:
+        partial.unlink(missing_ok=True)
+        # One record per chunk: training reads rows at random.
+        writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,zstd:3,max_parallelism:1")
+        try:
+            for segments in itertools.chain([first], rows):
+                writer.write(encode_row(segments, id_bytes))
+                counts += (1, sum(map(len, segments)), len(segments))
+        finally:
+            writer.close()
+        size, digest = partial.stat().st_size, file_digest(partial)
     row_count, tokens, pieces = (int(count) for count in counts)
     return Shard(path.name, row_count, tokens, pieces, size, digest)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes JSON under a temporary name, then renames."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    sync(temporary)
-    temporary.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Waits until the file's bytes are on the disk, so that a rename never outlives its contents."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def file_digest(path: Path) -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from lte_jax.data.packing import DataError
+from lte_jax.whole_files import copy_file, write_json
 
 BYTES = "bytes"
 """The name of the tokenizer that needs no file."""
@@ -130,8 +130,7 @@ class ByteTokenizer:
         return BYTES
 
     def save(self, folder: str | Path) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": _BYTE_CLASS}) + "\n")
+        write_json(Path(folder) / "tokenizer_config.json", {"tokenizer_class": _BYTE_CLASS})
 
 
 class FileTokenizer:
@@ -206,17 +205,16 @@ class FileTokenizer:
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         if folder.resolve() == self._path.parent.resolve() and self._path.name == "tokenizer.json":
             return
-        shutil.copyfile(self._path, folder / "tokenizer.json")
+        copy_file(self._path, folder / "tokenizer.json")
         settings = _read_json(self._path.parent / "tokenizer_config.json")
         for role, token in (("bos", self.bos_id), ("eos", self.eos_id), ("pad", self.pad_id)):
             settings.setdefault(f"{role}_token", None if token is None else self._tokenizer.id_to_token(token))
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        write_json(folder / "tokenizer_config.json", settings)
         extra = self._path.parent / "special_tokens_map.json"
         if extra.is_file():
-            shutil.copyfile(extra, folder / extra.name)
+            copy_file(extra, folder / extra.name)
 
 
 class _ByteStream:

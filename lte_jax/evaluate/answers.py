@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lte_jax.whole_files import write_text
+
 
 class AnswersError(ValueError):
     """A file of answers that cannot be used; the message says why and what to do."""
@@ -75,7 +77,7 @@ class Answers:
             )
         self._known = {record["key"]: record["answer"] for record in records[1:]}
         if half:  # a kill in the middle of a write
-            self._path.write_text(whole + "\n", encoding="utf-8")
+            write_text(self._path, whole + "\n")
 
     def _parse(self, number: int, line: str) -> dict[str, Any]:
         try:

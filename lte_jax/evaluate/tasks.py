@@ -230,7 +230,7 @@ def _split_files(folder: Path) -> dict[str, Path]:
 
 def write_samples(samples: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """One JSON line for each document: its task, the request, the answer and the scores."""
-    with path.open("w", encoding="utf-8") as file:
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         for task, records in samples.items():
             for record in records:
                 file.write(json.dumps({"task": task, **record}, ensure_ascii=False, default=str) + "\n")

@@ -276,7 +276,7 @@ def test_prepare_killed_and_resumed_writes_the_same_shards(tmp_path):
         done = subprocess.run(command(out, 0), check=True, stdout=subprocess.PIPE, **options)
         assert "training rows" in done.stdout and "shards: 100%" in done.stderr
     killed, whole = tree(tmp_path / "killed"), tree(tmp_path / "whole")
-    assert {name for name in killed if not name.endswith(".tmp")} == set(whole)
+    assert {name for name in killed if not name.endswith(".partial")} == set(whole)
     assert all(killed[name] == whole[name] for name in whole)
     assert len([name for name in whole if name.startswith("train-")]) > 3
     failed = subprocess.run(command("whole", -1), stdout=subprocess.PIPE, check=False, **options)
