@@ -25,6 +25,7 @@ from lm_eval.tasks import TaskManager
 
 from lte_jax.evaluate.harness import HarnessModel
 from lte_jax.evaluate.ruler import check_asked, check_variable_tracking, own_tokenizers, replaced
+from lte_jax.whole_files import whole_file
 
 SETS: dict[str, tuple[str, ...]] = {
     "short_context": (
