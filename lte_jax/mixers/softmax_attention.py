@@ -170,12 +170,12 @@ class SoftmaxAttention(Mixer):
             keys, values = updated.k.astype(q.dtype), updated.v.astype(v.dtype)
             o = window_attention_step(q[:, 0], keys, values, filled, implementation=self.implementation)[:, None]
         else:
-            o = self._extend_chunk(q, k, v, cache, segment_ids, index, real)
+            o = self._extend_chunk(q, k, v, cache, segment_ids, real)
         y = self.o_proj(o.reshape(B, T, -1))
         return (y, updated, {}) if return_aux else (y, updated)
 
     def _extend_chunk(
-        self, q: Array, k: Array, v: Array, cache: RingCache, segment_ids: Array | None, index: Array, real: Array
+        self, q: Array, k: Array, v: Array, cache: RingCache, segment_ids: Array | None, real: Array
     ) -> Float[Array, "B T H N"]:
         """Attention of a chunk's tokens over the chunk, and over the ring as columns of the operation.
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
+from jaxtyping import Array, Bool, Float, Float32
 
 from pallas_kernels.arguments import FLOATS, Arguments
 from pallas_kernels.dispatch import Operation
@@ -31,35 +31,34 @@ OPERATION = Operation("gated_deltanet", ("triton", "xla"), fastest=("triton", "x
 
 
 class Projections(NamedTuple):
-    """Of the token: q, k [B,K N], v [B,H V], a, b [B,H], and gate [B,H V] or None; of one dtype."""
+    """What the layer's input maps give for the token, in one dtype."""
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    a: jax.Array
-    b: jax.Array
-    gate: jax.Array | None
+    q: Float[Array, "B KN"]
+    k: Float[Array, "B KN"]
+    v: Float[Array, "B HV"]
+    a: Float[Array, "B H"]
+    b: Float[Array, "B H"]
+    gate: Float[Array, "B HV"] | None
 
 
 class Parameters(NamedTuple):
-    """Of the layer: the taps of q, k [taps,K N] and v [taps,H V] (all None: SiLU alone), A_log and dt_bias [H], and the
-    norm's weight [V]."""
+    """Of the layer: the taps (all None: SiLU alone), A_log as ``decay``, dt_bias, and the norm's weight."""
 
-    q_taps: jax.Array | None
-    k_taps: jax.Array | None
-    v_taps: jax.Array | None
-    decay: jax.Array
-    dt_bias: jax.Array
-    norm: jax.Array
+    q_taps: Float[Array, "taps KN"] | None
+    k_taps: Float[Array, "taps KN"] | None
+    v_taps: Float[Array, "taps HV"] | None
+    decay: Float[Array, " H"]
+    dt_bias: Float[Array, " H"]
+    norm: Float[Array, " V"]
 
 
 class State(NamedTuple):
-    """What a document leaves behind: S [B,H,N,V] float32, and the last taps - 1 inputs of q, k and v (or None)."""
+    """What a document leaves behind: S, and the last taps - 1 inputs of each convolution (None without them)."""
 
-    state: jax.Array
-    q: jax.Array | None
-    k: jax.Array | None
-    v: jax.Array | None
+    state: Float32[Array, "B H N V"]
+    q: Float[Array, "B past KN"] | None
+    k: Float[Array, "B past KN"] | None
+    v: Float[Array, "B past HV"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,17 +113,17 @@ def gated_deltanet_step(
     parameters: Parameters,
     state: State,
     *,
-    active: jax.Array | None = None,
+    active: Bool[Array, "B"] | None = None,
     eps: float,
     beta_range: float = 1.0,
     return_update: bool = False,
     implementation: str | None = None,
-) -> tuple[jax.Array, State, jax.Array | None]:
+) -> tuple[Float[Array, "B HV"], State, Float32[Array, "B H V"] | None]:
     """One token of every row: y = weight rms(o) silu(gate), o of the gated delta rule of the convolved q, k and v.
 
     Args:
       inputs, parameters, state: see the types.
-      active: [B] bool, the rows that hold a token; the others keep their state and give zeros. None means all.
+      active: the rows that hold a token; the others keep their state and give zeros. None means all.
       eps: of the norm.
       beta_range: 1, or 2 to allow negative eigenvalues.
       return_update: also return u.

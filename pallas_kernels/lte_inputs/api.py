@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import jax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.arguments import FLOATS, Arguments
@@ -54,10 +53,10 @@ class Operands(NamedTuple):
 class Results(NamedTuple):
     """q and k rotated, the score that is now final, float32, and the inputs to remember."""
 
-    q: jax.Array
-    k: jax.Array
+    q: Float[Array, "B H N"]
+    k: Float[Array, "B K N"]
     score: Float32[Array, "B K"]
-    recent: jax.Array
+    recent: Float[Array, "B past K C"]
 
 
 @dataclasses.dataclass(frozen=True)

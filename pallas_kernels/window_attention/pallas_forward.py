@@ -146,13 +146,13 @@ def shared_memory(case: Case, tiles: Tiles) -> dict[str, int]:
     """Bytes of shared memory that the kernel's buffers take."""
     rows = tiles.warpgroups * ROWS
     return {
-        "queries and outputs": rows * 2 * (case.N + (case.V if own_output(case, tiles) else 0)),
+        "queries and outputs": rows * 2 * (case.N + (case.V if own_output(case) else 0)),
         "keys and values": tiles.stages * tiles.keys * 2 * (case.N + case.V),
         "lse and barriers": rows * 4 + BARRIERS,
     }
 
 
-def own_output(case: Case, tiles: Tiles) -> bool:
+def own_output(case: Case) -> bool:
     """Whether the outputs have buffers of their own, or take those of the queries."""
     return case.N + case.V <= 256
 
@@ -172,7 +172,7 @@ def call_forward(
             functools.partial(_kernel, case, tiles, q_tiles, programs, restore(refs)),
             (
                 plgpu.SMEM((W, ROWS, case.N), q.dtype, transforms=SWIZZLED),
-                plgpu.SMEM((W, ROWS, case.V), q.dtype, transforms=SWIZZLED) if own_output(case, tiles) else None,
+                plgpu.SMEM((W, ROWS, case.V), q.dtype, transforms=SWIZZLED) if own_output(case) else None,
                 plgpu.SMEM((tiles.stages, tiles.keys, case.N), q.dtype, transforms=SWIZZLED),
                 plgpu.SMEM((tiles.stages, tiles.keys, case.V), q.dtype, transforms=SWIZZLED),
                 plgpu.SMEM((W, ROWS), jnp.float32),
