@@ -90,9 +90,9 @@ def _forward(
         ends = pallas_split.segment_ends(k, v, within[0], within[2])
         transitions = ends[:, :, V : V + N]
         start = pallas_split.join(start, ends, transitions, plan.segments, backwards=False)
-    o, final, r, states = pallas_scan.scan_chunks(q, k, v, *within, start, save_r=save_r, save_states=save_states)
+    o, final, r, rest, states = pallas_scan.scan_chunks(q, k, v, *within, start, save_r=save_r, save_states=save_states)
     final = final.reshape(B, plan.segments, H, V, N)[:, -1]
-    return _sequences(o, T, plan), _transposed(final), r, (gates, *within, states, transitions)
+    return _sequences(o, T, plan), _transposed(final), r, (rest, gates, *within, states, transitions)
 
 
 def _updates(r, beta):
@@ -119,15 +119,15 @@ def values(q, k, v, g, beta, runs, initial_state, *, scale, normalize, return_up
 
 @functools.partial(fold_batch, static=("scale", "normalize"))
 def _backward(q, k, runs, residuals, do, dfinal_state, *, scale: float, normalize: bool):
-    gates, inverse, scores, factors, states, transitions, r = residuals
+    rest, gates, inverse, scores, factors, states, transitions, r = residuals
     (B, T, H, V), groups = do.shape, (*q.shape[:3], -1, q.shape[3])
     plan = _plan(B, T, H, V)
     q_rows, k, do = (_rows(_padded(x, plan), plan) for x in (q, k, do))
     arrays, dfinal = (do, inverse, scores, factors), _transposed(dfinal_state)
     if plan.segments > 1:
-        *_, ends = pallas_bwd.scan_back(q_rows, k, None, *arrays, None)
+        *_, ends = pallas_bwd.scan_back(q_rows, k, None, None, *arrays, None)
         dfinal = pallas_split.join(dfinal, ends, transitions, plan.segments, backwards=True)
-    dstates, dv, written, dstart = pallas_bwd.scan_back(q_rows, k, r, *arrays, dfinal)
+    dstates, dv, written, dstart = pallas_bwd.scan_back(q_rows, k, r, rest, *arrays, dfinal)
     gradients = pallas_gradients.gradients_within(
         q_rows, k, gates, factors, r, do, dv, states, dstates, written, scale=scale, runs=runs is not None,
         normalize=normalize,

@@ -8,9 +8,9 @@ of y = v - read_k k S (which is dv):
     D <- carry D + (read_q q)^T do - (read_k k)^T dy
 
 A program has 64 columns of the values. Its first warpgroup carries D transposed, [64,N], as ``pallas_scan`` does S, and
-publishes it in two summands. From these the second one forms r.(k D) of each token, a part of dbeta and dg: where few
-tokens survive their decays it is nearly all of them, and the 8 bits in which D is kept are too few for it. What remains
-can be computed for every chunk at once (``pallas_gradients``).
+publishes it in two summands. From these the second one forms r.(k D) of each token, a part of dbeta and dg, with both
+summands of r that the forward scan kept: where few tokens survive their decays it is nearly all of them, and 8 bits of
+either factor are too few. What remains can be computed for every chunk at once (``pallas_gradients``).
 """
 
 from __future__ import annotations
@@ -127,12 +127,17 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
 
 
 def _weigh_writes(m: Any, *, chunks: int, stages: int, place: Any) -> None:
-    """The warpgroup that forms r.(k D) from what is published of D, and writes both."""
+    """The warpgroup that forms r.(k D) from what is published of D, and writes both.
+
+    The second summand of r has no buffer, for which there is no room: it comes to registers while D is waited for.
+    """
     b, h, columns = place[0], place[1], place[3]
 
     @pl.loop(0, chunks)
     def _(step):
         n, slot = chunks - 1 - step, jax.lax.rem(step, jnp.int32(stages))
+        at = m.rest.at[b, pl.ds(n * CHUNK, CHUNK), h, columns]
+        rest = plgpu.load(at, layout=WGMMA, optimized=False)
         plgpu.barrier_wait(m.full.at[slot])
         plgpu.barrier_wait(m.gradient_ready)
         plgpu.copy_smem_to_gmem(m.dstates_s, m.dstates.at[b, h, n, columns])
@@ -141,7 +146,7 @@ def _weigh_writes(m: Any, *, chunks: int, stages: int, place: Any) -> None:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(m.gradient_read)
         plgpu.barrier_wait(m.r_full)
-        seen *= plgpu.load(m.r_s, layout=WGMMA).astype(jnp.float32)
+        seen *= plgpu.load(m.r_s, layout=WGMMA).astype(jnp.float32) + rest.astype(jnp.float32)
         plgpu.commit_smem()  # what was read here is written next by a copy
         plgpu.barrier_arrive(m.used.at[slot])
         m.written[b, h, n, jax.lax.axis_index("block")] = seen.sum(axis=1)
@@ -205,6 +210,7 @@ def scan_back(
     q: jax.Array,
     k: jax.Array,
     r: jax.Array | None,
+    rest: jax.Array | None,
     do: jax.Array,
     inverse: jax.Array,
     scores: jax.Array,
@@ -214,8 +220,8 @@ def scan_back(
     """(gradient D of the state after each chunk [B,H,chunks,V,N], dv [B,T,H,V], r.(k D), of the state before all).
 
     Gradients of states are transposed; ``dfinal`` [B,H,V,N] is the last one's, None for zeros. r.(k D) is in parts of
-    64 values each, [B,H,chunks,V/64,64] float32. Without ``r`` only the last result, [B,H,V,N], is wanted, and the
-    others are None.
+    64 values each, [B,H,chunks,V/64,64] float32. Without ``r`` and its rest only the last result, [B,H,V,N], is wanted,
+    and the others are None.
     """
     B, T, K, N = k.shape
     H, V = do.shape[2:]
@@ -225,8 +231,8 @@ def scan_back(
         "gated_delta_rule_scan_back",
         lambda m: _body(m, chunks=chunks, stages=stages, group=H // K, dtype=dtype),
         inputs={
-            "q": q, "k": k, "r": r, "do": do, "inverse": inverse, "scores": scores, "factors": factors,
-            "dfinal": dfinal,
+            "q": q, "k": k, "r": r, "rest": rest, "do": do, "inverse": inverse, "scores": scores,
+            "factors": factors, "dfinal": dfinal,
         },
         outputs={
             "dstates": None if ends else jax.ShapeDtypeStruct((B, H, chunks, V, N), dtype),

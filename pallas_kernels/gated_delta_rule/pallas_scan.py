@@ -178,6 +178,8 @@ def _form_outputs(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) -
         plgpu.barrier_wait(m.r_ready)
         if m.r is not None:
             plgpu.copy_smem_to_gmem(m.r_s, m.r.at[b, rows, h, columns])
+        if m.rest is not None:
+            plgpu.copy_smem_to_gmem(m.v_s.at[slot], m.rest.at[b, rows, h, columns])
         scores = m.scores_s.at[slot]
         o = t.products([(scores, m.r_s), (scores, m.v_s.at[slot])], shape, o)
         scores[...] = o.astype(dtype)  # no longer needed
@@ -250,10 +252,11 @@ def scan_chunks(
     *,
     save_r: bool,
     save_states: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
-    """(o [B,T,H,V] in the dtype of v, final state [B,H,V,N] float32, r, states); T whole chunks.
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]:
+    """(o [B,T,H,V] in the dtype of v, final state [B,H,V,N] float32, r, its rest, states); T whole chunks.
 
-    If wanted, else None: r like o, and the state before each chunk, [B,H,chunks,V,N] in the dtype of v. All states are
+    With ``save_r`` there is r, like o; with ``save_states`` the state before each chunk, [B,H,chunks,V,N] in the dtype
+    of v, and the rest of r, like it: what its dtype leaves of it, a second summand. Else they are None. All states are
     transposed, ``initial`` too (None for zeros).
     """
     B, T, K, N = k.shape
@@ -270,6 +273,7 @@ def scan_chunks(
         outputs={
             "o": by_value,
             "r": by_value if save_r else None,
+            "rest": by_value if save_states else None,
             "final": jax.ShapeDtypeStruct((B, H, V, N), jnp.float32),
             "states": jax.ShapeDtypeStruct((B, H, chunks, V, N), dtype) if save_states else None,
         },
@@ -277,4 +281,4 @@ def scan_chunks(
         grid={"b": B, "h": H, "block": V // BLOCK_V},
         warpgroups=3,
     )  # fmt: skip
-    return results["o"], results["final"], results.get("r"), results.get("states")
+    return results["o"], results["final"], results.get("r"), results.get("rest"), results.get("states")

@@ -178,7 +178,7 @@ def _within_chunks(
 @jit
 def _scan_chunks(
     q_ptr, k_ptr, v_ptr, inverse_ptr, scores_ptr, factors_ptr, initial_ptr, T, length,
-    o_ptr, r_ptr, states_ptr, final_ptr,
+    o_ptr, r_ptr, rest_ptr, states_ptr, final_ptr,
     H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
     INITIAL: tl.constexpr, SEGMENTS: tl.constexpr, ENDS: tl.constexpr, WRITES: tl.constexpr, STATES: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -236,6 +236,10 @@ def _scan_chunks(
         if not ENDS:
             scores = tl.load(scores_ptr + square)
             o = dot_in_pairs(r, tl.trans(scores), o * tl.load(factors + 64 + rows)[None, :], PRECISION)
+        if WRITES:
+            store_rows(r_ptr + at_v, r, inside[None, :], EVEN)
+        if STATES:
+            store_rows(rest_ptr + at_v, r - r.to(dtype).to(tl.float32), inside[None, :], EVEN)
         written = r * tl.load(factors + 128 + rows)[None, :]
         after = ()
         for part in tl.static_range(N // BN):
@@ -243,8 +247,6 @@ def _scan_chunks(
         state = after
         if not ENDS:
             store_rows(o_ptr + at_v, o, inside[None, :], EVEN)
-            if WRITES:
-                store_rows(r_ptr + at_v, r, inside[None, :], EVEN)
         at_k += 64 * K * N
         at_v += 64 * H * V
         square += 4096
@@ -309,10 +311,11 @@ def _launch_scan(q, k, v, inverse, scores, factors, initial, outputs, plan, *, e
 
 
 def scan_chunks(q, k, v, inverse, scores, factors, initial_state, *, writes: bool, states: bool):
-    """(o [B,T,H,V], r like it or None, states before each chunk or None, final state [B,H,N,V] float32, transitions).
+    """(o [B,T,H,V], r, its rest, states before each chunk, final state [B,H,N,V] float32, transitions).
 
-    The states are transposed, [B,H,chunks,V,N] in the dtype of k. Of a split sequence, the transitions
-    [B,H,segments-1,N,N] float32 are what each segment but the last does to a state before it; else None.
+    With ``writes`` there is r, like o; with ``states`` the states, transposed [B,H,chunks,V,N] in the dtype of k, and
+    the rest of r, like it: what its dtype leaves of it, a second summand. Else they are None. Of a split sequence, the
+    transitions [B,H,segments-1,N,N] float32 are what each segment but the last does to a state before it; else None.
     """
     B, T, _, N = k.shape
     H, V = v.shape[2:]
@@ -322,24 +325,28 @@ def scan_chunks(q, k, v, inverse, scores, factors, initial_state, *, writes: boo
     start, transitions = initial_state, None
     if plan.segments > 1:
         ends = jax.ShapeDtypeStruct((B, H, plan.segments - 1, V + N, N), jnp.float32)
-        *_, ends = _launch_scan(*arrays, None, (small, small, small, ends), plan, ends=True)
+        *_, ends = _launch_scan(*arrays, None, (small, small, small, small, ends), plan, ends=True)
         ends, transitions = ends[..., :V, :], ends[..., V:, :]
         start = triton_split.join(initial_state, ends, transitions, backwards=False)
     outputs = (
         jax.ShapeDtypeStruct(v.shape, v.dtype),
         jax.ShapeDtypeStruct(v.shape, v.dtype) if writes else small,
+        jax.ShapeDtypeStruct(v.shape, v.dtype) if states else small,
         jax.ShapeDtypeStruct((B, H, ceil_div(T, CHUNK), V, N), k.dtype) if states else small,
         jax.ShapeDtypeStruct((B, H, N, V), jnp.float32),
     )
-    o, r, before, final_state = _launch_scan(*arrays, start, outputs, plan, ends=False, writes=writes, states=states)
-    return o, r if writes else None, before if states else None, final_state, transitions
+    o, r, rest, before, final = _launch_scan(*arrays, start, outputs, plan, ends=False, writes=writes, states=states)
+    kept = (rest, before) if states else (None, None)
+    return o, r if writes else None, *kept, final, transitions
 
 
 @functools.partial(fold_batch, static=("scale", "normalize", "writes", "states"))
 def _forward(q, k, v, g, beta, runs, initial_state, *, scale: float, normalize: bool, writes: bool, states: bool):
     within = within_chunks(q, k, g, beta, runs, scale=scale, normalize=normalize)
-    o, r, before, final_state, transitions = scan_chunks(q, k, v, *within, initial_state, writes=writes, states=states)
-    return o, final_state, r, (*within, before, transitions) if states else None
+    o, r, rest, before, final_state, transitions = scan_chunks(
+        q, k, v, *within, initial_state, writes=writes, states=states
+    )
+    return o, final_state, r, (rest, *within, before, transitions) if states else None
 
 
 def forward(q, k, v, g, beta, runs, initial_state, *, scale, normalize, return_updates):

@@ -10,8 +10,8 @@ y = v - exp(c) k S (which is dv):
 The forward scan wrote S of every chunk, this one writes D, both transposed; ``triton_gradients`` does the rest, from
 p_ij = do_i.r_j P_ij / beta_j, l_ij = dy_i.r_j L_ij / beta_j and d_j = exp(c_last - c_j) r_j.(k_j D), which give
 dbeta_j = sum_i (p_ij - l_ij) + d_j without a division, and dg beside it. The inner products r_j.(k_j D) are formed
-here, with 16 bits of D: where few tokens survive their decays they are nearly all of dg and dbeta, and the 8 bits in
-which D is kept are too few for them.
+here, with 16 bits of D and of r, which the forward scan kept in two summands for it: where few tokens survive their
+decays these products are nearly all of dg and dbeta, and 8 bits of either factor are too few for them.
 """
 
 # mypy: disable-error-code="assignment, var-annotated"
@@ -34,7 +34,7 @@ from pallas_kernels.triton_call import jit, tl, triton_call
 
 @jit
 def _reverse_scan(
-    q_ptr, k_ptr, r_ptr, do_ptr, inverse_ptr, scores_ptr, factors_ptr, dfinal_ptr, T, length,
+    q_ptr, k_ptr, r_ptr, rest_ptr, do_ptr, inverse_ptr, scores_ptr, factors_ptr, dfinal_ptr, T, length,
     dstates_ptr, dv_ptr, written_ptr, dinitial_ptr,
     H: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
     SEGMENTS: tl.constexpr, ENDS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -85,8 +85,9 @@ def _reverse_scan(
         inverse = tl.load(inverse_ptr + square)
         scores = tl.load(scores_ptr + square)
         if not ENDS:
-            r = load_rows(r_ptr + at_v, inside[None, :], EVEN)
-            tl.store(written, tl.sum(seen * r.to(tl.float32), 0))
+            r = load_rows(r_ptr + at_v, inside[None, :], EVEN).to(tl.float32)
+            r += load_rows(rest_ptr + at_v, inside[None, :], EVEN).to(tl.float32)
+            tl.store(written, tl.sum(seen * r, 0))
         w = tl.dot(do, scores, seen * tl.load(factors + 128 + rows)[None, :], input_precision=PRECISION)
         dy = dot_in_pairs(w, inverse, tl.zeros([BV, 64], tl.float32), PRECISION)
         read = (do.to(tl.float32) * tl.load(factors + 64 + rows)[None, :]).to(dtype)
@@ -113,11 +114,11 @@ def _reverse_scan(
             tl.store(dinitial_ptr + at_state + part * BN * V, dstate[part])
 
 
-def _launch_scan(q, k, r, do, inverse, scores, factors, dfinal, outputs, plan, tile, *, ends: bool):
+def _launch_scan(q, k, r, rest, do, inverse, scores, factors, dfinal, outputs, plan, tile, *, ends: bool):
     B, T, K, N = k.shape
     H, V = do.shape[2:]
     return triton_call(
-        _reverse_scan, q, k, r, do, inverse, scores, factors, dfinal, T, plan.length, out_shape=outputs,
+        _reverse_scan, q, k, r, rest, do, inverse, scores, factors, dfinal, T, plan.length, out_shape=outputs,
         grid=(V // tile.block, B * H, plan.segments - 1 if ends else plan.segments),
         num_warps=tile.warps, num_stages=tile.stages, H=H, K=K, N=N, V=V, BV=tile.block, BN=min(N, tile.keys),
         SEGMENTS=plan.segments,
@@ -125,7 +126,7 @@ def _launch_scan(q, k, r, do, inverse, scores, factors, dfinal, outputs, plan, t
     )  # fmt: skip
 
 
-def _scan_back(q, k, r, do, inverse, scores, factors, transitions, dfinal) -> tuple[jax.Array, ...]:
+def _scan_back(q, k, r, rest, do, inverse, scores, factors, transitions, dfinal) -> tuple[jax.Array, ...]:
     """(gradient of the state after each chunk, transposed [B,H,chunks,V,N]; dv; r.(k D); dinitial_state).
 
     r.(k D) is a sum over values, here in parts of some of them: [B,H,chunks,parts,64] float32.
@@ -135,7 +136,7 @@ def _scan_back(q, k, r, do, inverse, scores, factors, transitions, dfinal) -> tu
     chunks = ceil_div(T, CHUNK)
     plan = split.plan(B * H * V // 64, chunks, wanted=256)
     tile = choose("reverse_scan", N, B * H * plan.segments * V)
-    arrays = (q, k, r, do, inverse, scores, factors)
+    arrays = (q, k, r, rest, do, inverse, scores, factors)
     if plan.segments > 1:
         small = jax.ShapeDtypeStruct((B, 1), k.dtype)
         ends = jax.ShapeDtypeStruct((B, H, plan.segments - 1, V, N), jnp.float32)
@@ -152,8 +153,8 @@ def _scan_back(q, k, r, do, inverse, scores, factors, transitions, dfinal) -> tu
 
 def backward(q, k, g, beta, runs, initial_state, residuals, do, dfinal_state, *, scale, normalize) -> tuple[Any, ...]:
     """(dq, dk, dv, dg, dbeta, dinitial_state); the protocol is in ``api``."""
-    r, inverse, scores, factors, states, transitions = residuals
-    dstates, dv, written, dinitial = _scan_back(q, k, r, do, inverse, scores, factors, transitions, dfinal_state)
+    r, rest, inverse, scores, factors, states, transitions = residuals
+    dstates, dv, written, dinitial = _scan_back(q, k, r, rest, do, inverse, scores, factors, transitions, dfinal_state)
     dq, dk, dg, dbeta = gradients(
         q, k, g, beta, runs, r, do, dv, states, dstates, written, factors, scale=scale, normalize=normalize
     )
