@@ -70,7 +70,12 @@ def define_flags() -> None:
         "cases that it holds, so that a killed run goes on).",
     )
     flags.DEFINE_string("merge", None, "Time nothing: put the rows of a file written by --json into --results.")
-    flags.DEFINE_bool("unverified", False, "Time kernels whose tests are not green; nothing can be written then.")
+    flags.DEFINE_bool(
+        "unverified",
+        False,
+        "Time kernels whose tests are not green; nothing can be written then, and --merge takes the rows only once the "
+        "tests of the very same code are green.",
+    )
     flags.DEFINE_string("results", "experiments/results", "The folder of the pages, and of gpu_tests.json.")
     flags.DEFINE_string("commit", None, "The commit, for a copy of the project without its repository.")
 
@@ -127,7 +132,8 @@ def _operation() -> None:
         copy_bytes=2**20 if tiny else 2**29,
         lock=FLAGS.lock,
     )
-    about = report.environment(FLAGS.commit or gate.commit()) | dict(tests=tests, verified=not FLAGS.unverified)
+    about = report.environment(FLAGS.commit or gate.commit())
+    about |= dict(tests=tests, verified=not FLAGS.unverified, digest=gate.digest(FLAGS.operation))
     rows = [{**row, "run": about} for row in rows]
     print(json.dumps(about))
     if FLAGS.json:
@@ -219,10 +225,14 @@ def _lines() -> None:
 
 
 def _merge() -> None:
+    from experiments.benchmarks import gate
+
     found = json.loads(Path(FLAGS.merge).read_text())
-    if any(not row["run"]["verified"] for row in found["rows"]):
-        raise ValueError(f"--merge={FLAGS.merge}: it was made with --unverified, and no page shows such times")
-    _write(found["operation"], found["rows"])
+    try:
+        rows = gate.verified(found["operation"], found["rows"], Path(FLAGS.results) / gate.RECORD.name)
+    except gate.TestsRed as red:
+        sys.exit(f"refused: {red}")
+    _write(found["operation"], rows)
 
 
 def _write(operation: str, rows: list[dict]) -> None:

@@ -95,3 +95,17 @@ def require_green(operation: str, path: Path = RECORD) -> dict[str, Any]:
     if entry["digest"] != digest(operation):
         raise TestsRed(f"{operation}: its code has changed since its GPU tests ran (commit {entry['commit']}); {how}")
     return entry
+
+
+def verified(operation: str, rows: list[dict[str, Any]], path: Path = RECORD) -> list[dict[str, Any]]:
+    """Rows of one run of the benchmark; if its tests were not green then, they must be now, of the very same code.
+
+    Raises:
+      TestsRed: they are not.
+    """
+    if all(row["run"]["verified"] for row in rows):
+        return rows
+    tests = require_green(operation, path)
+    if any(row["run"].get("digest") != tests["digest"] for row in rows):
+        raise TestsRed(f"{operation}: other code was timed than that of the green tests (commit {tests['commit']})")
+    return [{**row, "run": {**row["run"], "tests": tests, "verified": True}} for row in rows]

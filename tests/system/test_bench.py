@@ -217,6 +217,23 @@ def test_pages_keep_prose_and_new_rows_replace_old_ones(tmp_path):
     assert "|  | flex | | | | | | not timed: not here |" in text
 
 
+def test_unverified_rows_count_once_their_code_is_green(tmp_path):
+    path = tmp_path / "gpu_tests.json"
+    about = dict(verified=False, tests=None, digest=gate.digest("rms_norm"))
+    rows = [row("a", 1.0, about), row("b", 1.0, about)]
+    with pytest.raises(gate.TestsRed, match="no GPU tests are recorded"):
+        gate.verified("rms_norm", rows, path)
+    gate.write_record({"test_rms_norm": dict(passed=3, failed=0, skipped=0)}, "GPU", path)
+    with pytest.raises(gate.TestsRed, match="other code was timed"):
+        gate.verified("rms_norm", [*rows, row("c", 1.0, {**about, "digest": "other"})], path)
+    found = gate.verified("rms_norm", rows, path)
+    assert [(x["case"], x["run"]["verified"], x["run"]["tests"]["passed"]) for x in found] == [
+        ("a", True, 3),
+        ("b", True, 3),
+    ]
+    assert gate.verified("rms_norm", found, tmp_path / "absent.json") == found
+
+
 def test_missing_authors_are_explained(tmp_path):
     with pytest.raises(PeerMissing, match="--authors_path"):
         authors_file(None, "x.py")
