@@ -16,8 +16,9 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from lte_jax.watched_writes import WatchedHandler
 META = "meta"
 
 Items = Mapping[str, Any]
+Wanted = Items | Callable[[int], Items]
 
 
 class CheckpointError(RuntimeError):
@@ -195,7 +197,7 @@ class Checkpoints:
             raise DamagedError(f"{self.folder}/{step}: {META} is damaged")
         return record
 
-    def restore(self, abstract: Items, step: int | None = None, check: Any = None) -> Restored | None:
+    def restore(self, abstract: Wanted, step: int | None = None, check: Any = None) -> Restored | None:
         """The newest step that is whole, or ``step``; None where the folder holds no step and never lost one.
 
         Newer steps that are proved damaged are renamed to ``damaged-<step>-<n>``, unless ``step`` is given or the
@@ -203,7 +205,8 @@ class Checkpoints:
         nothing is renamed. All processes call this, and all get the same step.
 
         Args:
-          abstract: name of item -> tree of ``jax.ShapeDtypeStruct`` with the wanted shardings; only these are read.
+          abstract: name of item -> tree of ``jax.ShapeDtypeStruct`` with the wanted shardings; only these are read. Or
+            a function of the step that gives it.
           step: this one and no other.
           check: called with the meta before arrays are read; what it raises ends the search.
 
@@ -221,17 +224,19 @@ class Checkpoints:
             bad[candidate] = reason
             logging.error("checkpoint skipped: %s/%s: %s", self.folder, candidate, reason)
             if jax.process_index() == 0:
-                print(f"WARNING: checkpoint {self.folder}/{candidate} is skipped: {reason}", flush=True)
+                log = sys.stderr if self._read_only else sys.stdout  # which a program that reads has other uses for
+                print(f"WARNING: checkpoint {self.folder}/{candidate} is skipped: {reason}", file=log, flush=True)
         if step is not None:
             raise DamagedError(f"{self.folder}: no checkpoint can be used; step {step}: {bad[step]}")
         aside = sorted(path.name for path in self.folder.glob("damaged-*"))
         if bad or aside:
             reasons = [f"step {number}: {reason}" for number, reason in bad.items()]
             before = [f"put aside before: {', '.join(aside)}"] if aside else []
+            advice = "Nothing was renamed, and the run does not begin again by itself: copy a whole step back there, "
+            advice += "named by its number, or start anew in another --workdir"
             raise CheckpointError(
-                f"{self.folder}: no checkpoint can be used; {'; '.join(reasons + before)}. Nothing was renamed, and "
-                "the run does not begin again by itself: copy a whole step back there, named by its number, or start "
-                "anew in another --workdir"
+                f"{self.folder}: no checkpoint can be used; {'; '.join(reasons + before)}"
+                + ("" if self._read_only else f". {advice}")
             )
         return None
 
@@ -239,7 +244,7 @@ class Checkpoints:
         """The steps in the folder as process 0 sees it, whole or not, newest first."""
         return json.loads(exchange(json.dumps(self._numbers()[::-1]))[0])
 
-    def _try(self, step: int, abstract: Items, check: Any) -> tuple[Restored | None, str]:
+    def _try(self, step: int, abstract: Wanted, check: Any) -> tuple[Restored | None, str]:
         """A step that is whole for all processes, or why it is proved damaged for one of them."""
         found: Restored | None = None
         wrong, failure = "", None
@@ -262,7 +267,7 @@ class Checkpoints:
         reason = self._agree(step, wrong, None)
         return (None, reason) if reason else (found, "")
 
-    def _read(self, step: int, abstract: Items, check: Any) -> Restored:
+    def _read(self, step: int, abstract: Wanted, check: Any) -> Restored:
         """This process's share of a step, with no word to the others (Orbax's manager would wait for them)."""
         try:
             missing = self._damage(step)
@@ -274,7 +279,7 @@ class Checkpoints:
         if check is not None:
             check(meta)
         items = {}
-        for name, tree in abstract.items():
+        for name, tree in (abstract(step) if callable(abstract) else abstract).items():
             path = self.folder / str(step) / name
             if not path.is_dir():
                 raise DamagedError(f"{name} is missing")

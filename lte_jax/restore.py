@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,8 +32,6 @@ from lte_jax.model_config import ModelConfig
 from lte_jax.penalty_files import SavedPenalty
 from lte_jax.retention import PenaltyConfig
 from lte_jax.whole_files import write_json
-
-logger = logging.getLogger(__name__)
 
 CONFIG, CHECKPOINTS, TOKENIZER = "config.json", "checkpoints", "tokenizer"
 PARAMS, TRAINING = "params", "training"
@@ -245,16 +242,13 @@ def _run_folder(checkpoints: Path) -> Path:
 def _read_settings(place: Place, step: int | None) -> tuple[dict[str, Any], int]:
     """The settings saved with a step, and its number; without a step, the newest's."""
     assert place.checkpoints is not None
-    checkpoints = Checkpoints(place.checkpoints, read_only=True)
-    try:
+    with contextlib.closing(Checkpoints(place.checkpoints, read_only=True)) as checkpoints:
         chosen = place.step if step is None else step
         known = checkpoints.steps()
         if not known or (chosen is not None and chosen not in known):
             raise CheckpointError(_no_step(place.checkpoints, chosen, known))
         chosen = known[-1] if chosen is None else chosen
         return checkpoints.read_meta(chosen).get("config", {}), chosen
-    finally:
-        checkpoints.close()
 
 
 def _model_config(settings: Mapping[str, Any], where: Place) -> ModelConfig:
@@ -271,24 +265,13 @@ def _no_step(folder: Path, step: int | None, known: list[int]) -> str:
 
 def _restore(folder: Path, step: int | None) -> tuple[int, dict[str, Any], dict[str, jax.Array]]:
     """``step``, or the newest step that is whole, with its meta and its parameters by path."""
-    checkpoints = Checkpoints(folder, read_only=True)
-    try:
+    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
         known = checkpoints.steps()
-        if step is not None and step not in known:
+        if not known or step not in (None, *known):
             raise CheckpointError(_no_step(folder, step, known))
-        reasons = []
-        for candidate in [step] if step is not None else known[::-1]:
-            try:
-                found = checkpoints.restore({PARAMS: _saved_shapes(folder / str(candidate))}, candidate)
-            except DamagedError as error:
-                reasons.append(str(error))
-                logger.warning("checkpoint skipped: %s", error)
-                continue
-            assert found is not None  # a named step is restored, or the call raises
-            return candidate, found.meta, _by_path(found.items[PARAMS])
-        raise CheckpointError("; ".join(reasons) or _no_step(folder, None, known))
-    finally:
-        checkpoints.close()
+        found = checkpoints.restore(lambda number: {PARAMS: _saved_shapes(folder / str(number))}, step)
+    assert found is not None  # as there is a step
+    return found.step, found.meta, _by_path(found.items[PARAMS])
 
 
 def _saved_shapes(step: Path, item: str = PARAMS) -> Any:

@@ -112,7 +112,7 @@ def test_a_flipped_byte_in_any_data_file_is_noticed(tmp_path, capfd):
         noticed += found.step == 1
         shutil.rmtree(folder)
     assert noticed >= 2
-    assert "WARNING" in capfd.readouterr().out
+    assert "WARNING" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "no meta", "missing arrays"])
