@@ -83,7 +83,7 @@ def _backward(
         if GATED:
             gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
         r = tl.rsqrt(tl.sum(x * x, 1) / V + eps)[:, None]
-        n = x * r
+        n = tl.where(inside, x * r, 0.0)  # no 0 * inf in dweight where there is no row and eps is 0
         dn = dy * weight
         if GATED:
             slope = sigmoid(gate, FAST)
@@ -128,7 +128,7 @@ def _stream_backward(
         n = x.to(tl.float32)
         dn = dy.to(tl.float32) * weight
         r = tl.rsqrt(tl.sum(n * n, 0) / V + eps)
-        n *= r
+        n = tl.where(inside, n * r, 0.0)
         dweight += dy.to(tl.float32) * n
         dx = r * (dn - n * (tl.sum(n * dn, 0) / V)) + past.to(tl.float32)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)

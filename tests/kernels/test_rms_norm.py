@@ -17,10 +17,10 @@ from tests.tolerances import assert_close
 EPS = 1e-3  # large enough that leaving it out would show
 
 
-def truth(x, weight, gate, dy):
+def truth(x, weight, gate, dy, eps=EPS):
     """y and the gradients of x, weight and gate."""
     x, weight, dy = (np.asarray(a, np.float64) for a in (x, weight, dy))
-    r = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + EPS)
+    r = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
     silu, slope = np.ones_like(x), np.zeros_like(x)
     if gate is not None:
         z = np.asarray(gate, np.float64)
@@ -41,9 +41,9 @@ def make_inputs(shape, gated=True, dtype="float32", seed=0):
     return (x, weight, gate), dy
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def outputs_and_gradients(inputs, dy, *, implementation):
-    run = functools.partial(rms_norm, eps=EPS, implementation=implementation)
+@functools.partial(jax.jit, static_argnames=("implementation", "eps"))
+def outputs_and_gradients(inputs, dy, *, implementation, eps=EPS):
+    run = functools.partial(rms_norm, eps=eps, implementation=implementation)
     y, pullback = jax.vjp(run, *inputs)
     return (y, *(x for x in pullback(dy) if x is not None))
 
@@ -58,10 +58,10 @@ def test_values_and_gradients(implementation, shape, gated):
         assert_close(a, b, "rms_norm")
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def stream(x, weight, cotangents, *, implementation):
+@functools.partial(jax.jit, static_argnames=("implementation", "eps"))
+def stream(x, weight, cotangents, *, implementation, eps=EPS):
     """x, y, dx, dweight."""
-    run = functools.partial(residual_rms_norm, eps=EPS, implementation=implementation)
+    run = functools.partial(residual_rms_norm, eps=eps, implementation=implementation)
     outputs, pullback = jax.vjp(run, x, weight)
     return (*outputs, *pullback(cotangents))
 
@@ -77,6 +77,19 @@ def test_a_stream_goes_on_beside_its_norm(implementation, shape, dtype):
     for a, b in zip(found[1:], (y, dx + np.asarray(past, np.float64), dweight), strict=True):
         assert_close(a, b, "rms_norm", dtype)
     assert [str(a.dtype) for a in found] == [dtype, dtype, dtype, "float32"]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_without_epsilon(implementation, gated):
+    """Rows that fill no block: what lies beyond them has a norm of 0, whose inverse is infinite."""
+    inputs, dy = make_inputs((7, 13), gated)
+    expected = truth(*inputs, dy, eps=0.0)
+    found = outputs_and_gradients(inputs, dy, implementation=implementation, eps=0.0)
+    if not gated:
+        streamed = stream(*inputs[:2], (0 * dy, dy), implementation=implementation, eps=0.0)
+        found, expected = (*found, *streamed[1:]), expected * 2
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, "rms_norm")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
