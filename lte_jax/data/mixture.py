@@ -34,35 +34,33 @@ class Mixture:
 
     @property
     def length(self) -> int:
-        self._check_parts()
-        return self.parts[0].length
+        return self._checked()[0].length
 
     @property
     def vocab_size(self) -> int:
-        self._check_parts()
-        return max(part.vocab_size for part in self.parts)
+        return max(part.vocab_size for part in self._checked())
 
     @property
     def tokenizer(self) -> str | None:
-        """That of the parts which have one, by the name of the first; None for tasks of symbols.
+        """That of the parts which have one, by the name of the first; None for tasks of symbols."""
+        names = (getattr(part, "tokenizer", None) for part in self._checked())
+        return next((name for name in names if name is not None), None)
+
+    def _checked(self) -> tuple[Part, ...]:
+        """The parts.
 
         Raises:
-          DataError: two parts have tokenizers that give different ids.
+          DataError: there is none, or two have tokenizers that give different ids.
         """
-        return self._common_tokenizer()
-
-    def _common_tokenizer(self) -> str | None:
-        names = [name for part in self.parts if (name := getattr(part, "tokenizer", None)) is not None]
-        if len({load_tokenizer(name).fingerprint() for name in set(names)}) > 1:
-            raise DataError(
-                f"parts with tokenizers {', '.join(dict.fromkeys(names))}: one model reads the ids of one; prepare all "
-                "parts with the same"
-            )
-        return names[0] if names else None
-
-    def _check_parts(self) -> None:
         if not self.parts:
             raise DataError("parts=(): a mixture needs at least one data set; add one")
+        names = dict.fromkeys(str(part.tokenizer) for part in self.parts if hasattr(part, "tokenizer"))
+        if len({load_tokenizer(name).fingerprint() for name in names}) > 1:
+            raise DataError(
+                f"parts with tokenizers {', '.join(names)}: one model reads the ids of one; prepare all parts with the "
+                "same"
+            )
+        return self.parts
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; each part carries its class name."""
@@ -87,9 +85,7 @@ class Mixture:
 
     def rows(self, split: Split = "train", *, batch_size: int | None = None) -> grain.MapDataset:
         """The rows of a split in training order: without end for "train", once for "heldout"."""
-        self._check_parts()
-        self._common_tokenizer()
-        lengths = [part.length for part in self.parts]
+        lengths = [part.length for part in self._checked()]
         if len(set(lengths)) > 1:
             raise DataError(f"parts of lengths {lengths}: rows of one batch have one length; give all parts the same")
         opened = [part.rows(split, batch_size=batch_size) for part in self.parts]
