@@ -180,7 +180,9 @@ class _Group:
             if not stopped and any(map(self._had_no_run, codes)):
                 stopped = True
                 self._deadline = min(self._deadline, time.monotonic() + ALONE_SECONDS)
-            failed = [(index, code) for index, code in enumerate(codes) if code not in (None, 0, INTERRUPTED)]
+            failed = [
+                (index, code) for index, code in enumerate(codes) if code is not None and code not in (0, INTERRUPTED)
+            ]
             if failed and self.failed is None and not stopped:
                 # A process that died by a signal explains the others; they wait for it inside a step and are killed.
                 self.failed = (*min(failed, key=lambda found: found[1] > 0), "")
