@@ -114,12 +114,17 @@ def sweep(
     seeds: Sequence[int],
     trainer: Callable[[ExperimentConfig, Path], Any],
     say: Callable[[str], Any] = print,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]] | None:
     """Trains and scores every point; ``sweep.json``, ``sweep.md`` and ``sweep.png`` grow with each.
+
+    A run is scored on the rows that its own data hold out: another seed's documents may be among those it has read.
 
     Args:
       windows: default the base's.
-      trainer: ``trainer(config, folder)`` trains a run to its end, or finds it finished.
+      trainer: ``trainer(config, folder)`` trains a run to its end, or finds it finished (``lte_jax.train.train``).
+
+    Returns:
+      The points; None after a signal, which leaves the others to be done.
     """
     own = next((mixer for mixer in base.model.pattern if isinstance(mixer, LTE)), None)
     if own is None:
@@ -130,9 +135,11 @@ def sweep(
     for setting in settings(own, base.model.width, rules, windows or [own.window]):
         for seed in seeds:
             config = run_of(base, setting, seed)
-            trainer(config, workdir / config.name)
+            result = trainer(config, workdir / config.name)
+            if not result.finished or result.interrupted:
+                return None
             model, _ = restore.load_model(workdir / config.name)
-            rows = base.data.rows("heldout", batch_size=64)
+            rows = config.data.rows("heldout", batch_size=64)
             with contextlib.closing(Batches(rows, 64, pad_last=True)) as batches:
                 scores = score_batches(model, batches, reading="streaming")
             point = {name: getattr(setting, name) for name in ("rule", "window", "budget", "bytes")}
@@ -205,7 +212,7 @@ def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise ValueError(f"{argv[1]!r}: no such argument; settings are given as flags")
-        from lte_jax.train import train
+        from lte_jax.train import INTERRUPTED, train
 
         base = configs.load_named("experiments.configs", FLAGS.config)
         if isinstance(base, Suite):
@@ -213,6 +220,8 @@ def main(argv: list[str]) -> None:
             base = (has_lte or base.runs)[0]
         base = configs.override(base, FLAGS.set)
         found = sweep(base, Path(FLAGS.workdir), FLAGS.rules, _whole("windows"), _whole("seeds"), train)
+        if found is None:
+            sys.exit(INTERRUPTED)
         print(table(found))
         print(f"{FLAGS.workdir}/sweep.md, sweep.json, sweep.png")
     except (ValueError, OSError, RuntimeError) as error:

@@ -6,12 +6,16 @@ import dataclasses
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from experiments import sweep
 from lte_jax import LTE, LanguageModel, WindowAttention, restore
 from lte_jax.convert import abstract_model
+from lte_jax.evaluate.scores import Scores
+from lte_jax.train import Result
+from tests.system.data_samples import small_text
 from tests.system.tiny import tiny_experiment
 
 WIDTH = 64
@@ -51,6 +55,7 @@ def test_the_sweep_writes_one_table_and_one_figure(tmp_path):
         seeds.append((config.seed, config.data.seed))
         if not folder.exists():
             restore.save_model(LanguageModel(config.model, rngs=nnx.Rngs(config.seed)), folder)
+        return Result(folder, config.steps, finished=True, heldout=None)
 
     rules = ["recency"]
     found = sweep.sweep(base, tmp_path, rules, [], [0, 3], trainer, say=lambda line: None)
@@ -70,3 +75,36 @@ def test_the_sweep_writes_one_table_and_one_figure(tmp_path):
     with pytest.raises(ValueError, match="no LTE layer"):
         plain = dataclasses.replace(base.model, pattern=base.model.pattern[:1])
         sweep.sweep(dataclasses.replace(base, model=plain), tmp_path, rules, [], [0], trainer)
+
+
+def test_a_signal_ends_the_sweep_and_scores_nothing(tmp_path):
+    """An unfinished run is no point of a comparison."""
+    started = []
+
+    def trainer(config, folder):
+        started.append(config.name)
+        return Result(folder, 4, finished=False, heldout=None, interrupted=True)
+
+    assert sweep.sweep(tiny_experiment(), tmp_path, ["recency", "random"], [], [0], trainer) is None
+    assert len(started) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_run_is_scored_on_what_its_own_seed_holds_out(tmp_path, monkeypatch):
+    text = small_text(tmp_path)
+    base = tiny_experiment(data=text, model=dataclasses.replace(tiny_experiment().model, vocab_size=259))
+    scored = []
+
+    def trainer(config, folder):
+        restore.save_model(LanguageModel(config.model, rngs=nnx.Rngs(0)), folder)
+        return Result(folder, config.steps, finished=True, heldout=None)
+
+    def score(model, batches, **options):
+        scored.append(np.concatenate([batch["input_ids"][batch["labels"].max(1) >= 0] for batch in batches]))
+        return Scores(1, 1.0, 0.0, (), np.zeros(1))
+
+    monkeypatch.setattr(sweep, "score_batches", score)
+    sweep.sweep(base, tmp_path / "runs", ["recency"], [], [0, 5], trainer, say=lambda line: None)
+    for rows, seed in zip(scored, (text.seed, text.seed + 5), strict=True):
+        own = [row["input_ids"] for row in dataclasses.replace(text, seed=seed).rows("heldout")]
+        np.testing.assert_array_equal(rows, own)
+    assert len(scored[0]) != len(scored[1]) or (scored[0] != scored[1]).any()
