@@ -23,7 +23,7 @@ class EvaluationConfig:
     every: int = 1000
     """Steps between evaluations; the last step is always evaluated, if rows are held out."""
     batches: int | None = 16
-    """How many batches of held-out rows; None takes all."""
+    """How many batches of ``batch_size`` held-out rows; None takes all."""
     reading: MixerReading = "prompt"
     """How LTE reads: "prompt" and "streaming" hold the budget, "train" does not."""
 
@@ -59,6 +59,11 @@ class ExperimentConfig:
             router_reach(self.model)
         if min(self.steps, self.batch_size, self.accumulation, self.log_every, self.evaluation.every) < 1:
             raise ValueError("steps, batch_size, accumulation, log_every and evaluation.every must be at least 1")
+        if self.evaluation.batches is not None and self.evaluation.batches < 1:
+            raise ValueError(
+                f"evaluation.batches={self.evaluation.batches}: it must be at least 1, or none for all held-out rows; "
+                "a run that holds out no rows evaluates nothing"
+            )
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}: change one"

@@ -287,9 +287,11 @@ class _Run:
             reading=dataclasses.replace(config.reading, workers=0),  # starting them takes longer than these few rows
             pad_last=True,
         )
+        most = config.evaluation.batches
+        most = None if most is None else most * config.accumulation  # of as many rows, whatever is computed at a time
         sums = np.zeros(3)
         try:
-            for batch in itertools.islice(batches, config.evaluation.batches):
+            for batch in itertools.islice(batches, most):
                 arrays = {
                     name: self._spread(batch[name]) for name in ("input_ids", "labels", "segment_ids") if name in batch
                 }

@@ -73,7 +73,7 @@ def experiment(name: str, size: Size) -> ExperimentConfig:
             weight_decay=0.1,
             clip=1.0,
         ),
-        evaluation=EvaluationConfig(every=1024, batches=64),
+        evaluation=EvaluationConfig(every=1024, batches=2),
         checkpoint=CheckpointConfig(every=1024, keep=3),
         compute=ComputeConfig(dtype="bfloat16", remat="operands"),
     )

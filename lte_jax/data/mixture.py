@@ -12,7 +12,7 @@ import grain
 from lte_jax import configs
 from lte_jax.data.needles import TextNeedles
 from lte_jax.data.packing import DataError
-from lte_jax.data.pipeline import mix
+from lte_jax.data.pipeline import mix, once
 from lte_jax.data.shards import PackedRows
 from lte_jax.data.tasks import MQAR, Copying, Split, SymbolNeedles
 from lte_jax.data.text import Text
@@ -26,7 +26,7 @@ Part = SymbolNeedles | TextNeedles | MQAR | Copying | Text | PackedRows
 class Mixture:
     """Rows of several data sets in proportion to ``weights``; each part is shuffled and repeated by itself.
 
-    The held-out split is that of the parts, one after the other. All parts give the same arrays of the same length.
+    The held-out split is that of all parts, mixed once. All parts give the same arrays of the same length.
     """
 
     parts: tuple[Part, ...] = ()
@@ -84,7 +84,7 @@ class Mixture:
         return cls(tuple(parts), tuple(map(float, values.get("weights", ()))))
 
     def rows(self, split: Split = "train", *, batch_size: int | None = None) -> grain.MapDataset:
-        """The rows of a split in training order: without end for "train", once for "heldout"."""
+        """The rows of a split in reading order: without end for "train", once for "heldout"."""
         lengths = [part.length for part in self._checked()]
         if len(set(lengths)) > 1:
             raise DataError(f"parts of lengths {lengths}: rows of one batch have one length; give all parts the same")
@@ -95,4 +95,4 @@ class Mixture:
             raise DataError(f"parts with arrays {sorted(names)}: mix text with text, or tasks with tasks")
         if split == "train":
             return mix(opened, self.weights)
-        return grain.MapDataset.concatenate(filled) if filled else opened[0]
+        return once(grain.MapDataset.concatenate(filled), 0) if filled else opened[0]

@@ -76,6 +76,14 @@ def endless(rows: grain.MapDataset, seed: int, batch_size: int | None = None) ->
     return rows.shuffle(seed=mix_seed(seed)).repeat()
 
 
+def once(rows: grain.MapDataset, seed: int) -> grain.MapDataset:
+    """The held-out order of a finite set of rows: mixed once, so that the first few are a sample of all.
+
+    Packing puts the longest documents first, and a mixture one part after the other.
+    """
+    return rows.shuffle(seed=mix_seed(seed)) if len(rows) else rows
+
+
 def mix(parts: Sequence[grain.MapDataset], weights: Sequence[float]) -> grain.MapDataset:
     """Interleaves endless row orders so that any long stretch holds them in proportion to ``weights``."""
     if len(parts) != len(weights) or not parts:

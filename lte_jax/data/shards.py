@@ -20,7 +20,7 @@ import grain
 import numpy as np
 
 from lte_jax.data.packing import DataError, Row, row_of_segments, with_labels
-from lte_jax.data.pipeline import endless, split_rows
+from lte_jax.data.pipeline import endless, once, split_rows
 from lte_jax.data.readers import FILES
 from lte_jax.data.tasks import Split
 from lte_jax.whole_files import whole_file
@@ -171,13 +171,13 @@ class PackedRows:
         return str(Path(self.path).expanduser() / "tokenizer")
 
     def rows(self, split: Split = "train", *, batch_size: int | None = None) -> grain.MapDataset:
-        """The rows of a split in training order: without end for "train", once for "heldout"."""
+        """The rows of a split in reading order: without end for "train", once for "heldout"."""
         manifest = read_manifest(self.path)
         if manifest["heldout"]:
             rows = self._open(manifest, split)
         else:
             rows = split_rows(self._open(manifest, "train"), self.heldout)[0 if split == "train" else 1]
-        return endless(rows, self.seed, batch_size) if split == "train" else rows
+        return endless(rows, self.seed, batch_size) if split == "train" else once(rows, self.seed)
 
     def _open(self, manifest: dict[str, Any], split: Split) -> grain.MapDataset:
         folder = Path(self.path).expanduser()

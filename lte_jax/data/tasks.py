@@ -222,7 +222,7 @@ class MQARMix:
     """MQAR rows of several (length, pairs, rows): no batch mixes two of them; the batches are shuffled each epoch.
 
     Rows of a batch share their length, so the row order depends on the batch size; rows left over when a part is not a
-    multiple of the batch size are not used. The held-out split takes the parts of ``test`` in order.
+    multiple of the batch size are not used. The held-out split takes the batches of ``test`` once, in a mixed order.
     """
 
     train: tuple[tuple[int, int, int], ...] = ZOOLOGY_TRAIN
@@ -260,26 +260,27 @@ class MQARMix:
         parts = [self.part(split, index) for index in range(len(self.train if split == "train" else self.test))]
         for part in parts:
             part.check()
-        return BatchwiseRows(parts, split, batch_size, None if split == "heldout" else mix_seed(self.seed))
+        return BatchwiseRows(parts, split, batch_size, mix_seed(self.seed))
 
 
 class BatchwiseRows(grain.MapDataset):
-    """Rows of several tasks, laid out so that rows [i B, (i+1) B) are of one; whole batches shuffled per epoch."""
+    """Rows of several tasks, laid out so that rows [i B, (i+1) B) are of one; whole batches shuffled per epoch, in
+    training without end."""
 
-    def __init__(self, parts: list[MQAR], split: Split, batch_size: int, shuffle_seed: int | None):
+    def __init__(self, parts: list[MQAR], split: Split, batch_size: int, seed: int):
         super().__init__()
         self._batch_size = batch_size
-        self._shuffled = shuffle_seed is not None
+        self._endless = split == "train"
         self._sources = [TaskRows(part, split, part.train_rows) for part in parts]
         batches = [(index, start) for index, part in enumerate(parts) for start in range(part.train_rows // batch_size)]
         if not batches:
             raise DataError(f"batch_size={batch_size}: larger than every part of the mix; lower it or add rows")
         self._batches = np.array(batches)
-        order = grain.MapDataset.range(len(batches))
-        self._order = order if shuffle_seed is None else order.shuffle(seed=shuffle_seed).repeat()
+        order = grain.MapDataset.range(len(batches)).shuffle(seed=seed)
+        self._order = order.repeat() if self._endless else order
 
     def __len__(self) -> int:
-        return sys.maxsize if self._shuffled else self._batch_size * len(self._order)
+        return sys.maxsize if self._endless else self._batch_size * len(self._order)
 
     def __getitem__(self, index):
         if isinstance(index, slice):

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 
 from lte_jax.data.packing import DataError, Packing, Row, pack, row_of_segments, with_labels
-from lte_jax.data.pipeline import endless, split_rows
+from lte_jax.data.pipeline import endless, once, split_rows
 from lte_jax.data.sources import Unit, find_units, read_documents
 from lte_jax.data.tasks import Split
 from lte_jax.data.tokenizer import BYTES, Tokenizer, load_tokenizer
@@ -100,7 +100,7 @@ class Text:
         return {split: pack(documents, self.packing) for split, documents in parts.items()}
 
     def rows(self, split: Split = "train", *, batch_size: int | None = None) -> grain.MapDataset:
-        """The rows of a split in training order: without end for "train", once for "heldout"."""
+        """The rows of a split in reading order: without end for "train", once for "heldout"."""
         self.check()
         units = tuple(find_units(self.path))
         size = sum(unit.size for unit in units)
@@ -122,7 +122,7 @@ class Text:
                 f"heldout={self.heldout}: {len(rows)} training rows and {len(heldout)} held-out rows; both need some: "
                 "set data.heldout_by=row, change data.heldout, or give more documents"
             )
-        return endless(rows, self.seed, batch_size) if split == "train" else heldout
+        return endless(rows, self.seed, batch_size) if split == "train" else once(heldout, self.seed)
 
 
 class MemoryRows:

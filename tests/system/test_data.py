@@ -8,7 +8,7 @@ import pytest
 
 from lte_jax import configs, data
 from lte_jax.data import packing, pipeline, sources, tokenizer
-from tests.system.data_samples import batches, same, small_text
+from tests.system.data_samples import batches, same, small_text, write_jsonl
 
 # --- packing
 
@@ -232,6 +232,29 @@ def test_mixture_follows_its_weights(text):
         data.Mixture((needles, needles), (1.0, 0.0)).rows()
     with pytest.raises(data.DataError, match="mix text with text"):
         data.Mixture((text, data.Copying(length=64)), (1.0, 1.0)).rows()
+
+
+def test_the_first_held_out_rows_are_a_sample_of_all(tmp_path):
+    """An evaluation of a few batches reads no more of them."""
+    words = [400] * 20 + [4] * 2000  # packing lays the pieces of long documents first
+    texts = ["".join(f"{number}:{word} " for word in range(count)) for number, count in enumerate(words)]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    text = data.Text(path=str(path), packing=data.Packing(256), heldout=0.5)
+    for part in (text, dataclasses.replace(text, heldout_by="row")):
+        rows = part.rows("heldout")
+        several = [int(row["segment_ids"].max() > 1) for row in rows]
+        assert len(rows) > 100 and abs(np.mean(several[:40]) - np.mean(several)) < 0.25
+        assert len({row["input_ids"].tobytes() for row in rows}) == len(rows)
+
+    parts = (data.SymbolNeedles(length=64, min_distance=20, heldout_rows=100), data.Copying(length=64))
+    rows = data.Mixture(parts, (1.0, 1.0)).rows("heldout")
+    copying = [int(row["input_ids"][48] == 1 and not row["input_ids"][16:48].any()) for row in rows]
+    assert sum(copying) == 1000 and 70 < sum(copying[:88]) < 88
+
+    mix = data.MQARMix(train=((64, 4, 8),), test=((64, 4, 80), (128, 8, 80)))
+    rows = mix.rows("heldout", batch_size=8)
+    sizes = [len(rows[index]["labels"]) for index in range(0, len(rows), 8)]
+    assert sorted(sizes) == [64] * 10 + [128] * 10 and len(set(sizes[:6])) == 2
 
 
 def test_bad_batches_are_refused(text):

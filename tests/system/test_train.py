@@ -198,6 +198,7 @@ def test_a_new_run_starts_from_the_weights_of_another_with_another_budget_and_sc
     [
         ({"batch_size": 6, "accumulation": 4}, "not a multiple of accumulation=4"),
         ({"steps": 0}, "at least 1"),
+        ({"evaluation": EvaluationConfig(batches=-1)}, "evaluation.batches=-1: it must be at least 1, or none for all"),
         ({"data": SymbolNeedles()}, "outside the model's vocabulary"),
         ({"mesh": MeshConfig(devices=4)}, "mesh.devices=4, and this launch has 1"),
         ({"mesh": MeshConfig(tensor=2)}, "does not divide the 1 devices"),
@@ -232,6 +233,15 @@ def test_accumulation_gives_the_step_of_the_full_batch():
         np.testing.assert_allclose(part_numbers[name], numbers[name], rtol=1e-5, err_msg=name)
     for name, leaf in full.params.items():
         np.testing.assert_allclose(parts.params[name], leaf, rtol=1e-4, atol=3e-6, err_msg=name)
+
+
+def test_an_evaluation_reads_the_same_rows_whatever_is_computed_at_a_time(tmp_path):
+    found = []
+    for parts in (1, 4):
+        changed = {"accumulation": parts, "evaluation": EvaluationConfig(every=2, batches=1), "steps": 2}
+        train(tiny_experiment(**changed), tmp_path / str(parts), devices=ONE)
+        found.append([record for record in read_metrics(tmp_path / str(parts)) if "heldout_loss" in record][-1])
+    assert found[0]["heldout_targets"] == found[1]["heldout_targets"] == 8 * 4
 
 
 def test_flops_follow_the_formula():
