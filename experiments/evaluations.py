@@ -43,7 +43,8 @@ def evaluate_data(
       ValueError: as ``heldout.data_set`` and ``heldout.score``.
     """
     place = restore.find(checkpoint)
-    data = heldout.data_set(restore.read_settings(place, step), kind, assignments)
+    settings, tokenizer = restore.read_settings(place, step), restore.find_tokenizer(place)
+    data = heldout.data_set(settings, kind, assignments, tokenizer)
     loaded = restore.load(checkpoint, step=step, **(types or {}))
     scores = heldout.score(loaded.model, data, **options)
     target = Path(output) if output else place.folder / "evaluation.json"
@@ -159,10 +160,10 @@ def evaluate_own(
     same = known == kind
     needs = kind == "TextNeedles" and not same
     loaded = restore.load(checkpoint, tokenizer=tokenizer, needs_tokenizer=needs, step=step, **(types or {}))
-    if needs or (kind == "TextNeedles" and tokenizer is not None):
+    if kind == "TextNeedles" and tokenizer is not None:
         assignments = [f"tokenizer={loaded.tokenizer.name}", *assignments]
     assignments = [*assignments, *([] if text is None else [f"haystack={text}"])]
-    data: Any = heldout.data_set(saved if same else {}, None if same else kind, assignments)
+    data: Any = heldout.data_set(saved if same else {}, None if same else kind, assignments, loaded.tokenizer)
     model, chosen = loaded.model, own.Options(**options)
     if name == "needles":
         result = own.needles(model, data, chosen, lengths=lengths, depths=depths)
@@ -230,7 +231,7 @@ def inspect(
     length: int | None = None,
     types: dict[str, Any] | None = None,
 ) -> list[Path]:
-    """Writes pictures and a page on what LTE keeps of one text, or, without one, of the data's first held-out row.
+    """Writes pictures and a page on what LTE keeps of a text, or, without one, of a document that the data hold out.
 
     Args:
       output: the folder; default ``inspect`` in the run's folder.
@@ -249,11 +250,12 @@ def inspect(
             raise ValueError(f"--text={text}: the files hold no text; give others")
         tokens = found.encode(document, add_bos=found.bos_id is not None)[:length]
     else:
-        data = heldout.data_set(restore.read_settings(place, step), kind, assignments)
+        data = heldout.data_set(restore.read_settings(place, step), kind, assignments, found)
         rows = data.rows("heldout", batch_size=1)
         if not len(rows):
             raise ValueError(f"{type(data).__name__} holds out no rows: give --text, or set heldout")
-        tokens = rows[0]["input_ids"][:length].tolist()
+        ids, segments = rows[0]["input_ids"], rows[0].get("segment_ids")
+        tokens = (ids if segments is None else ids[segments == segments[0]])[:length].tolist()
     if text is not None or (found is not None and max(tokens) < found.vocab_size):
         stream = found.stream()
         pieces = [stream.push(token) for token in tokens]

@@ -33,7 +33,7 @@ from lte_jax.data.tokenizer import load_tokenizer
 from lte_jax.metrics import read_metrics
 from lte_jax.model_config import ModelConfig
 from lte_jax.optim import OptimizerConfig
-from lte_jax.restore import CONFIG, TOKENIZER
+from lte_jax.restore import CHECKPOINTS, CONFIG, TOKENIZER
 from lte_jax.retention import PenaltyConfig
 from lte_jax.sharding import MeshConfig, make_mesh
 from lte_jax.step import Builder, ComputeConfig, Params, StepConfig
@@ -88,7 +88,7 @@ def _on_process_0[T](do: Callable[[], T]) -> T | None:
     if jax.process_index() == 0:
         try:
             done = do()
-        except (RunError, OSError) as error:
+        except (ValueError, OSError) as error:
             failure = error
     answer = exchange("done" if failure is None else str(failure))[0]
     if failure is not None:
@@ -190,10 +190,34 @@ def changed_before(folder: Path) -> list[str]:
 
 
 def save_tokenizer(folder: Path, data: Any) -> None:
-    """Copies the data's tokenizer, where it has one, so that it travels with the checkpoints."""
-    name = getattr(data, "tokenizer", None)
-    if name is not None and jax.process_index() == 0:
-        load_tokenizer(name).save(folder / TOKENIZER)
+    """Copies the data's tokenizer, where it has one, so that it travels with the checkpoints.
+
+    Raises:
+      RunError: on every process, where the checkpoints there were trained on the ids of another one.
+    """
+    name, kept = getattr(data, "tokenizer", None), folder / TOKENIZER
+    if name is None:
+        return
+
+    def copy() -> None:
+        found = load_tokenizer(name)
+        begun = any(path.name.isdigit() for path in (folder / CHECKPOINTS).glob("*"))
+        if begun and kept.is_dir() and load_tokenizer(kept).fingerprint() != found.fingerprint():
+            raise RunError(
+                f"tokenizer {name!r} gives other ids than {kept}, with which this run began: give data of that one, "
+                "or name another --workdir"
+            )
+        found.save(kept)
+
+    _on_process_0(copy)
+
+
+def of_other_tokenizer(source: str | Path, data: Any) -> str:
+    """What to say where weights to start from know the ids of another tokenizer than the data's; "" otherwise."""
+    name, known = getattr(data, "tokenizer", None), restore.find_tokenizer(restore.find(source))
+    if name is None or known is None or load_tokenizer(name).fingerprint() == known.fingerprint():
+        return ""
+    return f"; WARNING: they know the ids of {known.name}, and the data are of tokenizer {name}, which gives others"
 
 
 def single_device_builder(model: ModelConfig, compute: ComputeConfig | None = None) -> Builder:

@@ -176,7 +176,8 @@ class _Run:
             )
         elif init_from is not None:
             state = self.builder.init_state(runs.initial_params(init_from, self.builder))
-            self.say(f"starting from the weights of {init_from}")
+            note = runs.of_other_tokenizer(init_from, self.config.data)
+            self.say(f"starting from the weights of {init_from}{note}")
         else:
             state = self.builder.init_state()
         self.reporter = self._new_reporter()

@@ -34,7 +34,8 @@ class Text:
       field: the text's field in jsonl, or its column in parquet.
       tokenizer: ``"bytes"``, a tokenizer.json, or a folder with one.
       packing: row length and rule.
-      add_bos, add_eos: whether each document starts with and ends in its special token.
+      add_bos, add_eos: whether each document starts with and ends in its special token; add_bos=None: where the
+        tokenizer has one, as generation and evaluation begin a text, and as the authors train.
       heldout: the fraction held out.
       heldout_by: "document": those chosen by a hash of their text and ``seed``, so that equal documents fall on one
         side; "row": the last of every 1 / heldout, for text of one or a few documents.
@@ -46,7 +47,7 @@ class Text:
     field: str = "text"
     tokenizer: str = BYTES
     packing: Packing = dataclasses.field(default_factory=Packing)
-    add_bos: bool = False
+    add_bos: bool | None = None
     add_eos: bool = True
     heldout: float = 0.0
     heldout_by: Literal["document", "row"] = "document"
@@ -93,9 +94,10 @@ class Text:
     def pack_units(self, units: Iterable[Unit], tokenizer: Tokenizer) -> dict[Split, Iterator[list[np.ndarray]]]:
         """The packed rows of both splits of some units, packed by themselves."""
         parts: dict[Split, list[np.ndarray]] = {"train": [], "heldout": []}
+        add_bos = tokenizer.bos_id is not None if self.add_bos is None else self.add_bos
         for unit in units:
             for document in read_documents(unit, self.field, self.undecodable):
-                ids = tokenizer.encode(document, add_bos=self.add_bos, add_eos=self.add_eos)
+                ids = tokenizer.encode(document, add_bos=add_bos, add_eos=self.add_eos)
                 parts["heldout" if self.is_heldout(document) else "train"].append(np.array(ids, np.int32))
         return {split: pack(documents, self.packing) for split, documents in parts.items()}
 

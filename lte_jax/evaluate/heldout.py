@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from lte_jax import configs
 from lte_jax.data import Batches, DataError, DataSet
 from lte_jax.data.tasks import Split
+from lte_jax.data.tokenizer import Tokenizer, load_tokenizer
 from lte_jax.evaluate.scores import Scores, score_batches
 from lte_jax.lengths import check_lengths
 from lte_jax.mixers.base import Reading
@@ -23,17 +25,34 @@ class Source:
     data: DataSet
 
 
-def data_set(settings: dict[str, Any], kind: str | None, assignments: Sequence[str]) -> DataSet:
+def data_set(
+    settings: dict[str, Any], kind: str | None, assignments: Sequence[str], tokenizer: Tokenizer | None = None
+) -> DataSet:
     """The data set of a run's settings, or a new one of ``kind``, with assignments such as "length=512" applied.
 
+    Args:
+      tokenizer: the model's: text of a new kind is written with it, unless an assignment says otherwise.
+
     Raises:
-      ValueError: the run names no data and no kind is given, or an unknown kind or setting.
+      ValueError: the run names no data and no kind is given, an unknown kind or setting, or text for a model whose
+        tokenizer nobody says.
     """
     given = {"kind": kind} if kind else settings.get("data")
     if given is None:
         raise DataError("data: this checkpoint was not trained here, so it names no data set; name one with --data")
     source = configs.from_dict(Source, {"data": given})
-    return configs.override(source, [f"data.{assignment}" for assignment in assignments]).data
+    if kind and any(field.name == "tokenizer" for field in dataclasses.fields(source.data)):
+        if tokenizer is not None:
+            assignments = [f"tokenizer={tokenizer.name}", *assignments]
+        elif not any(assignment.startswith("tokenizer=") for assignment in assignments):
+            raise DataError(f"--data={kind}: the checkpoint holds no tokenizer to read text with; --set tokenizer=...")
+    found = configs.override(source, [f"data.{assignment}" for assignment in assignments]).data
+    name = getattr(found, "tokenizer", None)
+    if name is not None and tokenizer is not None and load_tokenizer(name).fingerprint() != tokenizer.fingerprint():
+        warnings.warn(
+            f"the data are of tokenizer {name!r}, whose ids are not those of the checkpoint's own", stacklevel=2
+        )
+    return found
 
 
 def score(

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 
 from experiments.evaluations import evaluate_data, evaluate_tasks
@@ -99,6 +100,25 @@ def test_other_data_and_settings_can_be_named(run, tmp_path):
     )
     assert record["data"]["kind"] == "Text" and record["by_distance"] == [] and record["targets"] > 100
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["text.json", "text.png"]
+
+
+def test_text_is_written_with_the_checkpoints_own_tokenizer(tmp_path):
+    """Bytes read by a model of words would have a perplexity too."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "a": 1, "b": 2, "c": 3}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.add_special_tokens(["</s>"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    restore.save_model(build(), tmp_path / "run", tokenizer=load_tokenizer(tmp_path / "tokenizer.json"))
+    restore.save_model(build(), tmp_path / "bare")
+    (tmp_path / "text.txt").write_text("a b c " * 20)
+    text = dict(kind="Text", split="train", batch_size=1, batches=1)
+    given = [f"path={tmp_path / 'text.txt'}", "packing.length=64"]
+    record = evaluate_data(str(tmp_path / "run"), assignments=given, **text)
+    assert record["targets"] == 60 and record["data"]["tokenizer"].startswith(str(tmp_path / "run"))
+    with pytest.warns(UserWarning, match="of tokenizer 'bytes', whose ids are not those of the checkpoint's own"):
+        evaluate_data(str(tmp_path / "run"), assignments=[*given, "tokenizer=bytes"], **text)
+    with pytest.raises(ValueError, match="--data=Text: the checkpoint holds no tokenizer to read text with; --set tok"):
+        evaluate_data(str(tmp_path / "bare"), assignments=given, **text)
 
 
 def test_bad_input_is_refused(run, tmp_path):

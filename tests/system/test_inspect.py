@@ -14,6 +14,7 @@ from flax import nnx
 
 from experiments import evaluations
 from lte_jax import LTE, GatedDeltaNet, LanguageModel, ModelConfig, restore
+from lte_jax.data import Packing, Text
 from lte_jax.data.tokenizer import load_tokenizer
 from lte_jax.evaluate.probe import MASSES, probe
 
@@ -149,6 +150,21 @@ def test_the_program_writes_pictures_and_one_page(tmp_path, capsys):
         assert layer["held"] == [sum(held for _, held in head["life"].values()) for head in heads]
         np.testing.assert_allclose(np.sum([layer["mass"][name] for name in MASSES], axis=0), 1, atol=1e-4)
     assert "attention mass" in capsys.readouterr().out
+
+
+def test_of_a_packed_row_one_document_is_looked_at(tmp_path, monkeypatch):
+    """Not its neighbours and the padding after them, as if they were one text."""
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(("a few words", "more words")):
+        (tmp_path / f"texts/{number}.txt").write_text(text)
+    restore.save_model(build(), tmp_path / "run", tokenizer=load_tokenizer("bytes"))
+    given = [f"path={tmp_path / 'texts'}", "packing.length=48", "packing.method=greedy"]
+    rows = Text(path=str(tmp_path / "texts"), packing=Packing(48, "greedy")).rows()
+    monkeypatch.setattr(Text, "rows", lambda self, split, batch_size: rows[:1])
+    seen = []
+    monkeypatch.setattr(evaluations, "probe", lambda model, tokens: seen.append(tokens) or probe(model, tokens))
+    evaluations.inspect(str(tmp_path / "run"), kind="Text", assignments=given)
+    assert seen == [[256, *b"a few words", 257]]
 
 
 def test_what_cannot_be_inspected_is_refused(tmp_path):

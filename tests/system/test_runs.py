@@ -146,6 +146,13 @@ def test_a_mixture_of_texts_brings_its_tokenizer_to_the_run(tmp_path):
     mixture = data.Mixture((text["one"], text["same"]), (1.0, 1.0))
     runs.save_tokenizer(tmp_path, mixture)
     assert load_tokenizer(tmp_path / "tokenizer").encode("c") == load_tokenizer(tmp_path / "one").encode("c")
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    assert runs.of_other_tokenizer(tmp_path, mixture) == "" == runs.of_other_tokenizer(tmp_path, data.SymbolNeedles())
+    assert "other, which gives others" in runs.of_other_tokenizer(tmp_path, text["other"])
+    runs.save_tokenizer(tmp_path, text["same"])
+    with pytest.raises(runs.RunError, match=r"other' gives other ids than .*tokenizer, with which this run began"):
+        runs.save_tokenizer(tmp_path, text["other"])
+    assert load_tokenizer(tmp_path / "tokenizer").encode("c") == load_tokenizer(tmp_path / "one").encode("c")
     differing = data.Mixture((text["one"], text["other"]), (1.0, 1.0))
     with pytest.raises(
         data.DataError, match=r"tokenizers .*one, .*other: one model.*; prepare all parts with the same"

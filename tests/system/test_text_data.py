@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 from array_record.python import array_record_module
 
+from experiments.generate import Settings, Speaker
 from lte_jax import data
 from lte_jax.data import corpus, pipeline, shards, sources, tokenizer
 from tests.system.data_samples import batches, documents, same, small_text, write_jsonl
@@ -53,6 +54,21 @@ def test_held_out_documents_are_fixed_and_disjoint(text):
     }
     assert names["train"] | names["heldout"] >= set(range(120)) and not names["train"] & names["heldout"]
     assert 10 <= len(names["heldout"]) <= 40
+
+
+def test_a_document_begins_as_generation_begins_one(tmp_path, bpe_file):
+    """With the begin token, where there is one: a model would never have seen it otherwise."""
+    (tmp_path / "a.txt").write_text("some text")
+    bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"some text": 0, "</s>": 1}))
+    bare.add_special_tokens(["</s>"])
+    bare.save(str(tmp_path / "bare.json"))
+    for name, begins in (("bytes", 256), (str(bpe_file), 0), (str(tmp_path / "bare.json"), None)):
+        text = data.Text(path=str(tmp_path / "a.txt"), tokenizer=name, packing=data.Packing(32))
+        first = text.rows()[0]["input_ids"][0]
+        speaker = Speaker(None, tokenizer.load_tokenizer(name), Settings())
+        assert first == speaker.encode("some text")[0] and (first == begins or begins is None)
+        plain = dataclasses.replace(text, add_bos=False).rows()[0]["input_ids"]
+        assert plain[0] == tokenizer.load_tokenizer(name).encode("some text")[0]
 
 
 def test_split_by_rows_takes_each_row_once():
