@@ -18,10 +18,19 @@ from lte_jax.generate import generate
 from lte_jax.model import LanguageModel
 from lte_jax.sampling import Sampling
 from lte_jax.sharding import rows_mesh
-from lte_jax.whole_files import write_json
+from lte_jax.whole_files import check_target, write_json
 
 TASK_KINDS = {"needles": ("TextNeedles", "SymbolNeedles"), "mqar": ("MQARMix", "MQAR"), "copying": ("Copying",)}
 """The data sets that a task of our own can be asked on; the first is the default."""
+
+
+def _target(output: str | None, place: restore.Place, name: str) -> Path:
+    """The JSON file to write, known to be writable before anything is computed."""
+    target = Path(output) if output else place.folder / name
+    if target.suffix == ".png":
+        raise ValueError(f"--output={output}: the name of the JSON file; the picture beside it takes .png")
+    check_target(target)
+    return target
 
 
 def evaluate_data(
@@ -43,11 +52,11 @@ def evaluate_data(
       ValueError: as ``heldout.data_set`` and ``heldout.score``.
     """
     place = restore.find(checkpoint)
+    target = _target(output, place, "evaluation.json")
     settings, tokenizer = restore.read_settings(place, step), restore.find_tokenizer(place)
     data = heldout.data_set(settings, kind, assignments, tokenizer)
     loaded = restore.load(checkpoint, step=step, **(types or {}))
     scores = heldout.score(loaded.model, data, **options)
-    target = Path(output) if output else place.folder / "evaluation.json"
     chance = getattr(data, "chance", None)
     record = {
         "checkpoint": str(checkpoint),
@@ -103,15 +112,17 @@ def evaluate_tasks(
         from lte_jax.evaluate.tasks import run_tasks, write_samples
     except ImportError as error:
         raise RuntimeError(f"--tasks needs lm-evaluation-harness ({error}): pip install -e '.[eval]'") from None
+    target = _target(output, restore.find(checkpoint), "tasks.json")
     loaded = restore.load(checkpoint, tokenizer=tokenizer, needs_tokenizer=True, step=step, **(types or {}))
     settings = dict(adapter or {})
     mesh = rows_mesh(settings.pop("devices", 1))
-    results = run_tasks(HarnessModel(loaded.model, loaded.tokenizer, texts, mesh=mesh, **settings), tasks, **options)
-    target = Path(output) if output else restore.find(checkpoint).folder / "tasks.json"
+    seed = options.get("seed", 0)
+    harness = HarnessModel(loaded.model, loaded.tokenizer, texts, mesh=mesh, seed=seed, **settings)
+    results = run_tasks(harness, tasks, **options)
     samples = results.pop("samples", None)
+    write_json(target, {"checkpoint": str(checkpoint), "step": loaded.step, **(adapter or {}), **options, **results})
     if samples is not None:
         write_samples(samples, target.with_suffix(".samples.jsonl"))
-    write_json(target, {"checkpoint": str(checkpoint), "step": loaded.step, **(adapter or {}), **options, **results})
     for task, numbers in results["results"].items():
         shown = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items() if isinstance(value, float))
         print(f"{task}: {shown}")
@@ -150,7 +161,7 @@ def evaluate_own(
       ValueError: data of another kind, a length that cannot be had, token ids outside the model's vocabulary.
     """
     place, kinds = restore.find(checkpoint), TASK_KINDS[name]
-    saved = restore.read_settings(place, step)
+    target, saved = _target(output, place, f"{name}.json"), restore.read_settings(place, step)
     known = saved.get("data", {}).get("kind")
     kind = kind or (known if known in kinds else kinds[0])
     if kind not in kinds:
@@ -175,7 +186,7 @@ def evaluate_own(
         if not parts:
             raise ValueError(f"--lengths={','.join(map(str, lengths))}: the task has no such length")
         result = own.mqar(model, chosen, parts=parts, vocabulary=data.vocabulary)
-    return _write_result(checkpoint, loaded.step, result, options, output)
+    return _write_result(checkpoint, loaded.step, result, options, target)
 
 
 def evaluate_text(
@@ -200,17 +211,17 @@ def evaluate_text(
     """
     if text is None:
         raise ValueError(f"--own={name} needs --text, a file or folder of text")
+    target = _target(output, restore.find(checkpoint), f"{name}.json")
     loaded = restore.load(checkpoint, tokenizer=tokenizer, needs_tokenizer=True, step=step, **(types or {}))
     task = own.positions if name == "positions" else own.bytes_perplexity
     length = loaded.model.config.max_length if length is None else length
     result = task(loaded.model, loaded.tokenizer, text, own.Options(**options), length=length)
-    return _write_result(checkpoint, loaded.step, result, options, output)
+    return _write_result(checkpoint, loaded.step, result, options, target)
 
 
 def _write_result(
-    checkpoint: str, step: int | None, result: own.Result, options: dict[str, Any], output: str | None
+    checkpoint: str, step: int | None, result: own.Result, options: dict[str, Any], target: Path
 ) -> dict[str, Any]:
-    target = Path(output) if output else restore.find(checkpoint).folder / f"{result.task}.json"
     record = {"checkpoint": str(checkpoint), "step": step, **options, **result.to_dict()}
     write_json(target, record)
     result_picture(result, target.with_suffix(".png"), Path(checkpoint).name)
@@ -241,6 +252,8 @@ def inspect(
       ValueError: no text, no tokenizer for it, no held-out row, or a model without LTE layers.
     """
     place = restore.find(checkpoint)
+    folder = Path(output) if output else place.folder / "inspect"
+    check_target(folder / "inspect.json")
     loaded = restore.load(checkpoint, tokenizer=tokenizer, needs_tokenizer=text is not None, step=step, **(types or {}))
     model, found = loaded.model, loaded.tokenizer
     length = length or model.config.max_length
@@ -262,7 +275,6 @@ def inspect(
     else:
         pieces = [f"{token} " for token in tokens]
     seen = probe(model, tokens)
-    folder = Path(output) if output else place.folder / "inspect"
     written = inspection.write(seen, folder, f"{Path(checkpoint).name}: {len(tokens)} tokens", pieces)
     print(inspection.table(seen))
     print(", ".join(map(str, written)))

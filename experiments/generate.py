@@ -7,13 +7,14 @@ python -m experiments.generate --checkpoint=runs/text --interactive
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from absl import app, flags, logging
 from jax.sharding import Mesh
@@ -29,7 +30,7 @@ from lte_jax.mixers.base import Reading
 from lte_jax.model import LanguageModel
 from lte_jax.sampling import Sampling
 from lte_jax.sharding import rows_mesh
-from lte_jax.whole_files import write_text
+from lte_jax.whole_files import check_target
 
 FLAGS = flags.FLAGS
 
@@ -186,7 +187,8 @@ def read_prompts(path: str) -> list[str]:
     """
     if not Path(path).is_file():
         raise ValueError(f"--prompts_file={path}: no such file")
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # and not where Unicode has further ends of lines
+    lines = lines[:-1] if not lines[-1] else lines
     prompts = []
     for number, line in enumerate(lines, 1):
         prompt: Any = line
@@ -203,17 +205,30 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
+@contextlib.contextmanager
+def _growing(target: Path | None) -> Iterator[IO[str] | None]:
+    """A file, or none for None, that has its name only when it is whole: until then ``.partial`` holds the lines."""
+    if target is None:
+        yield None
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.partial")
+    with partial.open("w", encoding="utf-8", buffering=1) as file:
+        yield file
+    partial.replace(target)
+
+
 def answer_file(speaker: Speaker, path: str, output: str | None, batch_size: int, log_probs: bool = False) -> str:
     """Answers every prompt of a file; returns a line about the speed."""
     if batch_size < 1:
         raise ValueError(f"--batch_size={batch_size}: it must be at least 1")
-    if output is not None and not Path(output).parent.is_dir():
-        raise ValueError(f"--output={output}: there is no folder {Path(output).parent}")
+    target = None if output is None else Path(output)
+    if target is not None:
+        check_target(target)
     prompts = read_prompts(path)
     encoded = [speaker.encode(prompt) for prompt in prompts]
     clock = Clock()
-    records = []
-    with tqdm(total=len(prompts), unit="prompt", disable=None) as bar:
+    with _growing(target) as file, tqdm(total=len(prompts), unit="prompt", disable=None) as bar:
         for start in range(0, len(prompts), batch_size):
             batch = encoded[start : start + batch_size]
             answers = speaker.answer(batch, start, lambda row, tokens: clock.count(row, len(tokens)))
@@ -222,12 +237,11 @@ def answer_file(speaker: Speaker, path: str, output: str | None, batch_size: int
                 record: dict[str, Any] = {"prompt": prompts[start + row], "text": text, "finish_reason": ended}
                 if log_probs:
                     record |= {"tokens": found.tokens, "log_probs": found.log_probs}
-                records.append(record)
-                if output is None:
+                if file is None:
                     tqdm.write(f"{prompts[start + row]}{text}\n")
+                else:
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
             bar.update(len(batch))
-    if output is not None:
-        write_text(Path(output), "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     return f"{len(prompts)} prompts, {clock}"
 
 

@@ -31,6 +31,13 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def check_target(path: Path) -> None:
+    """Raises ValueError where a file could not be written: known before hours of work, not after. Makes nothing."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written; name another file with --output")
+
+
 def partial_of(path: Path) -> Path:
     """Where a file lies until it is whole; a kill may leave it there."""
     return path.with_name(f".{path.name}.partial")

@@ -29,6 +29,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from lte_jax import sharding
+from lte_jax.data.pipeline import mix_seed
 from lte_jax.data.tokenizer import Tokenizer, check_fits, known_text
 from lte_jax.evaluate.answers import Answers
 from lte_jax.lengths import check_lengths
@@ -47,7 +48,7 @@ class HarnessModel(TemplateLM):
     Args:
       model: weights and settings.
       tokenizer: must fit the model's vocabulary.
-      generator: ``generator(model, prompts, *, max_new_tokens, temperature, top_k, top_p, eos_id, stop, decode,
+      generator: ``generator(model, prompts, *, max_new_tokens, seeds, temperature, top_k, top_p, eos_id, stop, decode,
         reading, mesh)`` gives each prompt's text up to a stop string (passed in: evaluation and generation do not
         import one another).
       max_length: the longest sequence; default the model's.
@@ -57,6 +58,7 @@ class HarnessModel(TemplateLM):
       add_bos_token: whether every context begins with the bos token (the paper: yes).
       answers: a file that keeps answers, so that a killed evaluation goes on where it stopped.
       mesh: the devices that share a batch's rows, each with whole weights; None for the model's own device.
+      seed: of drawn answers; the repeats of one request are drawn apart.
 
     Raises:
       ValueError: a tokenizer that does not fit the vocabulary or lacks a token, a file of other answers, or a batch
@@ -76,6 +78,7 @@ class HarnessModel(TemplateLM):
         add_bos_token: bool = True,
         answers: str | os.PathLike[str] | None = None,
         mesh: Mesh | None = None,
+        seed: int = 0,
     ):
         super().__init__()
         if batch_size < 1:
@@ -92,7 +95,7 @@ class HarnessModel(TemplateLM):
         check_lengths(model, -(-batch_size // (1 if mesh is None else mesh.size)), self.max_length)
         self.max_gen_toks, self.batch_size, self.reading = max_gen_toks, batch_size, reading
         self.add_bos_token = add_bos_token
-        self.truncated = 0
+        self.truncated, self.seed = 0, seed
         self._graph, self._state = nnx.split(model)
         self._mesh = mesh
         self._state = sharding.put(self._state, mesh, PartitionSpec())
@@ -109,7 +112,7 @@ class HarnessModel(TemplateLM):
             "model": self.model.config.to_dict(),
             "weights": digest.hexdigest()[:16],
             "dtype": self.model.dtype.name,
-            "tokenizer": [self.text.vocab_size, self.text.encode("The quick brown fox, 1234567.")],
+            "tokenizer": self.text.fingerprint(),
             "max_length": self.max_length,
             "max_gen_toks": self.max_gen_toks,
             "reading": self.reading,
@@ -213,38 +216,52 @@ class HarnessModel(TemplateLM):
         found = self._known("generation", [request.args for request in requests])
         answers = ["" if answer is None else str(answer) for answer in found]
         groups = collections.defaultdict(list)
+        asked: collections.Counter[str] = collections.Counter()
+        seeds = []  # of a request that comes several times, another each time
         for index, request in enumerate(requests):
-            if found[index] is None:
-                groups[repr(request.args[1])].append(index)
+            groups[repr(request.args[1])].append(index)
+            seeds.append(mix_seed(self.seed, asked[repr(request.args)]))
+            asked[repr(request.args)] += 1
         done = sum(answer is not None for answer in found)
         with tqdm(total=len(requests), initial=done, disable=disable_tqdm) as bar:
             for members in groups.values():
+                options = requests[members[0]].args[1]
                 encoded = {index: self.tok_encode(requests[index].args[0]) for index in members}
+                room = self._room(self._new_tokens(options))
+                self._say_truncated(sum(len(context) > room for context in encoded.values()), len(members))
+                members = [index for index in members if found[index] is None]
                 members.sort(key=lambda index: (-len(encoded[index]), requests[index].args[0]))
                 for start in range(0, len(members), self.batch_size):
                     batch = members[start : start + self.batch_size]
-                    options = requests[batch[0]].args[1]
-                    for index, text in zip(batch, self._continue([encoded[i] for i in batch], options), strict=True):
+                    texts = self._continue([encoded[i] for i in batch], options, [seeds[i] for i in batch])
+                    for index, text in zip(batch, texts, strict=True):
                         answers[index] = text
                         if not options.get("do_sample"):  # repeats of a drawn answer must differ
                             self._keep("generation", requests[index].args, text)
                     bar.update(len(batch))
         return answers
 
-    def _continue(self, contexts: list[list[int]], options: dict[str, Any]) -> list[str]:
+    def _new_tokens(self, options: dict[str, Any]) -> int:
+        return normalize_gen_kwargs(dict(options), self.max_gen_toks)["max_gen_toks"]
+
+    def _room(self, new: int) -> int:
+        room = self.max_length - new
+        if room < 1:
+            raise ValueError(f"max_gen_toks={new} leaves no room for a context within max_length={self.max_length}")
+        return room
+
+    def _continue(self, contexts: list[list[int]], options: dict[str, Any], seeds: list[int]) -> list[str]:
         kwargs = normalize_gen_kwargs(dict(options), self.max_gen_toks)
         eos = self.text.decode([self.eot_token_id]) or None
         stop = [string for string in handle_stop_sequences(kwargs.pop("until", None), eos=eos) if string]
         new = kwargs.pop("max_gen_toks")
-        room = self.max_length - new
-        if room < 1:
-            raise ValueError(f"max_gen_toks={new} leaves no room for a context within max_length={self.max_length}")
-        self._say_truncated(sum(len(context) > room for context in contexts), len(contexts))
+        room = self._room(new)
         temperature = float(kwargs.pop("temperature", 0.0)) if kwargs.pop("do_sample", False) else 0.0
         texts = self.generator(
             self.model,
             [context[-room:] or [self.prefix_token_id] for context in contexts],
             max_new_tokens=new,
+            seeds=seeds,
             temperature=temperature,
             top_k=int(kwargs.pop("top_k", 0)),
             top_p=float(kwargs.pop("top_p", 1.0)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from experiments.evaluations import evaluate_data, evaluate_tasks
+from experiments.evaluations import evaluate_data, evaluate_own, evaluate_tasks, inspect
 from lte_jax import LTE, GatedDeltaNet, LanguageModel, ModelConfig, configs, restore
 from lte_jax.checkpoint import Checkpoints
 from lte_jax.data import MQARMix, SymbolNeedles, Text
@@ -138,6 +139,19 @@ def test_bad_input_is_refused(run, tmp_path):
         with pytest.raises(ValueError, match=message):
             call()
     assert sorted(path.name for path in (tmp_path / "bare").iterdir()) == ["checkpoints", "config.json"]
+
+
+def test_results_that_could_not_be_written_are_not_computed(run, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(restore, "load", None)  # would be called first of all that takes time
+    for write in (evaluate_data, lambda *rest: evaluate_own(rest[0], "needles", rest[1]), inspect):
+        with pytest.raises(ValueError, match=r"file/out.* cannot be written; name another file with --output"):
+            write(str(run), str(tmp_path / "file" / "out"))
+    with pytest.raises(ValueError, match=r"out.png: the name of the JSON file; the picture beside it takes .png"):
+        evaluate_data(str(run), str(tmp_path / "out.png"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as a folder that may only be read
+    with pytest.raises(ValueError, match=r"evaluation.json cannot be written"):
+        evaluate_data(str(run))
 
 
 def test_tasks_without_the_harness_say_what_to_install(run, monkeypatch):

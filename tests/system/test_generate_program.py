@@ -8,10 +8,10 @@ import warnings
 
 import pytest
 
-from experiments.generate import Clock, Settings, Speaker, answer_file, converse, load_speaker
+from experiments.generate import Clock, Settings, Speaker, answer_file, converse, load_speaker, read_prompts
 from experiments.warned import say_warnings
 from lte_jax import conversation, restore
-from lte_jax.continuations import StopFilter
+from lte_jax.continuations import Generation, StopFilter
 from lte_jax.data.tokenizer import known_text, load_tokenizer
 from lte_jax.generate import read_chunk
 from lte_jax.lengths import LengthWarning
@@ -85,6 +85,27 @@ def test_a_file_of_prompts_does_not_depend_on_the_batch(tmp_path):
     assert record.pop("tokens") == own.tokens and record["log_probs"] == pytest.approx(own.log_probs, abs=1e-5)
 
 
+def test_what_was_answered_before_a_program_ended_is_kept(tmp_path, monkeypatch):
+    """And a whole file of before stays until the new one is whole."""
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\xe2\x80\xa8three\r\n")
+    assert read_prompts(str(tmp_path / "prompts.txt")) == ["one", "two\u2028three"], "lines end where files say so"
+    (tmp_path / "out.jsonl").write_text("of before")
+    answered = []
+
+    def answer(self, prompts, first=0, on_tokens=None):
+        answered.append(first)
+        if first:
+            raise KeyboardInterrupt
+        return [Generation([65], [-1.0], "length", "A")]
+
+    monkeypatch.setattr(Speaker, "answer", answer)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            answer_file(speaker(), str(tmp_path / "prompts.txt"), str(tmp_path / "out.jsonl"), 1)
+        assert (tmp_path / "out.jsonl").read_text() == "of before"
+        assert json.loads((tmp_path / "out.jsonl.partial").read_text())["text"] == "A"
+
+
 def test_a_length_beyond_the_models_is_one_warning_and_no_stop(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text(f"{'a' * 130}\n{'b' * 140}\n")
     with warnings.catch_warnings():
@@ -138,8 +159,8 @@ def test_bad_files_and_folders_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             answer_file(speaker(), str(tmp_path / name), None, 2)
     (tmp_path / "one.txt").write_text("one\n")
-    with pytest.raises(ValueError, match="there is no folder"):
-        answer_file(speaker(), str(tmp_path / "one.txt"), str(tmp_path / "none" / "out.jsonl"), 2)
+    with pytest.raises(ValueError, match=r"gap.txt/out.jsonl cannot be written; name another file with --output"):
+        answer_file(speaker(), str(tmp_path / "one.txt"), str(tmp_path / "gap.txt" / "out.jsonl"), 2)
     restore.save_model(build(), tmp_path / "run")
     with pytest.raises(ValueError, match="holds no tokenizer: name one with --tokenizer"):
         load_speaker(str(tmp_path / "run"), Settings())

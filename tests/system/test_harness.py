@@ -124,6 +124,15 @@ def test_generations_stop_where_the_task_says():
         assert text == own.split("\n")[0]
 
 
+def test_repeats_of_a_drawn_answer_differ_and_come_again_with_the_seed():
+    drawn = {"until": ["\n"], "max_gen_toks": 32, "do_sample": True, "temperature": 1.0}
+    asked = instances("generate_until", [("abc", drawn)] * 3)
+    first, again, other = (
+        adapter(max_gen_toks=32, seed=seed).generate_until(asked, disable_tqdm=True) for seed in (0, 0, 1)
+    )
+    assert first == again and len({*first, *other}) == 6
+
+
 def put(folder: Path, name: str, split: str, rows: list[dict]) -> None:
     (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -222,6 +231,21 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(run, documents, tmp_path, 
     monkeypatch.setattr(harness, "_score_batch", None)  # every answer must come out of the file
     again = evaluate_tasks(str(run), ["piqa"], str(tmp_path / "again.json"), **options)
     assert again["results"] == first["results"]
+
+
+def test_what_was_cut_is_counted_of_known_answers_too_and_another_end_token_is_another_evaluation(tmp_path):
+    from lte_jax.evaluate.answers import AnswersError
+    from lte_jax.evaluate.harness import HarnessModel
+
+    asked = instances("generate_until", [("x" * 200, {"until": ["\n"], "max_gen_toks": 32})])
+    for _ in range(2):  # the second time from the file
+        found = adapter(max_gen_toks=32, answers=tmp_path / "answers.jsonl")
+        found.generate_until(asked, disable_tqdm=True)
+        assert found.truncated == 1
+    bytes_ending = load_tokenizer("bytes")
+    bytes_ending.eos_id, bytes_ending.fingerprint = 10, lambda: "bytes that end at a line"
+    with pytest.raises(AnswersError, match="differing: tokenizer"):
+        HarnessModel(build(), bytes_ending, texts, max_gen_toks=32, batch_size=4, answers=tmp_path / "answers.jsonl")
 
 
 def test_a_process_killed_outright_goes_on_where_it_stopped(run, tmp_path):
