@@ -102,8 +102,8 @@ def block_attention(
     Args:
       q, k, v: of one dtype, float32, bfloat16 or float16; rotated already if at all.
       gates: in the order compressed, selected, window, after their sigmoid; any of the same dtypes.
-      segment_ids: a document's number for each token, 0 for padding, which never lies inside a document. Documents are
-        computed as if alone. None: one document per row, no padding.
+      segment_ids: a document's number for each token, 0 for padding, which never lies inside a document and whose q, k,
+        v and gates are finite. Documents are computed as if alone. None: one document per row, no padding.
       scale: of the logits; N ** -0.5 by default.
       implementation: "pallas", "triton", "xla", or None for the fastest here; the window branch gets the same. "pallas"
         is the compressed branch with the selection; the selected branch is Triton's, and the window's is the fastest.
@@ -146,8 +146,8 @@ def block_attention_extend(
     Args:
       cache: from ``init_block_cache`` or an earlier call, of any of the same dtypes. The caller makes
         sure that no document outgrows it: tokens beyond its length are dropped.
-      segment_ids: 0 for padding, which may stand left and right of the tokens; another number for these. None: all
-        are tokens.
+      segment_ids: 0 for padding, which may stand left and right of the tokens and is finite; another number for these.
+        None: all are tokens.
       Others: as in :func:`block_attention`.
 
     Returns:

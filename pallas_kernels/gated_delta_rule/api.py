@@ -188,8 +188,9 @@ def gated_delta_rule(
       v: H value heads, a multiple of K; value head h reads key head h // (H / K).
       g: natural logarithm of the decay, at most 0, float32.
       beta: how much of a value is rewritten, in [0, 1], or [0, 2] to allow negative eigenvalues.
-      segment_ids: document of each token; the state starts at 0 at each change of id. Tokens of id 0 are padding: they
-        change nothing and their outputs are 0. None means one document without padding, and is faster.
+      segment_ids: document of each token; the state starts at 0 at each change of id. Tokens of id 0 are padding, whose
+        q, k and v are finite: they change nothing and their outputs are 0. None means one document without padding, and
+        is faster.
       initial_state: state before the first document of the row, float32; None means zeros.
       scale: of q; by default N^-1/2.
       normalize: divide q and k by sqrt(sum x^2 + 1e-6) per head.

@@ -120,8 +120,8 @@ def short_convolution(
     Args:
       x: float32, bfloat16 or float16.
       weight: w[-1] multiplies the current token; at least 2 taps.
-      segment_ids: document of each token; no tap reaches over a change of id, and tokens of id 0 are padding: they
-        change nothing and their outputs are 0. None means one document without padding.
+      segment_ids: document of each token; no tap reaches over a change of id, and tokens of id 0 are padding, whose x
+        is finite: they change nothing and their outputs are 0. None means one document without padding.
       initial_state: the taps - 1 inputs before the row's first document token, oldest first, in the dtype of x; None
         means zeros, as before a document's start.
       activation: "silu" or None.
