@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 from jaxtyping import Array
 
 from pallas_kernels.arguments import Arguments
 from pallas_kernels.block_attention import pallas_long, pallas_select, triton
+from pallas_kernels.block_attention.api import Case
 from pallas_kernels.block_attention.blocks import Layout, table_size
 from pallas_kernels.block_attention.pallas_select import ROWS, columns_of, shared_memory
 from pallas_kernels.tiles import HOPPER, capability, check_shared_memory
@@ -16,7 +16,7 @@ from pallas_kernels.tiles import HOPPER, capability, check_shared_memory
 NAME = "block_attention"
 
 
-def select(case: Any, q: Array, pooled_k: Array, pooled_v: Array, layout: Layout) -> tuple[Array, Array, Array]:
+def select(case: Case, q: Array, pooled_k: Array, pooled_v: Array, layout: Layout) -> tuple[Array, Array, Array]:
     """As ``triton_select.select``."""
     form = pallas_select if columns_of(pooled_k.shape[1]) else pallas_long
     return form.select(case, q, pooled_k, pooled_v, layout)
@@ -27,7 +27,7 @@ attend = functools.partial(triton.attend, select=select)
 backward = triton.backward
 
 
-def check(case: Any) -> None:
+def check(case: Case) -> None:
     """Raises UnsupportedCase where these kernels do not run the case."""
     triton.check(case)
     check, other = Arguments(NAME), "use implementation='triton', 'xla' or None"

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
+from pallas_kernels.block_attention.api import Case
 from pallas_kernels.block_attention.blocks import Layout
 from pallas_kernels.block_attention.pallas_select import ROWS, Places, across, columns_from, fill, operands, product
 from pallas_kernels.block_attention.triton_select import pick
@@ -33,7 +34,7 @@ SLICE_BYTES = 2**28  # of importances in memory at a time
 FLOATS: Any = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 
 
-def seen_from(case: Any, layout: Layout, C: int) -> tuple[Int32[Array, "B C"], Int32[Array, "B C"]]:
+def seen_from(case: Case, layout: Layout, C: int) -> tuple[Int32[Array, "B C"], Int32[Array, "B C"]]:
     """The queries that see each block of the table: from the first index on, below the second."""
     S, position = case.block_size, layout.position
     if not (case.segment_ids or case.cached):
@@ -55,7 +56,7 @@ def seen_from(case: Any, layout: Layout, C: int) -> tuple[Int32[Array, "B C"], I
     return first, jnp.where(first < case.T, end, 0)
 
 
-def _plan(case: Any, places: Places, keys: int, warpgroups: int) -> Int32[Array, "B K tiles fields"]:
+def _plan(case: Case, places: Places, keys: int, warpgroups: int) -> Int32[Array, "B K tiles fields"]:
     """Which part of the list each tile of queries meets (the fields of ``pallas_plan.QueryPlan``)."""
     xp: Any = np if isinstance(places.end, np.ndarray) else jnp
     tiles = ceil_div(case.T, warpgroups * ROWS)
@@ -81,7 +82,7 @@ def _plan(case: Any, places: Places, keys: int, warpgroups: int) -> Int32[Array,
 
 
 def attend(
-    case: Any, q: Array, k: Array, v: Array, layout: Layout, places: Places, interpreted: bool
+    case: Case, q: Array, k: Array, v: Array, layout: Layout, places: Places, interpreted: bool
 ) -> tuple[Array, Float32[Array, "B H T"]]:
     """The compressed branch and its logsumexp in base 2; C of k and v is a multiple of 128, q has whole 8 tokens."""
     B, C = k.shape[:2]
@@ -155,7 +156,14 @@ def _weights_kernel(size: _Size, refs: Any, scratch: Any) -> None:
 
 
 def importances(
-    case: Any, q: Array, k: Array, lse: Array, places: Places, offset: Int32[Array, "1"], tokens: int, interpreted: bool
+    case: Case,
+    q: Array,
+    k: Array,
+    lse: Array,
+    places: Places,
+    offset: Int32[Array, "1"],
+    tokens: int,
+    interpreted: bool,
 ) -> Float32[Array, "B K tokens C"]:
     """The weight of each block for ``tokens`` tokens (whole tiles) from ``offset`` on; unwritten where none sees it."""
     (B, _, H, N), (C, K) = q.shape, k.shape[1:3]
@@ -183,7 +191,7 @@ def importances(
 
 
 def select(
-    case: Any, q: Array, pooled_k: Array, pooled_v: Array, layout: Layout, interpreted: bool = False
+    case: Case, q: Array, pooled_k: Array, pooled_v: Array, layout: Layout, interpreted: bool = False
 ) -> tuple[Array, Float32[Array, "B T H"], Int32[Array, "B T K M"]]:
     """As ``triton_select.select``."""
     B, T, K = case.B, case.T, case.K

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
+from pallas_kernels.block_attention.api import Case
 from pallas_kernels.block_attention.blocks import Layout
 from pallas_kernels.block_attention.triton_tiles import slots
 from pallas_kernels.tiles import ceil_div
@@ -211,7 +212,7 @@ class Places(NamedTuple):
     bounds: Int32[Array, "B tiles 2"]
 
 
-def places_of(case: Any, layout: Layout, C: int, tokens: int) -> Places:
+def places_of(case: Case, layout: Layout, C: int, tokens: int) -> Places:
     # What depends on no data is worked out before the program runs, not by small kernels within it.
     known = not (case.segment_ids or case.cached)
     xp: Any = np if known else jnp
@@ -227,7 +228,7 @@ def places_of(case: Any, layout: Layout, C: int, tokens: int) -> Places:
 
 
 def operands(
-    case: Any, q: Array, pooled_k: Array, pooled_v: Array, layout: Layout, C: int, tokens: int
+    case: Case, q: Array, pooled_k: Array, pooled_v: Array, layout: Layout, C: int, tokens: int
 ) -> tuple[Array, Array, Array, Places]:
     """(q, k, v, places) as the kernels take them: C block means, head sizes that are multiples of 64, whole tiles."""
 
@@ -240,7 +241,7 @@ def operands(
 
 
 def select(
-    case: Any, q: Array, pooled_k: Array, pooled_v: Array, layout: Layout, interpreted: bool = False
+    case: Case, q: Array, pooled_k: Array, pooled_v: Array, layout: Layout, interpreted: bool = False
 ) -> tuple[Array, Float32[Array, "B T H"], Int32[Array, "B T K M"]]:
     """As ``triton_select.select``."""
     B, T, H, K = case.B, case.T, case.H, case.K

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float32, Int32
 
 from pallas_kernels.arguments import Arguments
 from pallas_kernels.batching import fold_batch
+from pallas_kernels.block_attention.api import Case
 from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool
 from pallas_kernels.block_attention.plan import Readers, Union, readers, union
 from pallas_kernels.block_attention.triton_gather import gathered
@@ -96,7 +97,7 @@ class Tiles:
 TILES = Tiles()
 
 
-def check(case: Any) -> None:
+def check(case: Case) -> None:
     """Raises UnsupportedCase where these kernels do not run the case."""
     check_installed("block_attention")
     fix = "use implementation='xla'"
@@ -112,14 +113,14 @@ def check(case: Any) -> None:
 
 
 def forward(
-    case: Any, q: Array, k: Array, v: Array, layout: Layout | None, select: Select = select
+    case: Case, q: Array, k: Array, v: Array, layout: Layout | None, select: Select = select
 ) -> tuple[tuple[Array, Array], Residuals]:
     """See ``api``."""
     return fold_batch(_forward, ("case", "select"))(q, k, v, layout, case=case, select=select)
 
 
 def attend(
-    case: Any,
+    case: Case,
     q: Array,
     k: Array,
     v: Array,
@@ -146,14 +147,14 @@ def step(*arguments: Any) -> Any:
     return run(*arguments)
 
 
-def _forward(q: Array, k: Array, v: Array, layout: Layout | None, *, case: Any, select: Select) -> Any:
+def _forward(q: Array, k: Array, v: Array, layout: Layout | None, *, case: Case, select: Select) -> Any:
     case = dataclasses.replace(case, B=q.shape[0])
     pooled_k, pooled_v = pool(k, layout, case.block_size), pool(v, layout, case.block_size)
     return _both(case, q, k, v, pooled_k, pooled_v, layout or plain_layout(case.B, case.T, case.block_size), select)
 
 
 def _attend(
-    q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, position: Array, *, case: Any, select: Select
+    q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, position: Array, *, case: Case, select: Select
 ) -> tuple[Array, Array]:
     case = dataclasses.replace(case, B=q.shape[0])
     zero = jnp.zeros_like(position)
@@ -162,7 +163,7 @@ def _attend(
 
 
 def _both(
-    case: Any, q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, layout: Layout, select: Select
+    case: Case, q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, layout: Layout, select: Select
 ) -> tuple[tuple[Array, Array], Residuals]:
     o_c, lse_c, indices = select(case, q, pooled_k, pooled_v, layout)
     if gathers_forward(case):
@@ -174,12 +175,12 @@ def _both(
     return (o_c, o_s), Residuals(indices, lse_c, lse_s, together, None)
 
 
-def plan_union(case: Any, indices: Array, layout: Layout) -> Union:
+def plan_union(case: Case, indices: Array, layout: Layout) -> Union:
     return union(indices, layout, case.block_size, shared_constants(case, together=True)["TOKENS"])
 
 
 def selected(
-    case: Any, q: Array, k: Array, v: Array, layout: Layout, together: Union
+    case: Case, q: Array, k: Array, v: Array, layout: Layout, together: Union
 ) -> tuple[Array, Float32[Array, "B T H"]]:
     """The selected branch and its logsumexp."""
     return triton_call(

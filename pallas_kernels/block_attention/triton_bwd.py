@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from pallas_kernels.batching import fold_batch
+from pallas_kernels.block_attention.api import Case
 from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool, unpool
 from pallas_kernels.block_attention.plan import Readers, block_bound, ordinals, readers
 from pallas_kernels.block_attention.triton import Residuals, plan_union
@@ -162,7 +163,7 @@ TILES = Tiles()
 
 
 def backward(
-    case: Any,
+    case: Case,
     q: Array,
     k: Array,
     v: Array,
@@ -184,7 +185,7 @@ def _backward(
     residuals: Residuals,
     cotangents: Any,
     *,
-    case: Any,
+    case: Case,
 ) -> tuple[Array, Array, Array]:
     case = dataclasses.replace(case, B=q.shape[0])
     S = case.block_size
@@ -215,7 +216,7 @@ def _deltas(o: Array, do: Array) -> Float32[Array, "B T H"]:
     return jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1)
 
 
-def _was_read(case: Any, lists: Readers, place: Layout) -> Array:
+def _was_read(case: Case, lists: Readers, place: Layout) -> Array:
     """[B,T,K]: whether any token selected the block that this token is in."""
     count = lists.pieces[..., 1:] - lists.pieces[..., :-1]
     ordinal = ordinals(place, case.block_size, case.segment_ids)
@@ -224,7 +225,7 @@ def _was_read(case: Any, lists: Readers, place: Layout) -> Array:
 
 
 def _pieces(
-    case: Any, q: Array, k: Array, v: Array, lists: Readers, lse: Array, delta: Array, do: Array
+    case: Case, q: Array, k: Array, v: Array, lists: Readers, lse: Array, delta: Array, do: Array
 ) -> Sequence[Float32[Array, "B K P S N"]]:
     """The part of dk and dv that each piece of a list gives."""
     P = lists.begin.shape[-1]
@@ -244,7 +245,7 @@ def _pieces(
 
 
 def _selected_keys(
-    case: Any, place: Layout, lists: Readers, partial: Sequence[Array]
+    case: Case, place: Layout, lists: Readers, partial: Sequence[Array]
 ) -> tuple[Float32[Array, "B T K N"], Float32[Array, "B T K V"]]:
     """dk and dv of the selected branch; undefined where ``_was_read`` is not."""
     B, T, K, S = case.B, case.T, case.K, case.block_size
@@ -263,7 +264,7 @@ def _selected_keys(
 
 
 def _means(
-    case: Any, q: Array, pooled: tuple[Array, Array], place: Layout, lse: Array, delta: Array, do: Array
+    case: Case, q: Array, pooled: tuple[Array, Array], place: Layout, lse: Array, delta: Array, do: Array
 ) -> tuple[Float32[Array, "B C K N"], Float32[Array, "B C K V"]]:
     """The gradients of the block means."""
     C = pooled[0].shape[1]

@@ -6,12 +6,12 @@ One kernel walks as the forward pass does, for dq of both branches, and leaves d
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
+from pallas_kernels.block_attention.api import Case
 from pallas_kernels.block_attention.blocks import Layout
 from pallas_kernels.block_attention.plan import Union
 from pallas_kernels.block_attention.triton import Residuals
@@ -117,7 +117,7 @@ TILES = Tiles()
 
 
 def queries_backward(
-    case: Any,
+    case: Case,
     q: Array,
     k: Array,
     v: Array,

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.block_attention.api import Case
 from pallas_kernels.block_attention.plan import Readers
 from pallas_kernels.block_attention.triton_tiles import (
     load_gradients,
@@ -175,7 +176,7 @@ BACKWARD = Tiles(rows=128, stages=2)
 BACKWARD_WIDE = Tiles(stages=2)  # for head sizes above 64, where more rows are more than the registers hold
 
 
-def _launch(kernel: Any, case: Any, tiles: Tiles, lists: Readers, arrays: Any, outputs: Any, **options: Any) -> Any:
+def _launch(kernel: Any, case: Case, tiles: Tiles, lists: Readers, arrays: Any, outputs: Any, **options: Any) -> Any:
     """One program for each piece of a list."""
     return triton_call(
         kernel,
@@ -191,7 +192,7 @@ def _launch(kernel: Any, case: Any, tiles: Tiles, lists: Readers, arrays: Any, o
 
 
 def gathered(
-    case: Any, q: Array, k: Array, v: Array, indices: Int32[Array, "B T K M"], lists: Readers
+    case: Case, q: Array, k: Array, v: Array, indices: Int32[Array, "B T K M"], lists: Readers
 ) -> tuple[Array, Float32[Array, "B T H"]]:
     """The selected branch and its logsumexp."""
     M, constants = slots(case), shared_constants(case, MERGE.rows)
@@ -214,7 +215,7 @@ def gathered(
 
 
 def gathered_backward(
-    case: Any, q: Array, k: Array, v: Array, lists: Readers, lse: Array, delta: Array, do: Array
+    case: Case, q: Array, k: Array, v: Array, lists: Readers, lse: Array, delta: Array, do: Array
 ) -> tuple[Float32[Array, "B K P S N"], Float32[Array, "B K P S V"], Float[Array, "B T K M G N"]]:
     """Partial sums of dk and dv for each piece of a list, and of dq for each selected block."""
     pieces = (case.B, case.K, lists.begin.shape[-1], case.block_size)

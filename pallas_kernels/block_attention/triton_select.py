@@ -7,12 +7,12 @@ for their importance, of which it keeps the best. Importances are in memory for 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
+from pallas_kernels.block_attention.api import Case
 from pallas_kernels.block_attention.blocks import Layout, table_size
 from pallas_kernels.block_attention.triton_tiles import (
     load_heads,
@@ -290,7 +290,7 @@ PICKING = Tiles(lanes=32)  # where importances are in memory
 
 
 def select(
-    case: Any, q: Array, pooled_k: Array, pooled_v: Array, layout: Layout
+    case: Case, q: Array, pooled_k: Array, pooled_v: Array, layout: Layout
 ) -> tuple[Array, Float32[Array, "B T H"], Int32[Array, "B T K M"]]:
     """The compressed branch, its logsumexp, and the selected block numbers (ascending, -1 fills up)."""
     M, C = slots(case), pooled_k.shape[1]
@@ -325,7 +325,7 @@ def select(
 
 
 def pick(
-    case: Any, importance: Float32[Array, "B K tokens C"], layout: Layout, first: Int32[Array, "1"]
+    case: Case, importance: Float32[Array, "B K tokens C"], layout: Layout, first: Int32[Array, "1"]
 ) -> Int32[Array, "B tokens K M"]:
     """The selected blocks of the tokens from ``first`` on, whose importances are known; undefined behind the last."""
     tokens, C = importance.shape[2:]
@@ -347,7 +347,7 @@ def pick(
     )
 
 
-def _columns_block(case: Any) -> int:
+def _columns_block(case: Case) -> int:
     # A token's own block may be incomplete, and so in no table; where documents are packed it counts behind its base.
     C = table_size(case.U, case.block_size)
     return power_of_2(C + 1 if case.segment_ids or case.U % case.block_size else C, 32)

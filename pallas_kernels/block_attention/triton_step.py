@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from pallas_kernels.batching import fold_batch
+from pallas_kernels.block_attention.api import Case
 from pallas_kernels.block_attention.blocks import BlockCache
 from pallas_kernels.block_attention.triton_select import columns, online, store_chosen
 from pallas_kernels.block_attention.triton_tiles import load_keys, power_of_2, shared_constants, slots
@@ -288,7 +289,7 @@ TILES = Tiles()
 
 
 def step(
-    case: Any, q: Array, k: Array, v: Array, gates: Array, cache: BlockCache, active: Int32[Array, "B"] | None,
+    case: Case, q: Array, k: Array, v: Array, gates: Array, cache: BlockCache, active: Int32[Array, "B"] | None,
     window: int,
 ) -> tuple[Array, BlockCache]:  # fmt: skip
     """See ``api``."""
@@ -301,7 +302,7 @@ def _shares(count: int, tile: int) -> tuple[int, int]:
     return ceil_div(count, each), each
 
 
-def _constants(case: Any) -> dict[str, Any]:
+def _constants(case: Case) -> dict[str, Any]:
     constants = {name: shared_constants(case)[name] for name in ("K", "G", "N", "V", "S", "SCALE", "PRECISION")}
     rows, widths = power_of_2(constants["G"], 16), (power_of_2(case.N, 16), power_of_2(case.V, 16))
     return {**constants, "ROWS": rows, "N_BLOCK": widths[0], "V_BLOCK": widths[1]}
@@ -311,14 +312,14 @@ def _like(*arrays: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
 
 
-def _parts(case: Any, count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+def _parts(case: Case, count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     """What ``count`` programs for each KV head leave to be joined: weighted sums, maxima and sums of weights."""
     shape = (case.B, case.K, count, case.H // case.K)
     return tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*shape, case.V), shape, shape))
 
 
 def _step(
-    q: Array, k: Array, v: Array, gates: Array, cache: BlockCache, active: Array | None, *, case: Any, window: int
+    q: Array, k: Array, v: Array, gates: Array, cache: BlockCache, active: Array | None, *, case: Case, window: int
 ) -> tuple[Array, BlockCache]:
     case = dataclasses.replace(case, B=q.shape[0])
     C, M, window = cache.pooled_k.shape[1], slots(case), min(window, case.U)

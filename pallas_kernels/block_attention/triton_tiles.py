@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pallas_kernels.block_attention.api import Case
 from pallas_kernels.block_attention.blocks import table_size
 from pallas_kernels.triton_call import jit, tl
 from pallas_kernels.window_attention.cases import LOG2_E
@@ -80,7 +81,7 @@ def power_of_2(size: int, least: int = 1) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-def slots(case: Any) -> int:
+def slots(case: Case) -> int:
     """Blocks kept per token: block_counts, or as many as there can be (the complete ones and one under way)."""
     return min(case.block_counts, table_size(case.U, case.block_size) + 1)
 
@@ -96,26 +97,26 @@ GATHERED_BACKWARD = 64
 GATHERED_BYTES = 2**33
 
 
-def gathers_forward(case: Any) -> bool:
+def gathers_forward(case: Case) -> bool:
     """Whether blocks gather the tokens that selected them in the forward pass (see ``triton_gather``)."""
     return case.H // case.K <= GATHERED_FORWARD and _parts_bytes(case) <= GATHERED_BYTES and not case.cached
 
 
-def gathers_backward(case: Any) -> bool:
+def gathers_backward(case: Case) -> bool:
     """Whether they do in the backward pass."""
     return case.H // case.K <= GATHERED_BACKWARD and _parts_bytes(case) <= GATHERED_BYTES
 
 
-def _parts_bytes(case: Any) -> int:
+def _parts_bytes(case: Case) -> int:
     return case.B * case.T * case.H * slots(case) * max(case.N, case.V) * jnp.dtype(case.dtype).itemsize
 
 
-def piece_size(case: Any) -> int:
+def piece_size(case: Case) -> int:
     """Tokens of a block's list that one program takes."""
     return max(LEAST_PIECE, PIECE_ROWS // power_of_2(case.H // case.K))
 
 
-def shared_constants(case: Any, rows: int = ROWS, together: bool = False) -> dict[str, Any]:
+def shared_constants(case: Case, rows: int = ROWS, together: bool = False) -> dict[str, Any]:
     """What every kernel is compiled for; ``together``: for a tile of which each token is a bit (``plan.union``)."""
     group = case.H // case.K
     heads = power_of_2(group)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from pallas_kernels.block_attention.api import Case
 from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool, table_size, unpool
 
 _TILE_ELEMENTS = 2**23  # float32 elements that a tile's largest arrays may take together
@@ -40,11 +41,11 @@ class _Place(NamedTuple):
     base: Int32[Array, "B T"]
 
 
-def check(case: Any) -> None:
+def check(case: Case) -> None:
     """Every valid case is supported."""
 
 
-def forward(case: Any, q: Array, k: Array, v: Array, layout: Layout | None) -> tuple[tuple[Array, Array], Residuals]:
+def forward(case: Case, q: Array, k: Array, v: Array, layout: Layout | None) -> tuple[tuple[Array, Array], Residuals]:
     """(compressed, selected) outputs [B,T,H,V], each 0 where it sees nothing, and what backward needs."""
     keys = _Keys(k, v, pool(k, layout, case.block_size), pool(v, layout, case.block_size))
     outputs, indices, lse_c, lse_s = _attend(case, q, keys, _place(case, layout))
@@ -52,7 +53,7 @@ def forward(case: Any, q: Array, k: Array, v: Array, layout: Layout | None) -> t
 
 
 def attend(
-    case: Any, q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, position: Int32[Array, "B T"]
+    case: Case, q: Array, k: Array, v: Array, pooled_k: Array, pooled_v: Array, position: Int32[Array, "B T"]
 ) -> tuple[Array, Array]:
     """The same outputs for queries at ``position`` (-1: padding) of one document per row, whose blocks are pooled."""
     zero = jnp.zeros_like(position)
@@ -60,14 +61,14 @@ def attend(
     return outputs
 
 
-def select(case: Any, q: Array, k: Array, layout: Layout | None) -> Int32[Array, "B T K M"]:
+def select(case: Case, q: Array, k: Array, layout: Layout | None) -> Int32[Array, "B T K M"]:
     """The selected block numbers alone, most important first; -1 fills up."""
     keys = _Keys(k, k, *(pool(k, layout, case.block_size),) * 2)
     return _attend(case, q, keys, _place(case, layout))[1]
 
 
 def backward(
-    case: Any,
+    case: Case,
     q: Array,
     k: Array,
     v: Array,
@@ -95,12 +96,12 @@ def backward(
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-def _place(case: Any, layout: Layout | None) -> _Place:
+def _place(case: Case, layout: Layout | None) -> _Place:
     layout = plain_layout(case.B, case.T, case.block_size) if layout is None else layout
     return _Place(layout.start, layout.position, layout.base)
 
 
-def _attend(case: Any, q: Array, keys: _Keys, place: _Place) -> tuple[tuple[Array, Array], Array, Array, Array]:
+def _attend(case: Case, q: Array, keys: _Keys, place: _Place) -> tuple[tuple[Array, Array], Array, Array, Array]:
     def tile(carry: tuple[()], x: Any) -> tuple[tuple[()], Any]:
         q, place = x
         o_c, lse_c, importance = _compressed(case, q, keys, place)
@@ -111,7 +112,7 @@ def _attend(case: Any, q: Array, keys: _Keys, place: _Place) -> tuple[tuple[Arra
     return _over_tiles(case, tile, (), (q, place))[1]
 
 
-def _over_tiles(case: Any, tile: Any, carry: Any, arrays: Any) -> tuple[Any, Any]:
+def _over_tiles(case: Case, tile: Any, carry: Any, arrays: Any) -> tuple[Any, Any]:
     """Runs ``tile(carry, arrays of some tokens)`` over all tokens (axis 1); padding fills up a last short tile."""
     C, M = table_size(case.U, case.block_size), _slots(case)
     per_token = case.H * C + (
@@ -141,12 +142,12 @@ def _over_tiles(case: Any, tile: Any, carry: Any, arrays: Any) -> tuple[Any, Any
     return carry, jax.tree.map(join, out)
 
 
-def _slots(case: Any) -> int:
+def _slots(case: Case) -> int:
     """Blocks kept per token: block_counts, or as many as there can be (the complete ones and one under way)."""
     return min(case.block_counts, table_size(case.U, case.block_size) + 1)
 
 
-def _dense(case: Any) -> bool:
+def _dense(case: Case) -> bool:
     """Whether to read all keys under a mask: where gathering the selected blocks would read as much."""
     reach = 2 * _slots(case) * case.block_size
     return reach >= case.U
@@ -171,13 +172,13 @@ def _softmax(logits: Float32[Array, "B T K G U"], seen: Bool[Array, "..."]) -> t
     return weights / total, (top + jnp.log(total))[..., 0]
 
 
-def _visible(case: Any, place: _Place, C: int) -> Bool[Array, "B T C"]:
+def _visible(case: Case, place: _Place, C: int) -> Bool[Array, "B T C"]:
     """Complete blocks of the own document that end at or before the token: numbers c < (position + 1) // S."""
     number = jnp.arange(C, dtype=jnp.int32) - place.base[..., None]
     return (number >= 0) & (number < (place.position[..., None] + 1) // case.block_size)
 
 
-def _compressed(case: Any, q: Array, keys: _Keys, place: _Place) -> tuple[Array, Array, Float32[Array, "B T K C"]]:
+def _compressed(case: Case, q: Array, keys: _Keys, place: _Place) -> tuple[Array, Array, Float32[Array, "B T K C"]]:
     """Attention over block means: the output, its logsumexp, and each block's weight summed over the query group."""
     pooled_k, pooled_v = keys.pooled_k.astype(jnp.float32), keys.pooled_v.astype(jnp.float32)
     logits = jnp.einsum("btkgn,bckn->btkgc", _grouped(q, case.K), pooled_k) * case.scale
@@ -187,7 +188,7 @@ def _compressed(case: Any, q: Array, keys: _Keys, place: _Place) -> tuple[Array,
     return _merged(o), _merged(lse[..., None])[..., 0], jnp.sum(weights, axis=3)
 
 
-def _top_blocks(case: Any, importance: Float32[Array, "B T K C"], place: _Place) -> Int32[Array, "B T K M"]:
+def _top_blocks(case: Case, importance: Float32[Array, "B T K C"], place: _Place) -> Int32[Array, "B T K M"]:
     """The numbers, within the document, of the best blocks: c <= c0, larger importance first, then smaller number.
 
     Blocks 0, c0 - 1 and c0 count as G, the most that a group's weights can sum to.
@@ -216,7 +217,7 @@ class _Read(NamedTuple):
     first: Int32[Array, "B T K M"] | None
 
 
-def _read(case: Any, keys: _Keys, place: _Place, indices: Int32[Array, "B T K M"]) -> _Read:
+def _read(case: Case, keys: _Keys, place: _Place, indices: Int32[Array, "B T K M"]) -> _Read:
     S = case.block_size
     start, position = place.start[:, :, None, None], place.position[:, :, None, None]
     if _dense(case):
@@ -243,12 +244,12 @@ def _gather(x: Float[Array, "B U K N"], first: Int32[Array, "B T K M"], S: int) 
     return jax.vmap(jax.vmap(one_head, in_axes=1, out_axes=1))(x, first)
 
 
-def _selected_equations(case: Any) -> tuple[str, str]:
+def _selected_equations(case: Case) -> tuple[str, str]:
     """The einsum terms of keys and values: shared by the tokens of a tile, or gathered for each."""
     return ("bjkn", "bjkv") if _dense(case) else ("btkjn", "btkjv")
 
 
-def _selected(case: Any, q: Array, keys: _Keys, place: _Place, indices: Array) -> tuple[Array, Array]:
+def _selected(case: Case, q: Array, keys: _Keys, place: _Place, indices: Array) -> tuple[Array, Array]:
     """Attention over the tokens of the selected blocks, up to the query's own: the output and its logsumexp."""
     read, (kt, vt) = _read(case, keys, place, indices), _selected_equations(case)
     logits = jnp.einsum(f"btkgn,{kt}->btkgj", _grouped(q, case.K), read.k) * case.scale
@@ -267,7 +268,7 @@ def _delta(o: Array, do: Array) -> Float32[Array, "B T K G 1"]:
 
 
 def _compressed_backward(
-    case: Any, q: Array, keys: _Keys, place: _Place, o: Array, lse: Array, do: Array
+    case: Case, q: Array, keys: _Keys, place: _Place, o: Array, lse: Array, do: Array
 ) -> tuple[Array, Array, Array]:
     q, o, do = (_grouped(x, case.K) for x in (q, o, do))
     pooled_k, pooled_v = keys.pooled_k.astype(jnp.float32), keys.pooled_v.astype(jnp.float32)
@@ -282,7 +283,7 @@ def _compressed_backward(
 
 
 def _selected_backward(
-    case: Any, q: Array, keys: _Keys, place: _Place, indices: Array, o: Array, lse: Array, do: Array
+    case: Case, q: Array, keys: _Keys, place: _Place, indices: Array, o: Array, lse: Array, do: Array
 ) -> tuple[Array, Any]:
     """dq, and a function that adds this tile's part to (dk, dv)."""
     q, o, do = (_grouped(x, case.K) for x in (q, o, do))

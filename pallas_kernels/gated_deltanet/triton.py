@@ -12,7 +12,6 @@ S is decayed, read by k and q at once, and written: with S' = S + k u^T, S'^T q 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from pallas_kernels.arguments import Arguments
 from pallas_kernels.batching import fold_batch
 from pallas_kernels.gated_delta_rule.triton_tiles import HEAD_SIZES
-from pallas_kernels.gated_deltanet.api import State
+from pallas_kernels.gated_deltanet.api import Case, State
 from pallas_kernels.triton_call import check_installed, interpreting, jit, tl, triton_call
 from pallas_kernels.triton_math import sigmoid
 
@@ -29,7 +28,7 @@ from pallas_kernels.triton_math import sigmoid
 ELEMENTS = 8192
 
 
-def check(case: Any) -> None:
+def check(case: Case) -> None:
     """Raises UnsupportedCase unless this kernel does ``case``."""
     check_installed("gated_deltanet")
     check, other = Arguments("gated_deltanet: triton"), "use implementation='xla'"

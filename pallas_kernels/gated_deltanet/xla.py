@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule import gated_delta_rule_step
+from pallas_kernels.gated_deltanet.api import Case
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.short_convolution import short_convolution_step
 
 
-def check(case) -> None:
+def check(case: Case) -> None:
     """Every case is supported."""
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.batching import fold_batch
 from pallas_kernels.dispatch import UnsupportedCase
+from pallas_kernels.rms_norm.api import Case
 from pallas_kernels.tiles import ceil_div
 from pallas_kernels.triton_call import check_installed, interpreting, jit, tl, triton_call
 from pallas_kernels.triton_math import sigmoid
@@ -30,7 +31,7 @@ STRETCH = {"forward": 1, "backward": 16}  # how many times a program takes rows
 STREAM = 512  # elements of a stream's row that a warp takes, of at least 4
 
 
-def check(case: Any) -> None:
+def check(case: Case) -> None:
     """Raises UnsupportedCase unless these kernels do ``case``."""
     check_installed("rms_norm")
     if case.width > WIDEST:

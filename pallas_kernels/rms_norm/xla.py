@@ -5,8 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.rms_norm.api import Case
 
-def check(case) -> None:
+
+def check(case: Case) -> None:
     """Every case is supported."""
 
 

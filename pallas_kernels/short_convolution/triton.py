@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from pallas_kernels.arguments import Arguments
 from pallas_kernels.batching import fold_batch
 from pallas_kernels.short_convolution import xla
+from pallas_kernels.short_convolution.api import Case
 from pallas_kernels.short_convolution.rows import bounds, final_state
 from pallas_kernels.short_convolution.triton_tiles import choose
 from pallas_kernels.tiles import ceil_div
@@ -325,7 +326,7 @@ def _backward(
     )  # fmt: skip
 
 
-def check(case: Any) -> None:
+def check(case: Case) -> None:
     """Raises UnsupportedCase unless these kernels do ``case``."""
     check_installed("short_convolution")
     require, other = Arguments("short_convolution: triton").require, "use implementation='xla'"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.short_convolution.api import Case
 from pallas_kernels.short_convolution.rows import bounds, final_state
 
 
-def check(case) -> None:
+def check(case: Case) -> None:
     """Every case is supported."""
 
 
