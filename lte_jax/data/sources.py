@@ -29,7 +29,11 @@ KINDS: dict[str, Kind] = {
     ".array_record": "array_record",
     ".arrayrecord": "array_record",
 }
-"""What is read in a folder, by suffix. A file named directly or by a glob is read as text if its suffix is unknown."""
+"""What is read in a folder, by suffix. A file named directly or by a glob is read as text if its suffix is unknown, and
+as JSON lines if it is .json, of which a folder may hold other ones."""
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+"""Suffixes of files that are not read, and never passed over in silence."""
 
 UNIT_BYTES = 32 * 2**20
 """About how many bytes of a jsonl file, or of an ArrayRecord file, make a unit."""
@@ -51,15 +55,23 @@ def find_files(path: str) -> list[Path]:
     """The files of a path, sorted by name: itself, all known files below a folder, or the matches of a glob.
 
     Raises:
-      DataError: if there are none.
+      DataError: if there are none, or one is compressed.
     """
+    files = _find_files(path)
+    packed = next((file for file in files if file.suffix.lower() in COMPRESSED), None)
+    if packed is not None:
+        raise DataError(f"path={path!r}: {packed} is compressed, which is not read; unpack such files, or name others")
+    return files
+
+
+def _find_files(path: str) -> list[Path]:
     if not path:
         raise DataError("path='': no data path was given; name a file, a folder or a glob")
     given = Path(path).expanduser()
     if given.is_file():
         return [given]
     if given.is_dir():
-        files = [file for file in given.rglob("*") if file.suffix.lower() in KINDS and file.is_file()]
+        files = [file for file in given.rglob("*") if file.suffix.lower() in (*KINDS, *COMPRESSED) and file.is_file()]
         if not files:
             raise DataError(
                 f"path={path!r}: the folder holds no {', '.join(KINDS)} file; name another, or a glob for other files"
@@ -79,7 +91,7 @@ def find_units(path: str, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
     """
     units = []
     for file in find_files(path):
-        kind = KINDS.get(file.suffix.lower(), "text")
+        kind = KINDS.get(file.suffix.lower(), "jsonl" if file.suffix.lower() == ".json" else "text")
         try:
             size = file.stat().st_size
             units += _units_of(file, kind, size, unit_bytes)
@@ -93,11 +105,12 @@ def find_units(path: str, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
 def read_documents(
     unit: Unit, field: str = "text", undecodable: Literal["error", "replace"] = "error"
 ) -> Iterator[str]:
-    """The documents of a unit in order; empty ones are left out.
+    """The documents of a unit in order; empty ones and nulls are left out, and so is the mark of a file's encoding.
 
     Args:
       field: the text's field (jsonl) or column (parquet).
-      undecodable: whether bytes that are not UTF-8 are an error or become U+FFFD.
+      undecodable: whether bytes that are not UTF-8, and halves of surrogate pairs in JSON, are an error or become
+        U+FFFD.
     """
     reader = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet, "array_record": _read_records}
     try:
@@ -132,7 +145,7 @@ def _units_of(file: Path, kind: Kind, size: int, unit_bytes: int) -> list[Unit]:
 
 def _decode(raw: bytes, where: str, undecodable: str) -> str:
     try:
-        return raw.decode("utf-8", errors="strict" if undecodable == "error" else "replace")
+        return raw.decode("utf-8-sig", errors="strict" if undecodable == "error" else "replace")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where}: byte {error.start} is not UTF-8; convert the file, leave it out, or set undecodable=replace"
@@ -160,18 +173,30 @@ def _read_jsonl(unit: Unit, field: str, undecodable: str) -> Iterator[str]:
                 if isinstance(error, DataError):
                     raise
                 raise DataError(f"{where}: the line is not JSON ({error}); repair the file") from error
-            yield _text_of(values, field, where)
+            yield _text_of(values, field, where, undecodable)
 
 
-def _text_of(values: object, field: str, where: str) -> str:
+def _text_of(values: object, field: str, where: str, undecodable: str) -> str:
     if not isinstance(values, dict) or field not in values:
         names = ", ".join(values) if isinstance(values, dict) else "no fields"
         raise DataError(f"{where}: no field {field!r} (it has {names}); set field to the name of the text")
-    if not isinstance(values[field], str):
+    text = values[field]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
         raise DataError(
-            f"{where}: field {field!r} is {type(values[field]).__name__}, not text; set field to the name of the text"
+            f"{where}: field {field!r} is {type(text).__name__}, not text; set field to the name of the text"
         )
-    return values[field]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if undecodable == "error":
+            raise DataError(
+                f"{where}: character {error.start} of {field!r} is half of a surrogate pair; repair the file, or set "
+                "undecodable=replace"
+            ) from error
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _open_parquet(path: str):
@@ -185,7 +210,6 @@ def _open_parquet(path: str):
 
 
 def _read_parquet(unit: Unit, field: str, undecodable: str) -> Iterator[str]:
-    del undecodable  # parquet text is UTF-8 by its format
     file = _open_parquet(unit.path)
     if field not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names)
@@ -193,7 +217,7 @@ def _read_parquet(unit: Unit, field: str, undecodable: str) -> Iterator[str]:
     groups = list(range(unit.start, unit.stop))
     for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[field]):
         for value in batch.column(0):
-            yield _text_of({field: value.as_py()}, field, unit.path)
+            yield _text_of({field: value.as_py()}, field, unit.path, undecodable)
 
 
 def _read_records(unit: Unit, field: str, undecodable: str) -> Iterator[str]:

@@ -88,7 +88,7 @@ class Text:
         """Whether this document is held out: a function of its text and the seed."""
         if not self.heldout or self.heldout_by != "document":
             return False
-        digest = hashlib.blake2b(document.encode("utf-8", "surrogatepass"), digest_size=8, key=b"%d" % self.seed)
+        digest = hashlib.blake2b(document.encode(), digest_size=8, key=b"%d" % self.seed)
         return int.from_bytes(digest.digest(), "little") < self.heldout * 2**64
 
     def pack_units(self, units: Iterable[Unit], tokenizer: Tokenizer) -> dict[Split, Iterator[list[np.ndarray]]]:

@@ -98,6 +98,33 @@ def test_all_formats_give_the_same_documents(tmp_path, bpe_file):
             assert [text for unit in units for text in sources.read_documents(unit, "body")] == texts
 
 
+def test_what_corpora_of_others_hold_is_read_or_named(tmp_path):
+    """Nulls, marks of encoding, JSON lines called .json, halves of characters, and files that are compressed."""
+    import pyarrow
+    import pyarrow.parquet
+
+    def read(name, **options):
+        units = sources.find_units(str(tmp_path / name))
+        return [text for unit in units for text in sources.read_documents(unit, **options)]
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "nulls.parquet")
+    (tmp_path / "lines.json").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": null}\r\n{"text": "b"}')
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfa")
+    assert read("nulls.parquet") == read("lines.json") == ["a", "b"] and read("marked.txt") == ["a"]
+    (tmp_path / "half.jsonl").write_text('{"text": "\\ud83d\\ude00 \\ud83d!"}\n')
+    with pytest.raises(data.DataError, match=r"half.jsonl at byte 0: character 2 .* set undecodable=replace"):
+        read("half.jsonl")
+    assert read("half.jsonl", undecodable="replace") == ["\U0001f600 \ufffd!"]
+
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    (tmp_path / "hub" / "README.md").write_text("about this corpus")
+    assert read("hub") == ["about this corpus"]
+    (tmp_path / "hub" / "data" / "train.jsonl.zst").write_bytes(b"123")
+    for name in ("hub", "hub/data/train.jsonl.zst", "hub/*/*"):
+        with pytest.raises(data.DataError, match=r"train.jsonl.zst is compressed, which is not read; unpack"):
+            read(name)
+
+
 def test_bad_paths_are_one_line_errors(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "none.txt").touch()
