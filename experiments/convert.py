@@ -16,6 +16,7 @@ import tempfile
 
 from absl import app, flags, logging
 
+from experiments.paths import define_path
 from lte_jax import restore
 from lte_jax.convert import save_pretrained
 from lte_jax.data.tokenizer import load_tokenizer
@@ -25,10 +26,10 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("source", None, "A Hugging Face folder, or a training run's folder, to read.")
-    flags.DEFINE_string("target", None, "The folder to write: of the other format than the source; new or empty.")
+    define_path("source", None, "A Hugging Face folder, or a training run's folder, to read.")
+    define_path("target", None, "The folder to write: of the other format than the source; new or empty.")
     flags.DEFINE_integer("step", None, "Which checkpoint of a run; default the newest.")
-    flags.DEFINE_string("tokenizer", None, "'bytes', a tokenizer.json or its folder, in place of the source's own.")
+    define_path("tokenizer", None, "'bytes', a tokenizer.json or its folder, in place of the source's own.")
     flags.DEFINE_bool("check", False, "Only print which weights match and what memory is needed; reads no weights.")
     flags.mark_flag_as_required("source")
 

@@ -18,6 +18,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from experiments import evaluations
+from experiments.paths import define_path
 from experiments.warned import say_warnings
 
 FLAGS = flags.FLAGS
@@ -37,9 +38,9 @@ READ = {
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "A training run's folder, or a Hugging Face folder of the authors' format.")
+    define_path("checkpoint", None, "A training run's folder, or a Hugging Face folder of the authors' format.")
     flags.DEFINE_integer("step", None, "Which checkpoint of a run; default the newest.")
-    flags.DEFINE_string("output", None, "The JSON file to write, and a picture beside it; default in the run's folder.")
+    define_path("output", None, "The JSON file to write, and a picture beside it; default in the run's folder.")
     flags.DEFINE_string("data", None, "Kind of data set (SymbolNeedles, Text, MQAR, ...); default the run's own.")
     flags.DEFINE_multi_string("set", [], "A setting of the data set, such as length=512 or path=corpus/.")
     flags.DEFINE_enum("split", "heldout", ["heldout", "train"], "Which rows.")
@@ -64,20 +65,16 @@ def define_flags() -> None:
     flags.DEFINE_bool("inspect", False, "Show what LTE keeps of --text, or of a row of data: pictures and a page.")
     flags.DEFINE_integer("num_samples", 200, "For --own: how many samples of each length; for positions, texts.")
     flags.DEFINE_integer("depths", 5, "For --own=needles: in how many ranges of depth needles are asked for.")
-    flags.DEFINE_string("text", None, "Text for --inspect and --own=positions, bytes or needles: a file or folder.")
-    flags.DEFINE_string("tokenizer", None, "'bytes', a tokenizer.json or its folder; default its own.")
-    flags.DEFINE_string("include_path", None, "For --tasks: a folder with further task files.")
+    define_path("text", None, "Text for --inspect and --own=positions, bytes or needles: a file or folder.")
+    define_path("tokenizer", None, "'bytes', a tokenizer.json or its folder; default its own.")
+    define_path("include_path", None, "For --tasks: a folder with further task files.")
     flags.DEFINE_integer("num_fewshot", None, "For --tasks: examples before each question; default the task's.")
     flags.DEFINE_integer("limit", None, "For --tasks: only the first so many questions.")
     flags.DEFINE_integer("max_length", None, "For --tasks: the longest sequence; default the model's.")
     flags.DEFINE_bool("add_bos", True, "For --tasks: whether each context begins with the begin token.")
-    flags.DEFINE_string(
-        "cache", None, "For --tasks: keep answers in this file (JSON lines), so that a killed run goes on."
-    )
+    define_path("cache", None, "For --tasks: keep answers in this file (JSON lines), so that a killed run goes on.")
     flags.DEFINE_list("lengths", [], "For --own, --inspect, and RULER's tasks (default 4096): tokens of a sample.")
-    flags.DEFINE_string(
-        "local_data", None, "For --tasks: documents in place of the hub, as FOLDER/OWNER/NAME/SPLIT.jsonl."
-    )
+    define_path("local_data", None, "For --tasks: documents in place of the hub, as FOLDER/OWNER/NAME/SPLIT.jsonl.")
     flags.DEFINE_integer("devices", 1, "For --tasks: share each batch over so many devices, each with whole weights.")
     flags.DEFINE_bool("log_samples", False, "For --tasks: write documents, answers and scores to OUTPUT.samples.jsonl.")
     flags.DEFINE_integer("seed", 0, "For --own and --tasks: of drawn samples and examples.")

@@ -20,6 +20,7 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from experiments.paths import define_path
 from experiments.warned import say_warnings
 from lte_jax import restore
 from lte_jax.continuations import Generation, StopFilter
@@ -36,18 +37,18 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "A training run's folder, or a Hugging Face folder of the authors' format.")
+    define_path("checkpoint", None, "A training run's folder, or a Hugging Face folder of the authors' format.")
     flags.DEFINE_integer("step", None, "Which checkpoint of a run; default the newest.")
-    flags.DEFINE_string("tokenizer", None, "'bytes', a tokenizer.json or its folder, in place of the checkpoint's own.")
+    define_path("tokenizer", None, "'bytes', a tokenizer.json or its folder, in place of the checkpoint's own.")
     flags.DEFINE_string("prompt", None, "The text to continue.")
-    flags.DEFINE_string("prompts_file", None, 'Prompts: one a line, or JSON lines with "prompt" (*.jsonl).')
+    define_path("prompts_file", None, 'Prompts: one a line, or JSON lines with "prompt" (*.jsonl).')
     flags.DEFINE_bool(
         "interactive",
         False,
         "A conversation: each line typed is answered by at most --max_new_tokens tokens; /new begins anew. Where the "
         "cache grows (full attention, NSA), the whole conversation has room for the model's max_length tokens.",
     )
-    flags.DEFINE_string("output", None, "Where the answers to a file of prompts go, as JSON lines; default the screen.")
+    define_path("output", None, "Where the answers to a file of prompts go, as JSON lines; default the screen.")
     flags.DEFINE_bool("log_probs", False, "With --output: each answer's token ids and their log-probabilities too.")
     flags.DEFINE_integer("max_new_tokens", 128, "At most so many tokens for each prompt, or line of a conversation.")
     flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token.")

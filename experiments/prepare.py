@@ -11,6 +11,7 @@ import sys
 from absl import app, flags
 from tqdm import tqdm
 
+from experiments.paths import define_path
 from lte_jax import configs
 from lte_jax.data import corpus
 from lte_jax.data.text import Text
@@ -19,8 +20,8 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("path", None, "Documents: a file, a folder or a glob (txt, jsonl, parquet, ArrayRecord).")
-    flags.DEFINE_string("out", None, "The folder of shards to write, or to continue.")
+    define_path("path", None, "Documents: a file, a folder or a glob (txt, jsonl, parquet, ArrayRecord).")
+    define_path("out", None, "The folder of shards to write, or to continue.")
     flags.DEFINE_multi_string("set", [], "A setting of the text, such as packing.length=4096 or heldout=0.01.")
     flags.DEFINE_integer(
         "workers", os.cpu_count() or 1, "Processes; 0 works in this one. The shards do not depend on it."

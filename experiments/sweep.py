@@ -20,6 +20,7 @@ from typing import Any
 import matplotlib
 from absl import app, flags, logging
 
+from experiments.paths import define_path
 from experiments.suite import Suite
 from lte_jax import LTE, WindowAttention, configs, restore
 from lte_jax.data import Batches, Mixture
@@ -191,7 +192,7 @@ def figure(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
 
 def define_flags() -> None:
     flags.DEFINE_string("config", "quickstart", "A file in experiments/configs whose (first) LTE model is the base.")
-    flags.DEFINE_string("workdir", None, "The folder of the runs: made, or continued.")
+    define_path("workdir", None, "The folder of the runs: made, or continued.")
     flags.DEFINE_list("rules", [*RULES, SLIDING], "Retention rules.")
     flags.DEFINE_list("windows", [], "Windows to try; default the base's.")
     flags.DEFINE_list("seeds", ["0"], "Of weights and data.")

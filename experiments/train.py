@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
 
+from experiments.paths import define_path
+
 if TYPE_CHECKING:
     from experiments.suite import Suite
 
@@ -23,9 +25,9 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     flags.DEFINE_string("config", None, "A file in experiments/configs, without .py.")
-    flags.DEFINE_string("workdir", None, "The folder of the run: made, or continued.")
+    define_path("workdir", None, "The folder of the run: made, or continued.")
     flags.DEFINE_multi_string("set", [], "A setting: a.b=value. May be repeated.")
-    flags.DEFINE_string("init_from", None, "Start from the weights of a run's folder or of a Hugging Face folder.")
+    define_path("init_from", None, "Start from the weights of a run's folder or of a Hugging Face folder.")
     flags.DEFINE_multi_string(
         "allow_change", [], "A setting of the optimizer that a run may change when it goes on. May be repeated."
     )
@@ -36,7 +38,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_processes", None, "How many processes, with --coordinator.")
     flags.DEFINE_integer("process_id", None, "Which one this is, with --coordinator.")
     flags.DEFINE_integer("heartbeat_seconds", 60, "The processes end when one has been silent for so long.", 1)
-    flags.DEFINE_string(
+    define_path(
         "compilation_cache", "~/.cache/lte_jax/xla", "Folder of compiled programs, kept between runs; empty for none."
     )
     flags.mark_flags_as_required(["config", "workdir"])
@@ -87,7 +89,7 @@ def _prepare() -> None:
     from lte_jax import processes
 
     if FLAGS.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(FLAGS.compilation_cache))
+        jax.config.update("jax_compilation_cache_dir", FLAGS.compilation_cache)
     if FLAGS.distributed or FLAGS.coordinator or FLAGS.num_processes or FLAGS.process_id is not None:
         processes.join(
             FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, heartbeat_seconds=FLAGS.heartbeat_seconds

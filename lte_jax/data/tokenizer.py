@@ -77,7 +77,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     """
     if str(name) == BYTES:
         return ByteTokenizer()
-    path = Path(name)
+    path = Path(name).expanduser()
     if not path.exists():
         raise DataError(
             f"tokenizer={str(name)!r}: no such file or folder; give 'bytes', a tokenizer.json or its folder"
