@@ -17,6 +17,7 @@ import tempfile
 from absl import app, flags, logging
 
 from experiments.paths import define_path
+from experiments.warned import said_in_one_line
 from lte_jax import restore
 from lte_jax.convert import save_pretrained
 from lte_jax.data.tokenizer import load_tokenizer
@@ -65,16 +66,12 @@ def convert(source: str, target: str, step: int | None = None, tokenizer: str | 
 
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # at lower levels orbax tells its whole life
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"{argv[1]!r}: no such argument; settings are given as flags")
+    with said_in_one_line(argv):
         if FLAGS.check:
             sys.exit(0 if check(FLAGS.source, FLAGS.step) else 1)
         if not FLAGS.target:
             raise ValueError("--target is missing: name the folder to write, or say --check")
         convert(FLAGS.source, FLAGS.target, FLAGS.step, FLAGS.tokenizer)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -12,14 +12,13 @@ python -m experiments.evaluate --checkpoint=lalte-1.4b --tasks=swde_v0,fda_v0 --
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 from absl import app, flags, logging
 
 from experiments import evaluations
 from experiments.paths import define_path
-from experiments.warned import say_warnings
+from experiments.warned import said_in_one_line, say_warnings
 
 FLAGS = flags.FLAGS
 
@@ -164,12 +163,8 @@ def _run_tasks(shared: dict[str, Any]) -> None:
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # at lower levels orbax tells its whole life
     say_warnings()
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"{argv[1]!r}: no such argument; settings are given as flags")
+    with said_in_one_line(argv):
         _run()
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from experiments.paths import define_path
-from experiments.warned import say_warnings
+from experiments.warned import said_in_one_line, say_warnings
 from lte_jax import restore
 from lte_jax.continuations import Generation, StopFilter
 from lte_jax.conversation import Conversation
@@ -345,14 +345,8 @@ def _run() -> None:
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # at lower levels orbax tells its whole life
     say_warnings()
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"{argv[1]!r}: no such argument; settings are given as flags")
+    with said_in_one_line(argv):
         _run()
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ python -m experiments.prepare --path=corpus/ --out=shards/ --set tokenizer=token
 from __future__ import annotations
 
 import os
-import sys
 
 from absl import app, flags
 from tqdm import tqdm
 
 from experiments.paths import define_path
+from experiments.warned import said_in_one_line
 from lte_jax import configs
 from lte_jax.data import corpus
 from lte_jax.data.text import Text
@@ -31,9 +31,7 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"{argv[1]!r}: no such argument; settings are given as --set name=value")
+    with said_in_one_line(argv):
         settings = configs.override(Text(path=FLAGS.path), FLAGS.set)
         plan = corpus.make_plan(settings, FLAGS.out, FLAGS.part_mb * 2**20)
         done = sum(corpus.is_done(plan, number) for number in range(len(plan.parts)))
@@ -41,8 +39,6 @@ def main(argv: list[str]) -> None:
             for _ in corpus.write_parts(plan, FLAGS.workers):
                 bar.update()
         manifest = corpus.finish(plan)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     rows, tokens = manifest["rows"], manifest["tokens"]
     filled = sum(tokens.values()) / (sum(rows.values()) * manifest["length"])
     print(

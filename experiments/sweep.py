@@ -22,6 +22,7 @@ from absl import app, flags, logging
 
 from experiments.paths import define_path
 from experiments.suite import Suite
+from experiments.warned import said_in_one_line
 from lte_jax import LTE, WindowAttention, configs, restore
 from lte_jax.data import Batches, Mixture
 from lte_jax.evaluate.scores import score_batches
@@ -210,9 +211,7 @@ def _whole(flag: str) -> list[int]:
 
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # at lower levels orbax tells its whole life
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"{argv[1]!r}: no such argument; settings are given as flags")
+    with said_in_one_line(argv):
         from lte_jax.train import INTERRUPTED, train
 
         base = configs.load_named("experiments.configs", FLAGS.config)
@@ -225,8 +224,6 @@ def main(argv: list[str]) -> None:
             sys.exit(INTERRUPTED)
         print(table(found))
         print(f"{FLAGS.workdir}/sweep.md, sweep.json, sweep.png")
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""How do the programs say a warning? In one line on the screen, and each once."""
+"""How do the programs say warnings and errors? In one line on the screen, and a warning once."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -17,3 +19,16 @@ def say_warnings() -> None:
             print(f"warning: {message}", file=sys.stderr)
 
     warnings.showwarning = show
+
+
+@contextlib.contextmanager
+def said_in_one_line(argv: Sequence[str]) -> Iterator[None]:
+    """A program's body: exits with 1 at an error, or at an argument that is no flag, and with 130 at Ctrl-C."""
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"{argv[1]!r}: no such argument; settings are given as flags")
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

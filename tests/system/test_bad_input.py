@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import lte_jax
-from experiments import evaluate, generate
+from experiments import convert, evaluate, generate, prepare, sweep
 from lte_jax import configs, data, restore, runs
 from lte_jax.model_config import ModelConfig
 from tests.system.tiny import tiny_experiment, tiny_model
@@ -184,3 +185,20 @@ def test_flags_that_an_evaluation_does_not_read_are_refused(kind, given, message
         evaluate.check_flags(known, kind)
     known[given].present = 0
     evaluate.check_flags(known, kind)
+
+
+@pytest.mark.parametrize("program", [convert, evaluate, generate, prepare, sweep])
+def test_every_program_says_what_ended_it_in_one_line(program, monkeypatch, capsys):
+    """Also a worker that the system has killed, and nothing but the code at Ctrl-C."""
+    for raised, code in ((KeyboardInterrupt(), 130), (BrokenProcessPool("a worker died"), "error: a worker died")):
+
+        class Flags:
+            def __getattr__(self, name, raised=raised):
+                raise raised
+
+        monkeypatch.setattr(program, "FLAGS", Flags())
+        with pytest.raises(SystemExit) as ended:
+            program.main(["program"])
+        assert ended.value.code == code
+    with pytest.raises(SystemExit, match="error: 'extra': no such argument; settings are given as flags"):
+        program.main(["program", "extra"])
