@@ -11,6 +11,7 @@ no place for them.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import tempfile
 
@@ -60,6 +61,10 @@ def convert(source: str, target: str, step: int | None = None, tokenizer: str | 
     with tempfile.TemporaryDirectory() as folder:
         if found is not None:
             found.save(folder)
+            # Their generation begins and ends by the config's numbers, which nothing here reads.
+            ids = {"bos_token_id": found.bos_id, "eos_token_id": found.eos_id}
+            known = {name: number for name, number in ids.items() if number is not None}
+            model.config = dataclasses.replace(model.config, **known)
         save_pretrained(model, target, tokenizer_folder=folder, penalty=penalty)
     print(f"{target}: a Hugging Face folder of the authors' format")
 

@@ -131,8 +131,8 @@ def score_tokens(
 
 def _by_distance(distance: np.ndarray, correct: np.ndarray, buckets: int) -> tuple[Bucket, ...]:
     """Ranges of distance with about the same number of queries each."""
-    edges = np.unique(np.quantile(distance, np.linspace(0, 1, buckets + 1)).round().astype(int))
-    edges[-1] += 1
+    edges = np.quantile(distance, np.linspace(0, 1, buckets + 1)).round().astype(int)
+    edges = np.append(np.unique(edges[:-1]), edges[-1] + 1)
     found = []
     for low, high in itertools.pairwise(edges):
         inside = (distance >= low) & (distance < high)

@@ -103,6 +103,13 @@ def test_the_penalty_of_a_run_goes_to_the_authors_format(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["attn"]["l1_lambda_update_steps"] == 4
 
 
+def test_an_exported_config_names_the_tokenizers_own_ends(run, tmp_path):
+    assert restore.load(run).model.config.eos_token_id == 2, "which is a byte for this tokenizer"
+    convert.convert(str(run), str(tmp_path / "out"))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (256, 257)
+
+
 def test_the_program_runs_from_the_shell(run, tmp_path):
     def program(*arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "experiments.convert", *arguments]

@@ -18,7 +18,7 @@ from flax import nnx
 from experiments.evaluations import evaluate_data, evaluate_own, evaluate_tasks, inspect
 from lte_jax import LTE, GatedDeltaNet, LanguageModel, ModelConfig, configs, restore
 from lte_jax.checkpoint import Checkpoints
-from lte_jax.data import MQARMix, SymbolNeedles, Text
+from lte_jax.data import Copying, MQARMix, SymbolNeedles, Text
 from lte_jax.data.tokenizer import load_tokenizer
 from lte_jax.evaluate import heldout
 from lte_jax.evaluate.scores import score_batches
@@ -67,6 +67,11 @@ def test_scores_equal_the_models_own():
         inside = [bucket.low <= distance <= bucket.high for distance in distances]
         assert bucket.queries == sum(inside) and bucket.correct == np.sum(np.array(hits)[inside])
     assert np.isfinite(scores.loss_by_position[-4:]).all() and np.isnan(scores.loss_by_position[:-4]).all()
+
+
+def test_answers_that_all_lie_equally_far_back_are_one_range():
+    scores = heldout.score(build(), Copying(length=32, symbols=4, heldout_rows=8))
+    assert [(bucket.low, bucket.high, bucket.queries) for bucket in scores.by_distance] == [(28, 28, 32)]
 
 
 def test_rows_of_several_lengths_are_scored_together():
