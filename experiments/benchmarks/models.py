@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -306,8 +307,14 @@ def _bytes(shapes: Any) -> int:
 
 def _repeat(cache: Any, batch: int, axis: int) -> Any:
     """The cache of one sequence for ``batch`` of them; a copy, which a program may consume. ``axis``: of the rows."""
-    layers = jax.tree.map(lambda leaf: jnp.repeat(leaf, batch, axis=axis), cache.layers)
-    return dataclasses.replace(cache, length=jnp.repeat(cache.length, batch), layers=layers)
+    layers = jax.tree.map(lambda leaf: _repeat_rows(leaf, batch, axis), cache.layers)
+    return dataclasses.replace(cache, length=_repeat_rows(cache.length, batch, 0), layers=layers)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _repeat_rows(leaf: jax.Array, batch: int, axis: int) -> jax.Array:
+    # Compiled: op by op, jnp.repeat has its result there twice, and a leaf may take half of the device's memory.
+    return jnp.repeat(leaf, batch, axis=axis)
 
 
 def _at(cache: Any, length: int) -> Any:
