@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from lte_jax.dims import Hidden, Positions, Tokens
 from lte_jax.remat import operand
+from pallas_kernels.documents import document_bounds
 
 Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
 
@@ -207,11 +208,6 @@ def row_positions(tokens: Tokens) -> Positions:
     return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 
 
-def document_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def document_positions(segment_ids: Int32[Array, "B T"]) -> Positions:
     """Positions that count from 0 at the first token of each document (a run of one segment id)."""
-    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    first = jnp.concatenate(
-        [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
-    )
-    start = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
-    return index - start
+    return jnp.arange(segment_ids.shape[1], dtype=jnp.int32) - document_bounds(segment_ids)[0]

@@ -15,7 +15,7 @@ ALLOWED = {
     "pallas_kernels": ("pallas_kernels",),
     "lte_jax.dims": (),
     "lte_jax.configs": (),
-    "lte_jax.layers": ("lte_jax.dims", "lte_jax.remat"),
+    "lte_jax.layers": ("lte_jax.dims", "lte_jax.remat", "pallas_kernels"),
     "lte_jax.inputs": ("lte_jax.dims",),
     "lte_jax.remat": (),
     "lte_jax.depth": ("lte_jax.remat", "pallas_kernels"),

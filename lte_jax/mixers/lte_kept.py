@@ -12,6 +12,7 @@ from lte_jax.mixers.base import Reading
 from lte_jax.mixers.lte_cache import LTECache
 from lte_jax.mixers.lte_config import Config
 from lte_jax.mixers.lte_store import Store
+from pallas_kernels.documents import document_bounds
 from pallas_kernels.window_attention.api import NEVER, Columns
 
 
@@ -27,7 +28,7 @@ def of_documents(
     candidate = ranks > -jnp.inf
     if reading == "train" and config.retention == "learned":
         return jnp.where(candidate, NEVER, 0), candidate
-    bounds = None if segment_ids is None else lte_store.document_bounds(segment_ids)
+    bounds = None if segment_ids is None else document_bounds(segment_ids)
     end = tokens if bounds is None else bounds[1]
     left = jnp.arange(tokens, dtype=jnp.int32) < jnp.broadcast_to(jnp.asarray(end) - ring, positions.shape)
     left = left[..., None]

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from lte_jax.dims import Keys, Scores, SegmentIds, Values
+from lte_jax.dims import Keys, Scores, Values
 from pallas_kernels.window_attention.api import NEVER
 
 RULES = ("learned", "recency", "random", "write_strength")
@@ -82,17 +82,6 @@ def ranked(
     return jnp.where(sink[..., None], jnp.inf, jnp.where(scores > 0, scores, -jnp.inf))
 
 
-def document_bounds(segment_ids: SegmentIds) -> tuple[Int32[Array, "B T"], Int32[Array, "B T"]]:
-    """For every token the index of its document's first token, and the index after its last."""
-    tokens = segment_ids.shape[1]
-    index = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), segment_ids.shape)
-    change = segment_ids[:, 1:] != segment_ids[:, :-1]
-    edge = jnp.ones_like(change[:, :1], shape=(segment_ids.shape[0], 1))
-    start = jax.lax.cummax(jnp.where(jnp.concatenate([edge, change], axis=1), index, 0), axis=1)
-    last = jnp.where(jnp.concatenate([change, edge], axis=1), index, tokens)
-    return start, jax.lax.cummin(last, axis=1, reverse=True) + 1
-
-
 def best_of_document(
     scores: Float32[Array, "B T K"], budget: int, bounds: tuple[Array, Array] | None = None
 ) -> Bool[Array, "B T K"]:
@@ -100,7 +89,7 @@ def best_of_document(
 
     Args:
       scores: as :func:`ranked` gives them; -inf for what is no candidate (or has not left the window).
-      bounds: of the documents, from :func:`document_bounds`; None for one document.
+      bounds: of the documents, from ``document_bounds``; None for one document.
     """
     scores = scores.swapaxes(1, 2)
     batch, heads, tokens = scores.shape

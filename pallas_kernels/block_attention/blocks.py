@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.documents import document_bounds
+
 
 class Layout(NamedTuple):
     """How the tokens of each row fall into documents and blocks. S is the block size, C = max(1, T // S)."""
@@ -47,8 +49,7 @@ def row_layout(segment_ids: Int32[Array, "B T"], block_size: int) -> Layout:
     """The layout of packed rows: documents are runs of one nonzero id."""
     B, T = segment_ids.shape
     index = jnp.arange(T, dtype=jnp.int32)
-    changes = jnp.concatenate([jnp.ones((B, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
-    start = jax.lax.cummax(jnp.where(changes, index, 0), axis=1)
+    start, _ = document_bounds(segment_ids)
     position = jnp.where(segment_ids != 0, index - start, -1)
     ends = (position >= 0) & ((position + 1) % block_size == 0)
     count = jnp.cumsum(ends, axis=1, dtype=jnp.int32)

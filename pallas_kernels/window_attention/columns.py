@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from pallas_kernels.documents import document_bounds
 from pallas_kernels.window_attention.cases import FAR
 
 
@@ -31,14 +31,9 @@ class Retained(NamedTuple):
     never: Int32[Array, "B K"]  # 1 if none of them expires before U
 
 
-def document_bounds(segment_ids: Int32[Array, "B U"]) -> DocumentBounds:
-    """Where the document of each position begins and ends."""
-    U = segment_ids.shape[1]
-    place = jnp.arange(U, dtype=jnp.int32)[None, :]
-    change = segment_ids[:, 1:] != segment_ids[:, :-1]
-    edge = jnp.ones_like(change[:, :1], shape=(segment_ids.shape[0], 1))
-    begin = jax.lax.cummax(jnp.where(jnp.concatenate([edge, change], 1), place, 0), axis=1)
-    end = jax.lax.cummin(jnp.where(jnp.concatenate([change, edge], 1), place + 1, U), axis=1, reverse=True)
+def query_bounds(segment_ids: Int32[Array, "B U"]) -> DocumentBounds:
+    """``document_bounds``, but FAR and 0 for padding, so that it neither sees nor is seen."""
+    begin, end = document_bounds(segment_ids)
     real = segment_ids != 0
     return DocumentBounds(jnp.where(real, begin, FAR), jnp.where(real, end, 0))
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int32
 
 from pallas_kernels.window_attention.api import Case, Operands
 from pallas_kernels.window_attention.cases import FAR
-from pallas_kernels.window_attention.columns import DocumentBounds, Retained, document_bounds, retained, survey
+from pallas_kernels.window_attention.columns import DocumentBounds, Retained, query_bounds, retained, survey
 from pallas_kernels.window_attention.pallas_gather import gather_rows
 
 ROWS = 64  # queries, or keys, of a warpgroup
@@ -61,7 +61,7 @@ def survey_data(
 ) -> Known:
     """The document bounds, the list and what is known of it; ``kept`` is given if it is known."""
     W = case.width
-    bounds = document_bounds(operands.segment_ids) if operands.segment_ids is not None else None
+    bounds = query_bounds(operands.segment_ids) if operands.segment_ids is not None else None
     begin = None if bounds is None else bounds.begin
     if kept is None and operands.expiry is not None and W < case.U:
         kept = retained(operands.expiry, W, begin)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int32
 
 from pallas_kernels.triton_call import jit, tl, triton_call
 from pallas_kernels.window_attention.api import Case, Operands
-from pallas_kernels.window_attention.columns import DocumentBounds, Retained, document_bounds, survey
+from pallas_kernels.window_attention.columns import DocumentBounds, Retained, query_bounds, survey
 from pallas_kernels.window_attention.triton_tiles import FAR
 
 
@@ -72,7 +72,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(case: Case, operands: Operands) -> Plan:
-    bounds = document_bounds(operands.segment_ids) if operands.segment_ids is not None else None
+    bounds = query_bounds(operands.segment_ids) if operands.segment_ids is not None else None
     begin = bounds.begin if bounds is not None else None
     kept = None
     if operands.expiry is not None and case.width < case.U:

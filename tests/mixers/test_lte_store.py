@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lte_jax.mixers import lte_store
+from pallas_kernels import documents
 from pallas_kernels.window_attention.xla_update import enter_store
 
 BATCH, HEADS, SIZE = 2, 3, 2
@@ -17,7 +18,7 @@ successors = jax.jit(lte_store.successors, static_argnums=2)
 slots_after = jax.jit(lte_store.slots_after, static_argnums=2)
 best_of_document = jax.jit(lte_store.best_of_document, static_argnums=1)
 slots_of_best = jax.jit(lte_store.slots_of_best, static_argnums=1)
-document_bounds = jax.jit(lte_store.document_bounds)
+document_bounds = jax.jit(documents.document_bounds)
 ranked = jax.jit(lte_store.ranked, static_argnums=2)
 
 
