@@ -6,8 +6,8 @@ neighbour's numbers; and what a kernel does not write stays NaN or an absurd ind
 
     TRITON_INTERPRET=1 pytest -m gpu -k triton tests/kernels
 
-Arithmetic is that of float32 and float16: the interpreter computes with the 16 bits of a bfloat16 as with a whole
-number, so that of bfloat16 tests the addresses alone mean something.
+The interpreter by itself computes with the 16 bits of a bfloat16 as with a whole number, and cuts float32 off where it
+should round: here they are numbers of ml_dtypes, which rounds after each step.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import triton.language as tl
 from triton.runtime import interpreter
 
 from pallas_kernels.triton_launch import TYPES, is_array
@@ -151,3 +152,26 @@ def _checked(kernel: str, named: list[tuple[str, np.ndarray]]) -> Iterator[None]
     finally:
         builder.create_masked_load, builder.create_masked_store = load, store
         interpreter._patch_lang_tensor = patch_tensor
+
+
+def _make_bfloat16_numbers() -> None:
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    np_dtype, dot = interpreter._get_np_dtype, builder.create_dot
+
+    def with_bfloat16(dtype: Any) -> np.dtype:
+        scalar = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+        return np.dtype(jnp.bfloat16) if scalar == tl.bfloat16 else np_dtype(dtype)
+
+    def cast(self: Any, source: Any, dtype: Any, *_: Any) -> Any:
+        return handle(source.data.astype(with_bfloat16(dtype)), dtype.scalar)
+
+    def dot_of_float32(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        wide = (cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, *wide, *rest)
+
+    interpreter._get_np_dtype = with_bfloat16
+    builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast, cast, dot_of_float32
+    builder.get_bf16 = lambda self, value: handle(np.array([value], jnp.bfloat16), tl.bfloat16)
+
+
+_make_bfloat16_numbers()
