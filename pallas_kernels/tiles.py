@@ -17,6 +17,11 @@ def ceil_div(length: int, tile: int) -> int:
     return -(-length // tile)
 
 
+def power_of_2(size: int, least: int = 1) -> int:
+    """The smallest power of two that is neither below ``size`` nor below ``least``, itself one."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
 def capability() -> int:
     """Compute capability, 90 for 9.0, of the GPU that kernels are made for; Hopper's where there is none to ask."""
     device = jax.local_devices()[0]

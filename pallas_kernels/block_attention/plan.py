@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from pallas_kernels.block_attention.blocks import Layout
+from pallas_kernels.tiles import ceil_div
 
 NOTHING = 2**31 - 1
 
@@ -49,7 +50,7 @@ def union(indices: Int32[Array, "B T K M"], layout: Layout, block_size: int, til
         first = first.transpose(0, 2, 1, 3)
         chosen = first != NOTHING
         return Union(first, chosen.astype(jnp.int32), jnp.sum(chosen, axis=-1, dtype=jnp.int32))
-    tiles = -(-T // tile)
+    tiles = ceil_div(T, tile)
     first = jnp.pad(first, ((0, 0), (0, tiles * tile - T), (0, 0), (0, 0)), constant_values=NOTHING)
     first = first.reshape(B, tiles, tile, K, M).transpose(0, 3, 1, 2, 4)
     ordered = jnp.sort(first.reshape(B, K, tiles, tile * M), axis=-1)
@@ -62,7 +63,7 @@ def union(indices: Int32[Array, "B T K M"], layout: Layout, block_size: int, til
 
 def block_bound(T: int, block_size: int, packed: bool) -> int:
     """The most blocks that can begin in a row: where documents are packed, each token may be one."""
-    return T if packed else -(-T // block_size)
+    return T if packed else ceil_div(T, block_size)
 
 
 def ordinals(layout: Layout, block_size: int, packed: bool) -> Int32[Array, "B T"]:

@@ -21,13 +21,12 @@ from pallas_kernels.block_attention.triton_tiles import (
     load_gradients,
     load_heads,
     load_piece,
-    power_of_2,
     shared_constants,
     slots,
     store_heads,
     tile_rows,
 )
-from pallas_kernels.tiles import ceil_div
+from pallas_kernels.tiles import ceil_div, power_of_2
 from pallas_kernels.triton_call import jit, tl, triton_call
 
 

@@ -17,14 +17,13 @@ from pallas_kernels.block_attention.blocks import Layout, table_size
 from pallas_kernels.block_attention.triton_tiles import (
     load_heads,
     load_keys,
-    power_of_2,
     shared_constants,
     slots,
     store_heads,
     tile_rows,
     visible_means,
 )
-from pallas_kernels.tiles import ceil_div
+from pallas_kernels.tiles import ceil_div, power_of_2
 from pallas_kernels.triton_call import jit, tl, triton_call
 
 

@@ -20,8 +20,8 @@ from pallas_kernels.batching import fold_batch
 from pallas_kernels.block_attention.api import Case
 from pallas_kernels.block_attention.blocks import BlockCache
 from pallas_kernels.block_attention.triton_select import columns, online, store_chosen
-from pallas_kernels.block_attention.triton_tiles import load_keys, power_of_2, shared_constants, slots
-from pallas_kernels.tiles import ceil_div
+from pallas_kernels.block_attention.triton_tiles import load_keys, shared_constants, slots
+from pallas_kernels.tiles import ceil_div, power_of_2
 from pallas_kernels.triton_call import jit, tl, triton_call
 
 

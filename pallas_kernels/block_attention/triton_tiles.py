@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_attention.api import Case
 from pallas_kernels.block_attention.blocks import table_size
+from pallas_kernels.tiles import power_of_2
 from pallas_kernels.triton_call import jit, tl
 from pallas_kernels.window_attention.cases import LOG2_E
 
@@ -75,10 +76,6 @@ def visible_means(position, base, token, T, C, S: tl.constexpr, BLOCKS: tl.const
     end = begin + (tl.load(position + token, mask=token < T, other=-1) + 1) // S
     lowest = tl.min(tl.where(end > begin, begin, C), 0) // BLOCKS * BLOCKS
     return begin, end, lowest, tl.max(tl.where(end > begin, end, 0), 0)
-
-
-def power_of_2(size: int, least: int = 1) -> int:
-    return max(least, 1 << (size - 1).bit_length())
 
 
 def slots(case: Case) -> int:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.block_attention.api import Case
 from pallas_kernels.block_attention.blocks import Layout, plain_layout, pool, table_size, unpool
+from pallas_kernels.tiles import ceil_div
 
 _TILE_ELEMENTS = 2**23  # float32 elements that a tile's largest arrays may take together
 
@@ -124,7 +125,7 @@ def _over_tiles(case: Case, tile: Any, carry: Any, arrays: Any) -> tuple[Any, An
     if size >= case.T:
         return tile(carry, arrays)
     size = 1 << (size.bit_length() - 1)
-    tiles = -(-case.T // size)
+    tiles = ceil_div(case.T, size)
 
     def split(x: Array, fill: int = 0) -> Array:
         x = jnp.pad(x, ((0, 0), (0, tiles * size - case.T)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.arguments import FLOATS, Arguments
 from pallas_kernels.lte_inputs.api import Case, Operands, Results
-from pallas_kernels.tiles import ceil_div
+from pallas_kernels.tiles import ceil_div, power_of_2
 from pallas_kernels.triton_call import check_installed, jit, tl, triton_call
 
 ROOM = 8  # rows of a sequence
@@ -169,6 +169,6 @@ def step(operands: Operands, active: jax.Array | None, *, method: str) -> Result
             jax.ShapeDtypeStruct(recent.shape, recent.dtype),
         ),
         grid=(ceil_div(B, rows // ROOM), K), num_warps=4, num_stages=1, input_output_aliases={6: 3},
-        B=B, H=H, K=K, N=N, ROWS=rows, GROUP=1 << (H // K - 1).bit_length(), SHARED=weight.shape[0] == 1,
+        B=B, H=H, K=K, N=N, ROWS=rows, GROUP=power_of_2(H // K), SHARED=weight.shape[0] == 1,
         PART=part, SIGMOID=method == "sigmoid", ACTIVE=active is not None,
     ))  # fmt: skip

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from pallas_kernels.batching import fold_batch
 from pallas_kernels.dispatch import UnsupportedCase
 from pallas_kernels.rms_norm.api import Case
-from pallas_kernels.tiles import ceil_div
+from pallas_kernels.tiles import ceil_div, power_of_2
 from pallas_kernels.triton_call import check_installed, interpreting, jit, tl, triton_call
 from pallas_kernels.triton_math import sigmoid
 
@@ -146,7 +146,7 @@ def _plan(kernel: str, x: jax.Array, weight: jax.Array, gated: bool) -> dict[str
     """The grid and the compile-time values of a launch."""
     (G, V), rows = weight.shape, x.shape[0] // weight.shape[0]
     elements, warps = ELEMENTS[kernel]
-    width = max(1 << (V - 1).bit_length(), 16)
+    width = power_of_2(V, 16)
     at_once = max(elements // width, 1)
     steps = STRETCH[kernel]
     return dict(
@@ -196,7 +196,7 @@ def _gradients(x, weight, gate, dy, *, eps):
 def _stream_gradients(x, weight, dy, past, *, eps):
     """dx, dweight [G,V] of the norm of a stream; ``past``: what x receives beside the norm."""
     (R, V), G, steps = x.shape, weight.shape[0], STRETCH["backward"]
-    width = max(1 << (V - 1).bit_length(), 16)
+    width = power_of_2(V, 16)
     grid = (ceil_div(R // G, steps), G)
     dx, dweight = triton_call(
         _stream_backward, x, weight, dy, past, R // G, eps,

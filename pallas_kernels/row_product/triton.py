@@ -14,7 +14,7 @@ import jax
 
 from pallas_kernels.dispatch import UnsupportedCase
 from pallas_kernels.row_product.api import Case
-from pallas_kernels.tiles import ceil_div
+from pallas_kernels.tiles import ceil_div, power_of_2
 from pallas_kernels.triton_call import check_installed, jit, tl, triton_call
 
 MAX_PIECES = 6
@@ -153,12 +153,12 @@ def tiles_of(case: Case) -> Tiles:
     One row: each program has its whole part of the weight in flight. Several: the fewer programs, the fewer times x is
     read, as long as half of the processors have one.
     """
-    width, depth = sum(case.widths), 1 << (case.depth - 1).bit_length()
+    width, depth = sum(case.widths), power_of_2(case.depth)
     if case.rows == 1:
         few = ceil_div(width, 8) < 2 * PROCESSORS and not case.gated
         columns = 4 if few and case.depth > 1024 else 8
         return Tiles(1, columns, min(depth, 512 if case.gated else 1024), 8 if few else 4, 1)
-    rows, depth = min(64, max(16, 1 << (case.rows - 1).bit_length())), max(depth, 16)  # of a tensor core
+    rows, depth = min(64, power_of_2(case.rows, 16)), max(depth, 16)  # of a tensor core
     columns = 128
     while columns > 16 and ceil_div(width, columns) < PROCESSORS // 2 - 2:
         columns //= 2

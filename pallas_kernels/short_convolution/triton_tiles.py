@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from pallas_kernels.tiles import power_of_2
+
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
@@ -29,5 +31,5 @@ _CHOICES = {
 def choose(kernel: str, channels: int, packed: bool) -> Tile:
     """The tile of a kernel ("forward" or "backward"), narrower where there are fewer channels."""
     tile = _CHOICES[kernel, packed]
-    width = min(tile.width, max(32, 1 << (channels - 1).bit_length()))
+    width = min(tile.width, power_of_2(channels, 32))
     return dataclasses.replace(tile, width=width, warps=max(tile.warps * width // tile.width, 1))

@@ -19,6 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.tiles import ceil_div
 from pallas_kernels.window_attention.api import Case
 from pallas_kernels.window_attention.cases import FAR, LOG2_E
 from pallas_kernels.window_attention.pallas_dq import two_products
@@ -315,7 +316,7 @@ def _call(
     W, QUERIES, stages = tiles.warpgroups, tiles.queries, tiles.stages
     plan, used = plan_keys(case, tiles, keys.low, keys.high)
     key_tiles = plan.shape[2]
-    written = -(-case.C // (W * ROWS)) if listed else key_tiles
+    written = ceil_div(case.C, W * ROWS) if listed else key_tiles
     programs = program_count(key_tiles * case.B * case.K, case.B * case.K)
     shapes = []
     for want, x in zip(wanted, (keys.k, keys.v), strict=True):

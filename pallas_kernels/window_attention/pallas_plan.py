@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
+from pallas_kernels.tiles import ceil_div
 from pallas_kernels.window_attention.api import Case, Operands
 from pallas_kernels.window_attention.cases import FAR
 from pallas_kernels.window_attention.columns import DocumentBounds, Retained, query_bounds, retained, survey
@@ -44,7 +45,7 @@ class Known(NamedTuple):
 
 
 def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+    return ceil_div(n, multiple) * multiple
 
 
 def cached_slots(case: Case) -> int:
@@ -126,7 +127,7 @@ def plan_queries(case: Case, known: Known, keys: int, warpgroups: int) -> QueryP
     # What depends on no data is worked out before the program runs, not by small kernels within it.
     xp: Any = jnp if any(x is not None for x in known) else np
     W, size = case.width, warpgroups * ROWS
-    tiles = -(-case.T // size)
+    tiles = ceil_div(case.T, size)
     i_first = case.U - case.T + xp.arange(tiles, dtype=xp.int32) * size
     i_last = xp.minimum(i_first + size, case.U) - 1
     unit_first = i_first[:, None] + xp.arange(warpgroups, dtype=xp.int32) * ROWS

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.tiles import ceil_div
 from pallas_kernels.triton_call import jit, tl, triton_call
 from pallas_kernels.window_attention.api import Case, Operands
 from pallas_kernels.window_attention.triton_plan import Plan, plan_arguments
@@ -287,7 +288,7 @@ def call_dkv(
     """(dk, dv, dscores) of the keys, of the list of retained keys (float32, in its order), or of a cache's columns."""
     length = case.C if kind == "cache" else case.U
     together, launched = launch(case, "dkv", length)
-    steps = -(-case.T // launched["QUERIES"]) * (case.H // case.K)
+    steps = ceil_div(case.T, launched["QUERIES"]) * (case.H // case.K)
     scores = kind == "window" and case.scores
     listed = kind == "retained"
     shapes = [(case.B, case.K, length, n) if listed else (case.B, length, case.K, n) for n in (case.N, case.V)]
@@ -306,7 +307,7 @@ def call_dkv(
         case.U,
         case.width,
         together,
-        min(PARTS, -(-steps // STEPS)),
+        min(PARTS, ceil_div(steps, STEPS)),
         out_shape=(
             jax.ShapeDtypeStruct(shapes[0], dtype),
             jax.ShapeDtypeStruct(shapes[1], dtype),

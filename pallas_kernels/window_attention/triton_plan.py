@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from pallas_kernels.tiles import power_of_2
 from pallas_kernels.triton_call import jit, tl, triton_call
 from pallas_kernels.window_attention.api import Case, Operands
 from pallas_kernels.window_attention.columns import DocumentBounds, Retained, query_bounds, survey
@@ -58,7 +59,7 @@ def list_retained(case: Case, expiry: Any, begin: Any) -> Retained:
         num_warps=8,
         K=case.K,
         SEGMENTS=begin is not None,
-        BLOCK=min(4096, max(128, 1 << (case.U - 1).bit_length())),
+        BLOCK=min(4096, power_of_2(case.U, 128)),
     )
     return Retained(*result)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import Arguments
+from pallas_kernels.tiles import ceil_div, power_of_2
 from pallas_kernels.triton_call import LONGEST_AXIS, jit, tl, triton_call
 from pallas_kernels.window_attention.api import StepCase, UpdateCase
 from pallas_kernels.window_attention.cases import LOG2_E
@@ -177,7 +178,7 @@ def step(
     tiles, stretch = tiles_of(case)
     shares = []
     for pair in (groups[n : n + 2] for n in range(0, len(groups), 2)):
-        parts = sum(-(-slots // stretch) for *_, slots, _ in pair)
+        parts = sum(ceil_div(slots, stretch) for *_, slots, _ in pair)
         # One group stands in for an absent second, which S_1 = 0 leaves unread: its pointers' types fit.
         arrays = [x for k, v, held, *_ in (pair * 2)[:2] for x in (k, v, _held(held))]
         shares.append(
@@ -207,7 +208,7 @@ def step(
         PARTS=parts,
         G=case.H // case.K,
         V=case.V,
-        PARTS_BLOCK=1 << (parts - 1).bit_length(),
+        PARTS_BLOCK=power_of_2(parts),
         V_BLOCK=block(case.V),
     )
 
@@ -220,7 +221,7 @@ def tiles_of(case: StepCase | UpdateCase) -> tuple[StepTiles, int]:
     if case.dtype == "float32":
         tiles = dataclasses.replace(tiles, keys=min(tiles.keys, 32), stages=1)
     parts = max(1, min(64, tiles.programs // (case.B * case.K)))
-    return tiles, tiles.keys * -(-sum(case.slots) // (parts * tiles.keys))
+    return tiles, tiles.keys * ceil_div(sum(case.slots), parts * tiles.keys)
 
 
 def check_step(case: Any) -> None:

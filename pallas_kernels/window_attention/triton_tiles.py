@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pallas_kernels.tiles import capability
+from pallas_kernels.tiles import capability, ceil_div, power_of_2
 from pallas_kernels.triton_call import LONGEST_AXIS, constant, jit, tl
 from pallas_kernels.window_attention import cases
 from pallas_kernels.window_attention.cases import LOG2_E, Case
@@ -323,7 +323,7 @@ def spacious() -> bool:
 
 def block(size: int) -> int:
     """A head size, padded to a tile: a power of two, at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
+    return power_of_2(size, 16)
 
 
 def tiles_for(case: Case, name: str) -> Tiles:
@@ -361,5 +361,5 @@ def launch(case: Case, name: str, length: int) -> tuple[int, dict[str, Any]]:
     tiles = tiles_for(case, name)
     heads, size = (case.B * case.K, tiles.keys) if name == "dkv" else (case.B * case.H, tiles.queries)
     together = heads_together(heads, "window" if name == "forward" and not retains(case) else name)
-    grid = grid_of(heads, -(-length // size), together)
+    grid = grid_of(heads, ceil_div(length, size), together)
     return together, {"grid": grid, "num_warps": tiles.warps, "num_stages": tiles.stages, **options(case, tiles)}

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.tiles import ceil_div, power_of_2
 from pallas_kernels.triton_call import jit, tl, triton_call
 from pallas_kernels.window_attention.api import DecodeCache, UpdateCase
 from pallas_kernels.window_attention.triton_step import (
@@ -155,7 +156,7 @@ def update_step(
 ) -> tuple[jax.Array, DecodeCache]:
     """(o [B,H,V], the cache, written in place): see ``api.window_attention_update_step``."""
     tiles, stretch = tiles_of(case)
-    parts = sum(-(-count // stretch) for count in case.slots)
+    parts = sum(ceil_div(count, stretch) for count in case.slots)
     flags = None if active is None else active.astype(jnp.int8)
     layer = layer.reshape(1)
     update: dict[str, Any] = {
@@ -198,7 +199,7 @@ def update_step(
         REACH=case.reach,
         PARTS=parts,
         G=case.H // case.K,
-        PARTS_BLOCK=1 << (parts - 1).bit_length(),
+        PARTS_BLOCK=power_of_2(parts),
         **update,
         **{name: sizes[name] for name in ("K", "N", "V", "N_BLOCK", "V_BLOCK")},
     )
