@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import tempfile
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -63,7 +64,7 @@ def convert(source: str, target: str, step: int | None = None, tokenizer: str | 
             found.save(folder)
             # Their generation begins and ends by the config's numbers, which nothing here reads.
             ids = {"bos_token_id": found.bos_id, "eos_token_id": found.eos_id}
-            known = {name: number for name, number in ids.items() if number is not None}
+            known: dict[str, Any] = {name: number for name, number in ids.items() if number is not None}
             model.config = dataclasses.replace(model.config, **known)
         save_pretrained(model, target, tokenizer_folder=folder, penalty=penalty)
     print(f"{target}: a Hugging Face folder of the authors' format")
