@@ -65,7 +65,7 @@ def training_loss(
     metrics = {"ce": ce, "correct": correct, "targets": count}
     if not aux:
         return ce, {**metrics, "loss": ce}
-    valid = retention.scored_positions(input_ids.shape, segment_ids, router_reach(model.config))  # type: ignore[arg-type]
+    valid = retention.scored_positions(input_ids.shape, segment_ids, router_reach(model.config))
     metrics |= {
         "scored": jnp.sum(valid, dtype=jnp.float32),
         "selected": retention.selected_counts(jax.lax.stop_gradient(aux["scores"]), valid),

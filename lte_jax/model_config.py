@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lte_jax.mixers import config_from_dict, config_to_dict, lte, mixer_name
+from lte_jax.mixers import config_from_dict, config_to_dict, gated_deltanet, lte, mixer_name
 from lte_jax.mixers.base import MixerConfig
 
 
@@ -53,9 +53,7 @@ class ModelConfig:
         if len(kv_heads) > 1:
             raise ValueError(f"the LTE layers have {sorted(kv_heads)} KV heads; the penalty needs one number for all")
         for below, mixer in zip((None, *self.pattern), self.pattern, strict=False):
-            if getattr(mixer, "retention", None) == "write_strength" and (
-                below is None or mixer_name(below) != "gated_deltanet"
-            ):
+            if _ranks_by_writes(mixer) and not isinstance(below, gated_deltanet.Config):
                 raise ValueError(
                     "retention='write_strength' ranks tokens by the delta rule's write in the layer below: put a "
                     "gated_deltanet directly before that lte layer in the pattern"
@@ -80,12 +78,17 @@ class ModelConfig:
         return tuple(mixer_name(mixer) for mixer in self.pattern) * (self.num_layers // len(self.pattern))
 
 
+def _ranks_by_writes(mixer: MixerConfig | None) -> bool:
+    """Whether this is an LTE layer that ranks tokens by the delta rule's writes in the layer below."""
+    return isinstance(mixer, lte.Config) and mixer.retention == "write_strength"
+
+
 def with_emitters(pattern: tuple[MixerConfig, ...]) -> tuple[MixerConfig, ...]:
     """The pattern, where a GDN layer below a mixer that ranks by write strength reports it."""
     above = (*pattern[1:], None)
     return tuple(
-        dataclasses.replace(mixer, emit_write_strength=True)  # type: ignore[call-arg]
-        if getattr(upper, "retention", None) == "write_strength"
+        dataclasses.replace(mixer, emit_write_strength=True)
+        if isinstance(mixer, gated_deltanet.Config) and _ranks_by_writes(upper)
         else mixer
         for mixer, upper in zip(pattern, above, strict=True)
     )

@@ -87,7 +87,7 @@ def init_state(layers: int, heads: int, length: int) -> PenaltyState:
     )
 
 
-def scored_positions(shape: tuple[int, int], segment_ids: SegmentIds | None, reach: int) -> Bool[Array, "B T"]:
+def scored_positions(shape: tuple[int, ...], segment_ids: SegmentIds | None, reach: int) -> Bool[Array, "B T"]:
     """True where the router has seen its whole right context: all but the last ``reach`` tokens of each document."""
     batch, length = shape
     if segment_ids is None:

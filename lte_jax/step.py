@@ -224,7 +224,7 @@ class Builder:
         weights = None
         if state.penalty is not None:
             reach = losses.router_reach(self.config.model)
-            valid = retention.scored_positions(batch["input_ids"].shape, batch.get("segment_ids"), reach)  # type: ignore[arg-type]
+            valid = retention.scored_positions(batch["input_ids"].shape, batch.get("segment_ids"), reach)
             scored, weights = jnp.sum(valid, dtype=jnp.float32), state.penalty.weights
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), step)
 
@@ -262,15 +262,11 @@ class Builder:
 
 def learned_retention(config: ModelConfig) -> LTEConfig | None:
     """The settings of the layers whose routers learn what to keep; None for a model without any."""
-    found = [
-        mixer
-        for mixer in config.pattern
-        if mixer_name(mixer) == "lte" and getattr(mixer, "retention", None) == "learned"
-    ]
-    budgets, heads = ({getattr(mixer, name) for mixer in found} for name in ("budget", "kv_heads"))
+    found = [mixer for mixer in config.pattern if isinstance(mixer, LTEConfig) and mixer.retention == "learned"]
+    budgets, heads = {mixer.budget for mixer in found}, {mixer.kv_heads for mixer in found}
     if len(budgets) > 1 or len(heads) > 1:
         raise ValueError(
             f"the LTE layers have budgets {sorted(budgets)} and {sorted(heads)} KV heads: the penalty's controller has "
             "one of each for all layers; make them equal"
         )
-    return found[0] if found else None  # type: ignore[return-value]
+    return found[0] if found else None

@@ -24,7 +24,7 @@ from lte_jax.decode import take_apart
 from lte_jax.inputs import check_tokens
 from lte_jax.layers import rotary
 from lte_jax.lengths import check_lengths
-from lte_jax.mixers import lte, lte_store, mixer_name
+from lte_jax.mixers import lte, lte_store
 from lte_jax.mixers.base import Aux
 from lte_jax.mixers.lte_config import needs_shared_router, rule_scores
 from lte_jax.model import LanguageModel
@@ -97,14 +97,14 @@ def probe(model: LanguageModel, tokens: np.ndarray) -> Found:
     for weights in take_apart(nnx.state(model.units), model.config.num_layers // len(model.config.pattern)):
         x, notes = _unit(graph, state, weights, x)
         seen += jax.device_get(notes)
-    configs = [config for config in model.config.pattern if mixer_name(config) == "lte"]
+    configs = [config for config in model.config.pattern if isinstance(config, lte.Config)]
     configs *= len(layers) // len(configs)
     return Found(
         tokens=tokens,
         layers=layers,
-        window=tuple(config.window for config in configs),  # type: ignore[attr-defined]
-        budget=tuple(config.budget for config in configs),  # type: ignore[attr-defined]
-        sinks=tuple(config.sinks for config in configs),  # type: ignore[attr-defined]
+        window=tuple(config.window for config in configs),
+        budget=tuple(config.budget for config in configs),
+        sinks=tuple(config.sinks for config in configs),
         **{name: np.stack([notes[name] for notes in seen]) for name in ("scores", "gone", "mass")},
     )
 
