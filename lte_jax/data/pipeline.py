@@ -25,6 +25,8 @@ from lte_jax.data.packing import IGNORE, DataError, Row, UnreadableError
 
 def mix_seed(*seeds: int) -> int:
     """A 32-bit seed from several: grain shuffles epoch e with seed + e, so neighbouring seeds must not be used raw."""
+    if min(seeds) < 0:
+        raise DataError(f"seed={min(seeds)}: it must not be negative; raise it")
     return int(np.random.SeedSequence(seeds).generate_state(1)[0])
 
 

@@ -54,6 +54,7 @@ class Task(abc.ABC):
 
     def rows(self, split: Split = "train", *, batch_size: int | None = None) -> grain.MapDataset:
         """The rows of a split in training order: without end for "train", ``heldout_rows`` of them for "heldout"."""
+        require(self.seed >= 0, f"seed={self.seed}", "it must not be negative", "raise it")
         self.check()
         if split == "heldout":
             return grain.MapDataset.source(TaskRows(self, split, self.heldout_rows))

@@ -82,6 +82,8 @@ def needles(
     Text needles are placed at ``depths`` even depths, and a row counts if every token of the answer is right. Symbols
     lie where the task draws them: a question counts in the depth's range that its needle fell into.
     """
+    if depths < 1:
+        raise ValueError(f"depths={depths}: it must be at least 1")
     rows = []
     check_lengths(model, options.batch_size, max(lengths or [task.length]))
     for length in lengths or [task.length]:
@@ -128,11 +130,11 @@ def positions(
     check_fits(tokenizer, model.config.vocab_size)
     if not 1 <= ranges <= length - 1:
         raise ValueError(f"ranges={ranges}: it must be at least 1 and below length={length}")
-    rows = [ids[:length] for ids in _documents(tokenizer, path) if len(ids) >= length]
+    long_enough = (ids[:length] for ids in _documents(tokenizer, path) if len(ids) >= length)
+    rows = list(itertools.islice(long_enough, options.num_samples))  # of a large corpus no more is read
     if not rows:
         raise DataError(f"{path}: no document has {length} tokens; shorten --lengths or give longer ones")
     check_lengths(model, options.batch_size, length)
-    rows = rows[: options.num_samples]
     losses = np.concatenate(
         [loss for loss, _ in _losses(model, [row[:-1] for row in rows], [row[1:] for row in rows], options)]
     )

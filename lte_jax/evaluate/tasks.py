@@ -113,6 +113,8 @@ def run_tasks(
         that the task cannot make.
     """
     names = expand(tasks)
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit={limit}: it must be at least 1, or left out for all documents")
     if lengths and max(lengths) > adapter.max_length:
         raise ValueError(
             f"--lengths={max(lengths)}: every such sample would be cut to max_length={adapter.max_length}; raise "

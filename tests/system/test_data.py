@@ -136,6 +136,7 @@ def test_text_needles_stand_at_the_depth_and_in_any_text(tmp_path):
         (data.MQAR(length=64, pairs=17), "at least 4"),
         (data.Copying(symbols=60), "2 \\* symbols"),
         (data.TextNeedles(length=50), "raise length"),
+        (data.SymbolNeedles(seed=-1), "seed=-1"),
     ],
 )
 def test_task_errors_name_value_rule_and_fix(task, message):

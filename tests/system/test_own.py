@@ -59,6 +59,8 @@ def test_needles_are_counted_in_the_depth_where_they_lie():
         (depth + 0.5) / 4: np.mean(hits) for depth, hits in expected.items()
     }
     assert own.needles(build(), task, OPTIONS, depths=4) == found
+    with pytest.raises(ValueError, match="depths=0: it must be at least 1"):
+        own.needles(build(), task, OPTIONS, depths=0)
 
 
 def test_text_needles_lie_at_the_depths_asked_for():

@@ -51,6 +51,8 @@ def test_ruler_makes_its_samples_with_the_models_own_tokenizer(monkeypatch):
     }
     assert found["truncated"] == 0 and len(asked) == 6
     assert 2048 < max(asked[:2]) <= 4096 and max(asked[4:]) <= 1024  # sorted by length, longest first
+    with pytest.raises(ValueError, match="--limit=0: it must be at least 1, or left out for all documents"):
+        tasks.run_tasks(adapter, ["niah_single_1"], lengths=lengths, limit=0)
     docs = [sample["doc"]["input"] for sample in found["samples"]["niah_single_1"]]
     again = tasks.run_tasks(adapter, ["niah_single_1"], lengths=lengths, limit=2, seed=1, log_samples=True)
     assert [sample["doc"]["input"] for sample in again["samples"]["niah_single_1"]] == docs
