@@ -1,7 +1,7 @@
 """Scores a checkpoint: on data, on tasks of our own, or on those of lm-evaluation-harness.
 
-python -m experiments.evaluate --checkpoint=runs/quickstart
-python -m experiments.evaluate --checkpoint=runs/quickstart --own=needles --lengths=96,192 --num_samples=200
+python -m experiments.evaluate --checkpoint=runs/quickstart/lalte
+python -m experiments.evaluate --checkpoint=runs/quickstart/lalte --own=needles --lengths=96,192 --num_samples=200
 python -m experiments.evaluate --checkpoint=runs/text --own=bytes --text=corpus/
 python -m experiments.evaluate --checkpoint=runs/text --inspect --text=corpus/story.txt --lengths=2048
 python -m experiments.evaluate --checkpoint=lalte-1.4b --tasks=short_context --output=results.json --cache=answers.jsonl
