@@ -39,7 +39,12 @@ READ = {
 def define_flags() -> None:
     define_path("checkpoint", None, "A training run's folder, or a Hugging Face folder of the authors' format.")
     flags.DEFINE_integer("step", None, "Which checkpoint of a run; default the newest.")
-    define_path("output", None, "The JSON file to write, and a picture beside it; default in the run's folder.")
+    define_path(
+        "output",
+        None,
+        "The JSON file to write, and a picture beside it; default in the run's folder, "
+        "where earlier results of the name get a number.",
+    )
     flags.DEFINE_string("data", None, "Kind of data set (SymbolNeedles, Text, MQAR, ...); default the run's own.")
     flags.DEFINE_multi_string("set", [], "A setting of the data set, such as length=512 or path=corpus/.")
     flags.DEFINE_enum("split", "heldout", ["heldout", "train"], "Which rows.")

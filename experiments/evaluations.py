@@ -5,6 +5,7 @@ Each writes its JSON, and a picture beside it, whole or not at all, and returns 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,16 @@ def _target(output: str | None, place: restore.Place, name: str) -> Path:
         raise ValueError(f"--output={output}: the name of the JSON file; the picture beside it takes .png")
     check_target(target)
     return target
+
+
+def _write(target: Path, record: dict[str, Any], named: bool) -> None:
+    """Writes a result. One of before with this name, unless the caller has ``named`` it, gets a number and stays."""
+    if target.exists() and not named:
+        number = next(n for n in itertools.count(1) if not target.with_stem(f"{target.stem}-{n}").exists())
+        for old in (target.with_suffix(suffix) for suffix in (".json", ".png", ".samples.jsonl")):
+            if old.exists():
+                old.rename(old.with_name(old.name.replace(target.stem, f"{target.stem}-{number}", 1)))
+    write_json(target, record)
 
 
 def evaluate_data(
@@ -66,7 +77,7 @@ def evaluate_data(
         **scores.to_dict(),
         **({} if chance is None else {"chance": chance}),
     }
-    write_json(target, record)
+    _write(target, record, output is not None)
     scores_picture(scores, target.with_suffix(".png"), type(data).__name__)
     print(f"loss {scores.loss:.4f}, perplexity {scores.perplexity:.4g}, accuracy {scores.accuracy:.4f}", end="")
     print(f" ({scores.targets:,} targets{'' if chance is None else f', chance {chance:.4f}'})")
@@ -120,7 +131,8 @@ def evaluate_tasks(
     harness = HarnessModel(loaded.model, loaded.tokenizer, texts, mesh=mesh, seed=seed, **settings)
     results = run_tasks(harness, tasks, **options)
     samples = results.pop("samples", None)
-    write_json(target, {"checkpoint": str(checkpoint), "step": loaded.step, **(adapter or {}), **options, **results})
+    record = {"checkpoint": str(checkpoint), "step": loaded.step, **(adapter or {}), **options, **results}
+    _write(target, record, output is not None)
     if samples is not None:
         write_samples(samples, target.with_suffix(".samples.jsonl"))
     for task, numbers in results["results"].items():
@@ -186,7 +198,7 @@ def evaluate_own(
         if not parts:
             raise ValueError(f"--lengths={','.join(map(str, lengths))}: the task has no such length")
         result = own.mqar(model, chosen, parts=parts, vocabulary=data.vocabulary)
-    return _write_result(checkpoint, loaded.step, result, options, target)
+    return _write_result(checkpoint, loaded.step, result, options, target, output is not None)
 
 
 def evaluate_text(
@@ -216,14 +228,14 @@ def evaluate_text(
     task = own.positions if name == "positions" else own.bytes_perplexity
     length = loaded.model.config.max_length if length is None else length
     result = task(loaded.model, loaded.tokenizer, text, own.Options(**options), length=length)
-    return _write_result(checkpoint, loaded.step, result, options, target)
+    return _write_result(checkpoint, loaded.step, result, options, target, output is not None)
 
 
 def _write_result(
-    checkpoint: str, step: int | None, result: own.Result, options: dict[str, Any], target: Path
+    checkpoint: str, step: int | None, result: own.Result, options: dict[str, Any], target: Path, named: bool
 ) -> dict[str, Any]:
     record = {"checkpoint": str(checkpoint), "step": step, **options, **result.to_dict()}
-    write_json(target, record)
+    _write(target, record, named)
     result_picture(result, target.with_suffix(".png"), Path(checkpoint).name)
     print(own.table(result))
     print(f"{target}, {target.with_suffix('.png')}")

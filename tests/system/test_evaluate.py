@@ -89,6 +89,12 @@ def test_the_runs_own_held_out_rows_are_the_default(run, capsys):
     assert written["chance"] == 0.25 and written["data"]["length"] == 48 and len(written["by_distance"]) == 4
     assert (run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     assert "tokens back" in capsys.readouterr().out
+    for split, kept in (("train", 1), ("heldout", 2)):  # an earlier result is never written over
+        evaluate_data(str(run), split=split, batches=1, batch_size=8)
+        for name in (f"evaluation-{kept}.json", f"evaluation-{kept}.png", "evaluation.json", "evaluation.png"):
+            assert (run / name).exists()
+    assert json.loads((run / "evaluation-1.json").read_text()) == written
+    assert json.loads((run / "evaluation-2.json").read_text())["split"] == "train"
 
 
 def test_other_data_and_settings_can_be_named(run, tmp_path):
