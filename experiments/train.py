@@ -29,7 +29,10 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("set", [], "A setting: a.b=value. May be repeated.")
     define_path("init_from", None, "Start from the weights of a run's folder or of a Hugging Face folder.")
     flags.DEFINE_multi_string(
-        "allow_change", [], "A setting of the optimizer that a run may change when it goes on. May be repeated."
+        "allow_change",
+        [],
+        "A setting that a run may change when it goes on: of the optimizer, or data.path where the data were moved. May "
+        "be repeated.",
     )
     flags.DEFINE_string("profile", None, "START:STEPS writes a trace of these steps into workdir/profile.")
     flags.DEFINE_bool("deterministic", False, "On a GPU: the same bits at every run, somewhat slower.")

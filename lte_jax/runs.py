@@ -8,7 +8,7 @@
     .lock             held by process 0 of the launch that is at work here
 
 A folder belongs to one run: another config, or files of something else, are refused and never overwritten. A setting of
-the optimiser may change when that is stated.
+the optimiser, or where the data lie, may change when that is stated.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FREE = (
 dropout (``accumulation``), rows left out because they cannot be read (``reading.bad_rows``) and what becomes of loss
 spikes (``spikes``)."""
 
-STATED = ("optimizer",)
+STATED = ("optimizer", "data.path", "data.tokenizer")
 """Settings that a run may change besides where the change is stated (``--allow_change``); its metrics keep the step."""
 
 LOCK = ".lock"

@@ -62,7 +62,7 @@ def train(
       init_from: folder of a run or of the authors' weights to start from, for a run that has no checkpoint yet.
       profile: (first step, how many) to trace into ``workdir/profile``.
       devices: default all.
-      allow_change: settings of the optimiser that a run may change when it goes on, such as "optimizer.learning_rate".
+      allow_change: settings that a run may change when it goes on (``runs.STATED``), such as "optimizer.learning_rate".
 
     Raises:
       ValueError: settings, data or a folder that cannot be used, before any step.

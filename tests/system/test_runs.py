@@ -69,6 +69,17 @@ def test_a_learning_rate_changes_where_that_is_stated_and_the_step_is_kept(tmp_p
     assert metas(tmp_path)[4]["config"]["optimizer"]["learning_rate"] == 3e-3
 
 
+def test_a_run_goes_on_where_its_data_were_moved():
+    before = configs.to_dict(config(data=data.PackedRows(path="/old/shards")))
+    after = configs.to_dict(config(data=data.PackedRows(path="/new/shards")))
+    with pytest.raises(runs.RunError, match=r"data.path '/old/shards' -> .* go on .*: --allow_change=data.path$"):
+        runs.check_same(before, after, "run")
+    runs.check_stated(["data.path"])
+    runs.check_same(before, after, "run", ["data.path"])
+    with pytest.raises(runs.RunError, match=r"data\.seed 0 -> 1"):
+        runs.check_same(before, {**after, "data": {**after["data"], "seed": 1}}, "run", ["data.path"])
+
+
 def test_a_second_launch_in_a_folder_is_refused_and_names_the_first(tmp_path):
     settings = {"seed": 0}
     folder, lock = runs.claim(tmp_path / "run", settings)
