@@ -31,8 +31,8 @@ def define_flags() -> None:
     flags.DEFINE_multi_string(
         "allow_change",
         [],
-        "A setting that a run may change when it goes on: of the optimizer, or data.path where the data were moved. May "
-        "be repeated.",
+        "A setting that a run may change when it goes on: of the optimizer, or data.path where the data were moved. "
+        "May be repeated.",
     )
     flags.DEFINE_string("profile", None, "START:STEPS writes a trace of these steps into workdir/profile.")
     flags.DEFINE_bool("deterministic", False, "On a GPU: the same bits at every run, somewhat slower.")
