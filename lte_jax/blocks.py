@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from flax import nnx
-from jax.typing import DTypeLike
 
 from lte_jax import partition
 from lte_jax.dims import Hidden, SegmentIds
 from lte_jax.inputs import zero_padding
-from lte_jax.layers import GatedMLP, InitRule, RMSNorm, mlp_width
+from lte_jax.layers import GatedMLP, Recipe, RMSNorm, mlp_width
 from lte_jax.mixers import mixer_module
 from lte_jax.mixers.base import Aux, MixerConfig
 from lte_jax.model_config import ModelConfig, with_emitters
@@ -20,27 +19,14 @@ from lte_jax.remat import operand
 class Block(nnx.Module):
     """Pre-norm residual layer: x += mixer(rms(x)); x += mlp(rms(x))."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        mixer: MixerConfig,
-        *,
-        init: InitRule,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-        implementation: str | None,
-    ):
-        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.mixer_norm = RMSNorm(config.width, eps=config.norm_eps, **types)
-        self.mixer = mixer_module(mixer)(
-            mixer, config.width, init=init, max_length=config.max_length, implementation=implementation, **types
-        )
+    def __init__(self, config: ModelConfig, mixer: MixerConfig, recipe: Recipe):
+        self.mixer_norm = RMSNorm(config.width, recipe, eps=config.norm_eps)
+        self.mixer = mixer_module(mixer)(mixer, config.width, recipe)
         # The norms' sizes are few: another name than "xla" is that of a mixer's kernels, and theirs is the fastest.
-        self._norms = "xla" if implementation == "xla" else None
-        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, **types)
+        self._norms = "xla" if recipe.implementation == "xla" else None
+        self.mlp_norm = RMSNorm(config.width, recipe, eps=config.norm_eps)
         inner = mlp_width(config.width, config.hidden_ratio, config.intermediate_size)
-        self.mlp = GatedMLP(config.width, inner, init=init, **types)
+        self.mlp = GatedMLP(config.width, inner, recipe)
 
     def __call__(self, x: Hidden, **kwargs: Any) -> tuple[Hidden, Aux]:
         x, normed = self._normed(self.mixer_norm, x)
@@ -66,5 +52,5 @@ class Block(nnx.Module):
 class Unit(nnx.Module):
     """One repeat of the pattern: what a scan step runs."""
 
-    def __init__(self, config: ModelConfig, **kwargs: Any):
-        self.blocks = nnx.List([Block(config, mixer, **kwargs) for mixer in with_emitters(config.pattern)])
+    def __init__(self, config: ModelConfig, recipe: Recipe):
+        self.blocks = nnx.List([Block(config, mixer, recipe) for mixer in with_emitters(config.pattern)])

@@ -47,21 +47,34 @@ class InitRule:
         return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def parameter(
-    initializer: Initializer,
-    shape: Sequence[int],
-    axes: Sequence[str | None],
-    param_dtype: DTypeLike,
-    rngs: nnx.Rngs,
-    multiplied: bool = False,
-) -> nnx.Param:
-    """A parameter of ``shape`` whose dimensions carry the logical names ``axes``.
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How the modules of one model are made: what each of them is given.
 
-    ``multiplied``: every reader casts it to the model's dtype first (``as_read``).
+    Attributes:
+      rngs: draws the parameters from its ``params`` stream.
+      dtype: of the computation; param_dtype: of the stored weights.
+      max_length: the default bound of caches that grow.
+      implementation: of every operation; None picks the fastest.
     """
-    assert len(axes) == len(shape), f"{len(axes)} axis names for {len(shape)} dimensions"
-    named: dict[str, Any] = {"multiplied": True} if multiplied else {}
-    return nnx.Param(initializer(rngs.params(), tuple(shape), param_dtype), axes=tuple(axes), **named)
+
+    rngs: nnx.Rngs
+    init: InitRule = InitRule()
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    max_length: int = 4096
+    implementation: str | None = None
+
+    def parameter(
+        self, initializer: Initializer, shape: Sequence[int], axes: Sequence[str | None], multiplied: bool = False
+    ) -> nnx.Param:
+        """A parameter of ``shape`` whose dimensions carry the logical names ``axes``.
+
+        ``multiplied``: every reader casts it to the model's dtype first (``as_read``).
+        """
+        assert len(axes) == len(shape), f"{len(axes)} axis names for {len(shape)} dimensions"
+        named: dict[str, Any] = {"multiplied": True} if multiplied else {}
+        return nnx.Param(initializer(self.rngs.params(), tuple(shape), self.param_dtype), axes=tuple(axes), **named)
 
 
 def as_read(state: Any, dtype: DTypeLike) -> Any:
@@ -75,25 +88,25 @@ def as_read(state: Any, dtype: DTypeLike) -> Any:
 
 
 class Linear(nnx.Module):
-    """y = x W + b, with W [in, out]; bias only if asked for (it starts at 0)."""
+    """y = x W + b, with W [in, out]; bias only if asked for (it starts at 0).
+
+    ``residual``: y goes into the residual stream, which decides how W starts.
+    """
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
+        recipe: Recipe,
         *,
         axes: tuple[str | None, str | None],
-        init: Initializer,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        residual: bool = False,
         use_bias: bool = False,
     ):
-        self.weight = parameter(init, (in_features, out_features), axes, param_dtype, rngs, multiplied=True)
-        self.bias = (
-            parameter(jax.nn.initializers.zeros, (out_features,), axes[1:], param_dtype, rngs) if use_bias else None
-        )
-        self.dtype = dtype
+        start = recipe.init.residual(in_features) if residual else recipe.init.normal()
+        self.weight = recipe.parameter(start, (in_features, out_features), axes, multiplied=True)
+        self.bias = recipe.parameter(jax.nn.initializers.zeros, (out_features,), axes[1:]) if use_bias else None
+        self.dtype = recipe.dtype
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         y = _multiply(x.astype(self.dtype), self.weight[...].astype(self.dtype))
@@ -115,19 +128,10 @@ def _multiply(x: Float[Array, "... I"], weight: Float[Array, "I O"]) -> Float[Ar
 class RMSNorm(nnx.Module):
     """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension, computed in float32."""
 
-    def __init__(
-        self,
-        features: int,
-        *,
-        eps: float,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-        axis: str | None = None,
-    ):
-        self.weight = parameter(jax.nn.initializers.ones, (features,), (axis,), param_dtype, rngs)
+    def __init__(self, features: int, recipe: Recipe, *, eps: float):
+        self.weight = recipe.parameter(jax.nn.initializers.ones, (features,), (None,))
         self.eps = eps
-        self.dtype = dtype
+        self.dtype = recipe.dtype
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
@@ -178,13 +182,10 @@ def mlp_width(width: int, hidden_ratio: float, intermediate_size: int | None) ->
 class GatedMLP(nnx.Module):
     """SwiGLU: y = (silu(x W_gate) * (x W_up)) W_down, no biases."""
 
-    def __init__(
-        self, width: int, inner: int, *, init: InitRule, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ):
-        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.gate_proj = Linear(width, inner, axes=("embed", "mlp"), init=init.normal(), **kwargs)
-        self.up_proj = Linear(width, inner, axes=("embed", "mlp"), init=init.normal(), **kwargs)
-        self.down_proj = Linear(inner, width, axes=("mlp", "embed"), init=init.residual(inner), **kwargs)
+    def __init__(self, width: int, inner: int, recipe: Recipe):
+        self.gate_proj = Linear(width, inner, recipe, axes=("embed", "mlp"))
+        self.up_proj = Linear(width, inner, recipe, axes=("embed", "mlp"))
+        self.down_proj = Linear(inner, width, recipe, axes=("mlp", "embed"), residual=True)
 
     def __call__(self, x: Hidden) -> Hidden:
         return self.down_proj(operand(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)))
@@ -193,11 +194,9 @@ class GatedMLP(nnx.Module):
 class Embedding(nnx.Module):
     """A table [L, D]: token ids to vectors, and (tied) vectors to float32 logits."""
 
-    def __init__(
-        self, vocab_size: int, width: int, *, init: InitRule, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ):
-        self.weight = parameter(init.normal(), (vocab_size, width), ("vocab", "embed"), param_dtype, rngs)
-        self.dtype = dtype
+    def __init__(self, vocab_size: int, width: int, recipe: Recipe):
+        self.weight = recipe.parameter(recipe.init.normal(), (vocab_size, width), ("vocab", "embed"))
+        self.dtype = recipe.dtype
 
     def __call__(self, tokens: Tokens) -> Hidden:
         return jnp.take(self.weight[...], tokens, axis=0).astype(self.dtype)

@@ -22,7 +22,7 @@ from lte_jax.blocks import Unit
 from lte_jax.depth import through
 from lte_jax.dims import Hidden, SegmentIds, Tokens
 from lte_jax.inputs import check_room, check_tokens, mask_to_segment_ids, zero_padding
-from lte_jax.layers import Embedding, InitRule, Linear, RMSNorm, as_read, document_positions, row_positions
+from lte_jax.layers import Embedding, InitRule, Linear, Recipe, RMSNorm, as_read, document_positions, row_positions
 from lte_jax.mixers import mixer_name
 from lte_jax.mixers.base import Aux, MixerConfig, Reading
 from lte_jax.mixers.lte import make_router, needs_shared_router
@@ -90,22 +90,21 @@ class LanguageModel(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.remat, self.layers, self.implementation = remat, layers, implementation
         init = InitRule(config.init_std, config.num_layers, config.rescale_residual)
-        types: dict[str, Any] = dict(dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
-        self.embeddings = Embedding(config.vocab_size, config.width, init=init, **types)
+        recipe = Recipe(rngs, init, self.dtype, param_dtype, config.max_length, implementation)
+        self.embeddings = Embedding(config.vocab_size, config.width, recipe)
         shared = [mixer for mixer in config.pattern if needs_shared_router(mixer)]
-        self.router = make_router(shared[0], config.width, **types) if shared else None
+        self.router = make_router(shared[0], config.width, recipe) if shared else None
         repeats = config.num_layers // len(config.pattern)
 
         @nnx.split_rngs(splits=repeats)
         @nnx.vmap(in_axes=(0,), out_axes=0, axis_size=repeats)
         def stack(rngs: nnx.Rngs) -> Unit:
-            return Unit(config, init=init, implementation=implementation, **{**types, "rngs": rngs})
+            return Unit(config, dataclasses.replace(recipe, rngs=rngs))
 
         self.units = stack(rngs)
-        self.norm = RMSNorm(config.width, eps=config.norm_eps, **types)
-        head: dict[str, Any] = dict(axes=("embed", "vocab"), init=init.normal())
+        self.norm = RMSNorm(config.width, recipe, eps=config.norm_eps)
         tied = config.tie_embeddings
-        self.lm_head = None if tied else Linear(config.width, config.vocab_size, **head, **types)
+        self.lm_head = None if tied else Linear(config.width, config.vocab_size, recipe, axes=("embed", "vocab"))
 
     @property
     def head_weight(self) -> Float[Array, "D L"]:

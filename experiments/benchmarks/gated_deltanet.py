@@ -12,7 +12,7 @@ from flax import nnx
 from experiments.benchmarks import peers
 from experiments.benchmarks.cases import Case, Options, Setup
 from experiments.benchmarks.clock import Contender
-from lte_jax.layers import InitRule
+from lte_jax.layers import InitRule, Recipe
 from lte_jax.mixers.gated_deltanet import Config, GatedDeltaNet
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 from pallas_kernels.gated_deltanet import Parameters, Projections, State, gated_deltanet_step
@@ -45,11 +45,9 @@ def _layer(shape: tuple[int, ...], options: Options) -> Setup:
     *arrays, dy = _draw(options.seed, wide, wide, wide, narrow, narrow, wide, wide)
 
     def ours(name: str) -> Contender:
-        layer = GatedDeltaNet(
-            # Of width 1, as its projections are not used.
-            Config(num_heads=H, head_dim=N, conv_size=TAPS, norm_eps=EPS), 1, init=InitRule(std=0.5),
-            dtype=jnp.bfloat16, param_dtype=jnp.float32, rngs=nnx.Rngs(0), max_length=T, implementation=name,
-        )  # fmt: skip
+        recipe = Recipe(nnx.Rngs(0), InitRule(std=0.5), jnp.bfloat16, implementation=name)
+        config = Config(num_heads=H, head_dim=N, conv_size=TAPS, norm_eps=EPS)
+        layer = GatedDeltaNet(config, 1, recipe)  # of width 1, as its projections are not used
         graph, weights = nnx.split(layer)
 
         def forward(weights: Any, *inputs: Any) -> Any:

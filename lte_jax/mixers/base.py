@@ -22,7 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lte_jax.dims import Hidden, Positions, SegmentIds
-from lte_jax.layers import InitRule, Linear
+from lte_jax.layers import Linear, Recipe
 
 Reading = Literal["train", "prompt", "streaming"]
 """How LTE reads a sequence; the other mixers read all three alike.
@@ -56,25 +56,8 @@ class Mixer(nnx.Module, abc.ABC):
     """Whether the cache grows with the sequence (full attention, NSA), so that ``max_length`` bounds it."""
 
     @abc.abstractmethod
-    def __init__(
-        self,
-        config: MixerConfig,
-        width: int,
-        *,
-        init: InitRule,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-        max_length: int,
-        implementation: str | None = None,
-    ):
-        """Draws the parameters.
-
-        Args:
-          width: D.
-          max_length: the default bound of a cache that grows.
-          implementation: passed on to the operations; None picks the fastest.
-        """
+    def __init__(self, config: MixerConfig, width: int, recipe: Recipe):
+        """Checks the settings at width D and draws the parameters."""
 
     @abc.abstractmethod
     def __call__(

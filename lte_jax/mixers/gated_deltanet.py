@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from lte_jax.dims import Hidden, Positions, SegmentIds
-from lte_jax.layers import InitRule, Linear, RMSNorm, parameter
+from lte_jax.layers import Linear, Recipe, RMSNorm
 from lte_jax.mixers.base import Aux, Mixer, MixerConfig, Reading
 from lte_jax.partition import gated_delta_rule, rms_norm, short_convolution
 from lte_jax.partition_plan import ROWS
@@ -116,47 +116,32 @@ class GatedDeltaNet(Mixer):
 
     inputs = ("q_proj", "k_proj", "v_proj", "g_proj", "a_proj", "b_proj")
 
-    def __init__(
-        self,
-        config: Config,
-        width: int,
-        *,
-        init: InitRule,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-        max_length: int,
-        implementation: str | None = None,
-    ):
+    def __init__(self, config: Config, width: int, recipe: Recipe):
         config.validate(width)
         self.config = config
-        self.dtype = dtype
-        self.implementation = implementation
+        self.dtype = recipe.dtype
+        self.implementation = recipe.implementation
         heads = config.value_heads
         keys, values = config.num_heads * config.head_dim, heads * config.value_dim
-        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        into: dict[str, Any] = dict(init=init.normal(), **types)
-        self.q_proj = Linear(width, keys, axes=("embed", "kv_heads"), **into)
-        self.k_proj = Linear(width, keys, axes=("embed", "kv_heads"), **into)
-        self.v_proj = Linear(width, values, axes=("embed", "heads"), **into)
-        self.a_proj = Linear(width, heads, axes=("embed", "heads"), **into)
-        self.b_proj = Linear(width, heads, axes=("embed", "heads"), **into)
-        self.A_log = parameter(_init_decay, (heads,), ("heads",), param_dtype, rngs)
-        self.dt_bias = parameter(_init_dt_bias, (heads,), ("heads",), param_dtype, rngs)
+        self.q_proj = Linear(width, keys, recipe, axes=("embed", "kv_heads"))
+        self.k_proj = Linear(width, keys, recipe, axes=("embed", "kv_heads"))
+        self.v_proj = Linear(width, values, recipe, axes=("embed", "heads"))
+        self.a_proj = Linear(width, heads, recipe, axes=("embed", "heads"))
+        self.b_proj = Linear(width, heads, recipe, axes=("embed", "heads"))
+        self.A_log = recipe.parameter(_init_decay, (heads,), ("heads",))
+        self.dt_bias = recipe.parameter(_init_dt_bias, (heads,), ("heads",))
 
         def taps(size: int, axis: str) -> nnx.Param | None:
             if not config.use_short_conv:
                 return None
-            return parameter(init.normal(), (config.conv_size, size), (None, axis), param_dtype, rngs)
+            return recipe.parameter(recipe.init.normal(), (config.conv_size, size), (None, axis))
 
         self.q_conv = taps(keys, "kv_heads")
         self.k_conv = taps(keys, "kv_heads")
         self.v_conv = taps(values, "heads")
-        self.g_proj = Linear(width, values, axes=("embed", "heads"), **into) if config.use_gate else None
-        self.o_norm = RMSNorm(
-            config.value_dim, eps=config.norm_eps, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs
-        )
-        self.o_proj = Linear(values, width, axes=("heads", "embed"), init=init.residual(values), **types)
+        self.g_proj = Linear(width, values, recipe, axes=("embed", "heads")) if config.use_gate else None
+        self.o_norm = RMSNorm(config.value_dim, recipe, eps=config.norm_eps)
+        self.o_proj = Linear(values, width, recipe, axes=("heads", "embed"), residual=True)
 
     def __call__(
         self,

@@ -20,12 +20,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from lte_jax.dims import Hidden, Keys, Positions, Queries, Scores, SegmentIds, Values
-from lte_jax.layers import InitRule, Linear, rotary, rotation
+from lte_jax.layers import Linear, Recipe, rotary, rotation
 from lte_jax.mixers import lte_cache, lte_kept, lte_store
 from lte_jax.mixers.base import Aux, Mixer, Reading
 from lte_jax.mixers.lte_cache import LTECache
@@ -60,32 +59,19 @@ class LTE(Mixer):
 
     inputs = ("q_proj", "k_proj", "v_proj")
 
-    def __init__(
-        self,
-        config: Config,  # type: ignore[override]
-        width: int,
-        *,
-        init: InitRule,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-        max_length: int,
-        implementation: str | None = None,
-    ):
+    def __init__(self, config: Config, width: int, recipe: Recipe):
         config.validate(width)
         self.config = config
-        self.dtype = jnp.dtype(dtype)
-        self.implementation = implementation
+        self.dtype = jnp.dtype(recipe.dtype)
+        self.implementation = recipe.implementation
         self.head_size = width // config.num_heads
         kv_width = config.kv_heads * self.head_size
-        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        into: dict[str, Any] = dict(init=init.normal(), use_bias=config.qkv_bias, **types)
-        self.q_proj = Linear(width, width, axes=("embed", "heads"), **into)
-        self.k_proj = Linear(width, kv_width, axes=("embed", "kv_heads"), **into)
-        self.v_proj = Linear(width, kv_width, axes=("embed", "kv_heads"), **into)
-        self.o_proj = Linear(width, width, axes=("heads", "embed"), init=init.residual(width), **types)
+        self.q_proj = Linear(width, width, recipe, axes=("embed", "heads"), use_bias=config.qkv_bias)
+        self.k_proj = Linear(width, kv_width, recipe, axes=("embed", "kv_heads"), use_bias=config.qkv_bias)
+        self.v_proj = Linear(width, kv_width, recipe, axes=("embed", "kv_heads"), use_bias=config.qkv_bias)
+        self.o_proj = Linear(width, width, recipe, axes=("heads", "embed"), residual=True)
         own = config.retention == "learned" and config.routing_shared != "all"
-        self.router = make_router(config, width, **types) if own else None
+        self.router = make_router(config, width, recipe) if own else None
 
     def __call__(
         self,

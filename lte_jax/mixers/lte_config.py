@@ -7,10 +7,9 @@ from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.typing import DTypeLike
 
 from lte_jax.dims import Positions, Scores
+from lte_jax.layers import Recipe
 from lte_jax.mixers import lte_store
 from lte_jax.mixers.base import Aux, MixerConfig
 from lte_jax.mixers.lte_router import Router, reach
@@ -117,18 +116,16 @@ class Config(MixerConfig):
         )
 
 
-def make_router(config: Config, width: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> Router:
+def make_router(config: Config, width: int, recipe: Recipe) -> Router:
     """A layer's router, or, for ``routing_shared="all"``, that of all layers, which the model owns and passes."""
     return Router(
         config.kv_heads if config.routing_shared == "head" else 1,
         2 * (width // config.num_heads),
+        recipe,
         sizes=config.conv_sizes,
         dilations=config.conv_dilations,
         dropout=config.dropout,
         method=config.routing_method,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        rngs=rngs,
     )
 
 

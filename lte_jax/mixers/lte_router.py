@@ -13,10 +13,9 @@ from collections.abc import Sequence
 
 import jax
 from flax import nnx
-from jax.typing import DTypeLike
 
 from lte_jax.dims import Keys, Scores, SegmentIds, Values
-from lte_jax.layers import parameter
+from lte_jax.layers import Recipe
 from lte_jax.partition_router import router_scores
 from pallas_kernels.router import Convolution, Dropout, draw_seeds
 
@@ -33,33 +32,16 @@ class GroupedConvolution(nnx.Module):
     +-1/sqrt(fan_in). ``heads`` is K, or 1 where all heads share the weights.
     """
 
-    def __init__(
-        self,
-        heads: int,
-        taps: int,
-        dilation: int,
-        inputs: int,
-        outputs: int,
-        *,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, heads: int, taps: int, dilation: int, inputs: int, outputs: int, recipe: Recipe):
         fan_in = taps * inputs
         bound = 1.0 / math.sqrt(fan_in)
         axis = "kv_heads" if heads > 1 else None
-        self.weight = parameter(
-            jax.nn.initializers.normal(math.sqrt(2.0 / fan_in)),
-            (heads, taps, inputs, outputs),
-            (axis, None, None, None),
-            param_dtype,
-            rngs,
-        )
-        self.bias = parameter(
+        kaiming = jax.nn.initializers.normal(math.sqrt(2.0 / fan_in))
+        self.weight = recipe.parameter(kaiming, (heads, taps, inputs, outputs), (axis, None, None, None))
+        self.bias = recipe.parameter(
             lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
             (heads, outputs),
             (axis, None),
-            param_dtype,
-            rngs,
         )
         self.dilation = dilation
 
@@ -67,11 +49,11 @@ class GroupedConvolution(nnx.Module):
 class HeadProjection(nnx.Module):
     """The parameters of z = w . x + b, one number per head. ``bias`` starts at 1/2: all kept."""
 
-    def __init__(self, heads: int, inputs: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, heads: int, inputs: int, recipe: Recipe):
         axis = "kv_heads" if heads > 1 else None
         std = jax.nn.initializers.normal(math.sqrt(2.0 / inputs))
-        self.weight = parameter(std, (heads, inputs), (axis, None), param_dtype, rngs)
-        self.bias = parameter(jax.nn.initializers.constant(0.5), (heads,), (axis,), param_dtype, rngs)
+        self.weight = recipe.parameter(std, (heads, inputs), (axis, None))
+        self.bias = recipe.parameter(jax.nn.initializers.constant(0.5), (heads,), (axis,))
 
 
 class Router(nnx.Module):
@@ -89,26 +71,22 @@ class Router(nnx.Module):
         self,
         heads: int,
         channels: int,
+        recipe: Recipe,
         *,
         sizes: Sequence[int],
         dilations: Sequence[int],
         dropout: float,
         method: str,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
     ):
         convs = []
         for size, dilation in zip(sizes, dilations, strict=True):
-            convs.append(
-                GroupedConvolution(heads, size, dilation, channels, channels // 2, param_dtype=param_dtype, rngs=rngs)
-            )
+            convs.append(GroupedConvolution(heads, size, dilation, channels, channels // 2, recipe))
             channels //= 2
         self.convs = nnx.List(convs)
-        self.proj = HeadProjection(heads, channels, param_dtype=param_dtype, rngs=rngs)
+        self.proj = HeadProjection(heads, channels, recipe)
         self.dropout = dropout
         self.method = method
-        self.dtype = dtype
+        self.dtype = recipe.dtype
 
     def __call__(
         self,

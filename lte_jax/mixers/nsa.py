@@ -13,13 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from lte_jax.dims import Hidden, Positions, SegmentIds
 from lte_jax.inputs import check_room
-from lte_jax.layers import InitRule, Linear, rotary
+from lte_jax.layers import Linear, Recipe, rotary
 from lte_jax.mixers.base import Aux, Mixer, MixerConfig, Reading
 from lte_jax.partition import block_attention
 from pallas_kernels.block_attention import BlockCache, block_attention_extend, init_block_cache
@@ -73,33 +72,17 @@ class NSA(Mixer):
     inputs = ("q_proj", "k_proj", "v_proj", "g_proj")
     needs_max_length = True
 
-    def __init__(
-        self,
-        config: Config,
-        width: int,
-        *,
-        init: InitRule,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-        max_length: int,
-        implementation: str | None = None,
-    ):
+    def __init__(self, config: Config, width: int, recipe: Recipe):
         config.validate(width)
         self.config = config
-        self.max_length = max_length
-        self.implementation = implementation
-
-        def linear(inputs, outputs, axes, initializer, use_bias=False):
-            options: dict[str, Any] = dict(axes=axes, init=initializer, use_bias=use_bias)
-            return Linear(inputs, outputs, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **options)
-
+        self.max_length = recipe.max_length
+        self.implementation = recipe.implementation
         inner, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = linear(width, inner, ("embed", "heads"), init.normal(), config.qkv_bias)
-        self.k_proj = linear(width, kv, ("embed", "kv_heads"), init.normal(), config.qkv_bias)
-        self.v_proj = linear(width, kv, ("embed", "kv_heads"), init.normal(), config.qkv_bias)
-        self.g_proj = linear(width, 3 * config.num_heads, ("embed", "heads"), init.normal())
-        self.o_proj = linear(inner, width, ("heads", "embed"), init.residual(inner))
+        self.q_proj = Linear(width, inner, recipe, axes=("embed", "heads"), use_bias=config.qkv_bias)
+        self.k_proj = Linear(width, kv, recipe, axes=("embed", "kv_heads"), use_bias=config.qkv_bias)
+        self.v_proj = Linear(width, kv, recipe, axes=("embed", "kv_heads"), use_bias=config.qkv_bias)
+        self.g_proj = Linear(width, 3 * config.num_heads, recipe, axes=("embed", "heads"))
+        self.o_proj = Linear(inner, width, recipe, axes=("heads", "embed"), residual=True)
 
     def __call__(
         self,

@@ -11,17 +11,16 @@ counts the tokens seen. It takes batch * (2 S K N * itemsize + 4) bytes.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from lte_jax.dims import Hidden, Positions, SegmentIds
 from lte_jax.inputs import check_room
-from lte_jax.layers import InitRule, Linear, RMSNorm, rotary
+from lte_jax.layers import Linear, Recipe, RMSNorm, rotary
 from lte_jax.mixers.base import Aux, Mixer, MixerConfig, Reading
 from lte_jax.partition import window_attention
 from pallas_kernels.window_attention import NEVER, Columns, window_attention_step
@@ -85,42 +84,23 @@ class SoftmaxAttention(Mixer):
 
     inputs = ("q_proj", "k_proj", "v_proj")
 
-    def __init__(
-        self,
-        config: SoftmaxConfig,
-        width: int,
-        *,
-        init: InitRule,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-        max_length: int,
-        implementation: str | None = None,
-    ):
+    def __init__(self, config: SoftmaxConfig, width: int, recipe: Recipe):
         config.validate(width)
         self.H = config.num_heads
         self.K = self.H if config.num_kv_heads is None else config.num_kv_heads
         self.N = width // self.H if config.head_dim is None else config.head_dim
         self.window = config.window
         self.rope_theta = config.rope_theta
-        self.max_length = max_length
-        self.implementation = implementation
-
-        def linear(inputs, outputs, axes, initializer, use_bias=False):
-            options: dict[str, Any] = dict(axes=axes, init=initializer, use_bias=use_bias)
-            return Linear(inputs, outputs, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **options)
+        self.max_length = recipe.max_length
+        self.implementation = recipe.implementation
 
         inner, kv = self.H * self.N, self.K * self.N
-        self.q_proj = linear(width, inner, ("embed", "heads"), init.normal(), config.qkv_bias)
-        self.k_proj = linear(width, kv, ("embed", "kv_heads"), init.normal(), config.qkv_bias)
-        self.v_proj = linear(width, kv, ("embed", "kv_heads"), init.normal(), config.qkv_bias)
-        self.o_proj = linear(inner, width, ("heads", "embed"), init.residual(inner))
-
-        def norm() -> RMSNorm | None:
-            options: dict[str, Any] = dict(eps=QK_NORM_EPS, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-            return RMSNorm(self.N, **options) if config.qk_norm else None
-
-        self.q_norm, self.k_norm = norm(), norm()
+        self.q_proj = Linear(width, inner, recipe, axes=("embed", "heads"), use_bias=config.qkv_bias)
+        self.k_proj = Linear(width, kv, recipe, axes=("embed", "kv_heads"), use_bias=config.qkv_bias)
+        self.v_proj = Linear(width, kv, recipe, axes=("embed", "kv_heads"), use_bias=config.qkv_bias)
+        self.o_proj = Linear(inner, width, recipe, axes=("heads", "embed"), residual=True)
+        self.q_norm = RMSNorm(self.N, recipe, eps=QK_NORM_EPS) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.N, recipe, eps=QK_NORM_EPS) if config.qk_norm else None
 
     def __call__(
         self,

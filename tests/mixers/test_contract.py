@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lte_jax.layers import InitRule, document_positions
+from lte_jax.layers import InitRule, Recipe, document_positions
 from lte_jax.mixers import MIXERS, mixer_module
 from tests.tolerances import assert_close, rms_error
 
@@ -37,10 +37,8 @@ def test_every_registered_mixer_is_here():
 @functools.cache
 def build(name: str, dtype=jnp.float32, **changes):
     config = MIXERS[name][0](**{**SMALL[name], **changes})
-    module = mixer_module(config)(
-        config, WIDTH, init=InitRule(std=0.3), dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(3),
-        max_length=LENGTH + 3,
-    )  # fmt: skip
+    recipe = Recipe(nnx.Rngs(3), InitRule(std=0.3), dtype, max_length=LENGTH + 3)
+    module = mixer_module(config)(config, WIDTH, recipe)
     if name == "lte":  # the bias that starts with everything kept would leave nothing to evict
         module.router = _undecided(module.router)
     return nnx.split(module)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lte_jax.layers import InitRule, document_positions, rotary
+from lte_jax.layers import InitRule, Recipe, document_positions, rotary
 from lte_jax.mixers.lte import LTE, Config, make_router, needs_shared_router
 
 WIDTH, TOKENS, BATCH = 16, 47, 2
@@ -20,9 +20,8 @@ SMALL = Config(num_heads=4, num_kv_heads=2, window=12, budget=5, sinks=2, dropou
 @functools.cache
 def build(**changes):
     """An LTE layer whose router keeps about half of all tokens, as (graph, state)."""
-    types = dict(dtype=jnp.float32, param_dtype=jnp.float32)
     config = dataclasses.replace(SMALL, **changes)
-    layer = LTE(config, WIDTH, init=InitRule(std=0.4), rngs=nnx.Rngs(1), max_length=64, **types)
+    layer = LTE(config, WIDTH, Recipe(nnx.Rngs(1), InitRule(std=0.4)))
     if layer.router is not None:
         layer.router.proj.bias.set_value(jnp.zeros_like(layer.router.proj.bias[...]))
     return nnx.split(layer)
@@ -296,7 +295,7 @@ def test_a_shared_router_scores_each_head_with_the_same_weights(shared):
         assert needs_shared_router(config) and layer.router is None
         with pytest.raises(ValueError, match="pass router="):
             layer(x, positions=positions_of(x))
-        router = make_router(config, WIDTH, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(4))
+        router = make_router(config, WIDTH, Recipe(nnx.Rngs(4)))
     else:
         assert not needs_shared_router(config)
         with pytest.raises(ValueError, match="pass no router"):

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from lte_jax import sharding
+from lte_jax.layers import Recipe
 from lte_jax.mixers.lte_router import Router, reach
 from pallas_kernels.dispatch import lowering_for_gpu
 
@@ -17,8 +18,7 @@ BATCH, TOKENS, HEADS, CHANNELS = 2, 29, 3, 8
 
 def build(heads=HEADS, **changes):
     settings = dict(sizes=(3, 3, 3), dilations=(2, 2, 2), dropout=0.0, method="sigmoid")
-    types = dict(dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
-    return Router(heads, CHANNELS, **{**settings, **changes}, **types)
+    return Router(heads, CHANNELS, Recipe(nnx.Rngs(0)), **{**settings, **changes})
 
 
 def inputs(tokens=TOKENS, seed=0):
@@ -112,10 +112,7 @@ def test_dropout_is_drawn_by_its_key_alone():
 def test_no_mesh_changes_a_score_a_gradient_or_what_is_dropped(mesh):
     """Documents and padding across the shards of tokens, which on ``sequence=8`` are shorter than the reach."""
     tokens, heads = 40, 4
-    router = Router(
-        heads, CHANNELS, sizes=(3, 3, 3), dilations=(2, 2, 2), dropout=0.4, method="sigmoid",
-        dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0),
-    )  # fmt: skip
+    router = build(heads, dropout=0.4)
     k, v = jax.random.normal(jax.random.key(0), (2, 2, tokens, heads, CHANNELS // 2))
     direction = jax.random.normal(jax.random.key(1), (2, tokens, heads))
     ids = jnp.asarray(np.repeat([[1, 2, 0], [0, 3, 5]], [3, 20, 17], axis=1), jnp.int32)
@@ -148,10 +145,8 @@ def test_sizes_that_the_kernels_do_not_do_are_left_to_xla():
 
 
 def test_weights_start_kaiming_normal_and_the_last_bias_at_one_half():
-    router = Router(
-        16, 64, sizes=(3, 3), dilations=(1, 1), dropout=0.0, method="sigmoid",
-        dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(5),
-    )  # fmt: skip
+    recipe = Recipe(nnx.Rngs(5))
+    router = Router(16, 64, recipe, sizes=(3, 3), dilations=(1, 1), dropout=0.0, method="sigmoid")
     for conv, channels in zip(router.convs, (64, 32), strict=True):
         weight, bias = np.asarray(conv.weight[...]), np.asarray(conv.bias[...])
         assert weight.shape == (16, 3, channels, channels // 2)
