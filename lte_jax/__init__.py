@@ -9,7 +9,8 @@ A model, from the bottom up
 
 On a mesh of devices
   sharding: the one table of logical axes to mesh axes
-  partition, partition_plan, partition_router, retained: operations inside shard_map, and what devices send one another
+  partition, partition_router: operations inside shard_map
+  partition_plan, partition_retained: what each device holds, and what it receives from others
 
 Training
   experiment, configs: all settings of a run; settings as JSON and from the command line

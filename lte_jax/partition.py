@@ -9,7 +9,7 @@ with specs from the one table of logical axes (``sharding.py``), and its argumen
 * tokens over ``sequence``. q, gates and outputs never move. Window attention receives the keys, values, scores and
   expiries of as many devices before it as its window reaches into, LTE in training, full attention and NSA those of
   all; later ones are not sent. Where LTE reads under its budget, the retained tokens travel and no others
-  (``retained.py``). The delta rule passes each device's state map on:
+  (``partition_retained.py``). The delta rule passes each device's state map on:
 
     S_after = A S_before + B,    B = S_after from zeros,  A = S_after from the identity with v = 0
 
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from lte_jax import retained, sharding
+from lte_jax import partition_retained, sharding
 from lte_jax.partition_plan import (
     KEYS,
     ROWS,
@@ -121,7 +121,7 @@ def window_attention(
                 assert budget is not None
                 own |= {"segments": arrays["segments"][:, -tokens:]}
                 first, _ = ends(arrays["segments"], len(arrays["q"]))
-                kept = retained.columns(own, first, axis=SEQUENCE, past=past, budget=budget)
+                kept = partition_retained.columns(own, first, axis=SEQUENCE, past=past, budget=budget)
         return windows.window_attention(
             arrays["q"],
             arrays["k"],

@@ -20,11 +20,11 @@ ALLOWED = {
     "lte_jax.remat": (),
     "lte_jax.depth": ("lte_jax.remat", "pallas_kernels"),
     "lte_jax.sharding": ("lte_jax.dims", "pallas_kernels"),
-    "lte_jax.retained": ("pallas_kernels",),
+    "lte_jax.partition_retained": ("pallas_kernels",),
     "lte_jax.partition_plan": ("lte_jax.sharding", "pallas_kernels"),
     "lte_jax.partition": (
         "lte_jax.dims",
-        "lte_jax.retained",
+        "lte_jax.partition_retained",
         "lte_jax.sharding",
         "lte_jax.partition_plan",
         "pallas_kernels",
