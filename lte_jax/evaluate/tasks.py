@@ -134,14 +134,16 @@ def run_tasks(
     random.seed(seed)  # RULER draws its samples when it is loaded
     np.random.seed(seed)
     with local_documents(local_data), own_tokenizers():
-        loaded = [task for name in names for task in _load(manager, name, local_data)]
-    for task in loaded:
+        loaded = [_load(manager, name, local_data) for name in names]
+    asked = [task for found in loaded for task in found["tasks"].values()]
+    for task in asked:
         check_asked(task.task_name, task.eval_docs)
     found = simple_evaluate(
         adapter,
-        tasks=loaded,
+        # A group as such, or its own number would be missing.
+        tasks=[part for name, one in zip(names, loaded, strict=True) for part in _whole(name, one)],
         num_fewshot=num_fewshot,
-        **_choice(loaded, limit),
+        **_choice(asked, limit),
         task_manager=manager,
         metadata=values,
         log_samples=log_samples,
@@ -154,13 +156,19 @@ def run_tasks(
     assert found is not None  # None is for the other ranks of a distributed run
     kept = ("results", "versions", "n-shot", "n-samples", "higher_is_better", *(("samples",) if log_samples else ()))
     record = {name: found[name] for name in kept}
-    record["results"] = {task: _asked(numbers) for task, numbers in found["results"].items()}
+    scored = {**found["results"], **found.get("groups", {})}
+    record["results"] = {name: _asked(numbers) for name, numbers in scored.items()}
     return {**record, "truncated": adapter.truncated, "seed": seed, "tokenizer": adapter.text.name}
 
 
-def _load(manager: TaskManager, name: str, local_data: str | None) -> list[Any]:
+def _whole(name: str, found: Any) -> list[Any]:
+    """What the harness made of a name: the group of that name, or its tasks."""
+    return [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
+
+
+def _load(manager: TaskManager, name: str, local_data: str | None) -> Any:
     try:
-        return list(manager.load([OWN.get(name, name)])["tasks"].values())
+        return manager.load([OWN.get(name, name)])
     except (ConnectionError, FileNotFoundError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         where = f"{local_data} holds no files for it" if local_data else "give local files with --local_data"

@@ -208,6 +208,18 @@ def test_tasks_of_local_documents_score_what_the_model_says(run, documents, tmp_
     assert "lambada_openai: perplexity,none" in capsys.readouterr().out
 
 
+def test_a_group_has_a_number_of_its_own(run, documents, tmp_path):
+    folder = tmp_path / "tasks" / "piqa"  # of which the index above reads
+    folder.mkdir(parents=True)
+    (folder / "both.yaml").write_text(
+        "group: both\ntask: [piqa, lambada_openai]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    where = dict(local_data=str(documents), include_path=str(tmp_path / "tasks"))
+    results = evaluate_tasks(str(run), ["both"], str(tmp_path / "out.json"), **where)["results"]
+    parts = [results[name]["acc,none"] for name in ("piqa", "lambada_openai")]
+    assert results["both"]["acc,none"] == pytest.approx((5 * parts[0] + 3 * parts[1]) / 8)
+
+
 def test_a_killed_evaluation_goes_on_where_it_stopped(run, documents, tmp_path, monkeypatch):
     options = dict(local_data=str(documents), adapter={"answers": str(tmp_path / "answers.jsonl"), "batch_size": 4})
     from lte_jax.evaluate import harness
