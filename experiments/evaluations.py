@@ -24,6 +24,9 @@ from lte_jax.whole_files import check_target, write_json
 TASK_KINDS = {"needles": ("TextNeedles", "SymbolNeedles"), "mqar": ("MQARMix", "MQAR"), "copying": ("Copying",)}
 """The data sets that a task of our own can be asked on; the first is the default."""
 
+DRAWN = {"seed": "--seed", "heldout_rows": "--num_samples", "depth": "--depths"}
+"""Settings of these that flags say here."""
+
 
 def _target(output: str | None, place: restore.Place, name: str) -> Path:
     """The JSON file to write, known to be writable before anything is computed."""
@@ -172,6 +175,10 @@ def evaluate_own(
     Raises:
       ValueError: data of another kind, a length that cannot be had, token ids outside the model's vocabulary.
     """
+    for assignment in assignments:
+        flag = DRAWN.get(assignment.partition("=")[0].strip())
+        if flag is not None:
+            raise ValueError(f"--set {assignment}: --own draws its own samples; say {flag}")
     place, kinds = restore.find(checkpoint), TASK_KINDS[name]
     target, saved = _target(output, place, f"{name}.json"), restore.read_settings(place, step)
     known = saved.get("data", {}).get("kind")
@@ -197,7 +204,7 @@ def evaluate_own(
         parts = [part for part in parts if not lengths or part[0] in lengths]
         if not parts:
             raise ValueError(f"--lengths={','.join(map(str, lengths))}: the task has no such length")
-        result = own.mqar(model, chosen, parts=parts, vocabulary=data.vocabulary)
+        result = own.mqar(model, chosen, parts=parts, vocabulary=data.vocabulary, power=data.power)
     return _write_result(checkpoint, loaded.step, result, options, target, output is not None)
 
 

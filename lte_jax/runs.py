@@ -229,17 +229,16 @@ def single_device_builder(model: ModelConfig, compute: ComputeConfig | None = No
 
 
 def initial_params(source: str | Path, builder: Builder) -> Params:
-    """Weights to start from: of a run's newest checkpoint or of the authors' folder; windows, budgets may differ.
+    """Weights to start from: of a run's newest checkpoint, of the one that is named (``run/checkpoints/500``) or of the
+    authors' folder; windows, budgets may differ.
 
     Raises:
-      RunError: the weights do not fit the model (names and shapes are given).
+      RunError: there are none, or they do not fit the model (names and shapes are given).
     """
-    path = Path(source)
-    if not (path / CONFIG).is_file():
-        raise RunError(
-            f"--init_from={source}: neither the folder of a run nor a Hugging Face folder ({CONFIG} missing)"
-        )
-    model, _ = restore.load_model(path)
+    try:
+        model, _ = restore.load_model(source)
+    except FileNotFoundError as error:
+        raise RunError(f"--init_from={source}: {error}") from error
     found = builder.params_of(model)
     expected, shapes = ({name: leaf.shape for name, leaf in tree.items()} for tree in (builder.param_shapes, found))
     WeightReport.compare(expected, shapes).raise_if_any(f"--init_from={source}", RunError)

@@ -101,12 +101,19 @@ def needles(
     return _result("needles", ("length", "depth"), rows, task)
 
 
-def mqar(model: LanguageModel, options: Options, *, parts: Sequence[tuple[int, int]], vocabulary: int) -> Result:
+def mqar(
+    model: LanguageModel,
+    options: Options,
+    *,
+    parts: Sequence[tuple[int, int]],
+    vocabulary: int,
+    power: float = MQAR.power,
+) -> Result:
     """Accuracy of multi-query recall for each (length, pairs)."""
     rows = []
     check_lengths(model, options.batch_size, max(length for length, _ in parts))
     for length, pairs in parts:
-        task = MQAR(length=length, pairs=pairs, vocabulary=vocabulary)
+        task = MQAR(length=length, pairs=pairs, vocabulary=vocabulary, power=power)
         found = [hit for hits, _ in _answers(model, task, options) for hit in hits]
         rows.append(_cell("length", length, "pairs", pairs, found))
     return _result("mqar", ("length", "pairs"), rows, task)

@@ -155,8 +155,11 @@ def test_the_newest_whole_step_is_read(run, tmp_path, caplog):
 
 def test_training_can_start_from_it(run):
     model, _ = restore.load_model(run)
-    found = runs.initial_params(run, runs.single_device_builder(model.config))
-    jax.tree.map(np.testing.assert_array_equal, found, parameters(model))
+    for source in (run, run / "checkpoints" / "0"):
+        found = runs.initial_params(source, runs.single_device_builder(model.config))
+        jax.tree.map(np.testing.assert_array_equal, found, parameters(model))
+    with pytest.raises(runs.RunError, match="--init_from=.*nowhere: .* no such folder"):
+        runs.initial_params(run / "nowhere", runs.single_device_builder(model.config))
 
 
 @pytest.mark.parametrize("name", FOLDERS)

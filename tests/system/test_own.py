@@ -72,6 +72,8 @@ def test_text_needles_lie_at_the_depths_asked_for():
 def test_recall_and_copying_have_a_cell_for_each_length():
     found = own.mqar(build(), OPTIONS, parts=((64, 4), (64, 2)), vocabulary=128)
     assert [(row["length"], row["pairs"], row["samples"]) for row in found.rows] == [(64, 4, 24), (64, 2, 12)]
+    near = own.mqar(build(), OPTIONS, parts=((64, 2),), vocabulary=128, power=3.0)
+    assert near.settings["power"] == 3.0 and found.settings["power"] == 0.01
     copied = own.copying(build(), Copying(length=64, symbols=4), OPTIONS)
     assert [row["samples"] for row in copied.rows] == [24]
     assert {"length", "accuracy", "samples"} == set(copied.rows[0])
@@ -128,6 +130,7 @@ def test_the_program_writes_numbers_and_a_picture(corpus, tmp_path, capsys):
         ("GiB, and the device has .* shorten the rows", "needles", {"lengths": [10**12]}),
         ("a row needs 4.. of hay, and none stands there twice", "needles", {"text": str(corpus), "lengths": [500]}),
         ("below the model's vocab_size 260", "mqar", {"kind": "MQAR"}),
+        ("--set seed=3: --own draws its own samples; say --seed", "needles", {"assignments": ["seed=3"]}),
     ):
         with pytest.raises(ValueError, match=message), warnings.catch_warnings():
             warnings.simplefilter("ignore", LengthWarning)
