@@ -14,6 +14,7 @@ from lte_jax.mixers import mixer_module
 from lte_jax.mixers.base import Aux, MixerConfig
 from lte_jax.model_config import ModelConfig, with_emitters
 from lte_jax.remat import operand
+from pallas_kernels.dispatch import xla_or_fastest
 
 
 class Block(nnx.Module):
@@ -22,8 +23,7 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, mixer: MixerConfig, recipe: Recipe):
         self.mixer_norm = RMSNorm(config.width, recipe, eps=config.norm_eps)
         self.mixer = mixer_module(mixer)(mixer, config.width, recipe)
-        # The norms' sizes are few: another name than "xla" is that of a mixer's kernels, and theirs is the fastest.
-        self._norms = "xla" if recipe.implementation == "xla" else None
+        self._norms = xla_or_fastest(recipe.implementation)
         self.mlp_norm = RMSNorm(config.width, recipe, eps=config.norm_eps)
         inner = mlp_width(config.width, config.hidden_ratio, config.intermediate_size)
         self.mlp = GatedMLP(config.width, inner, recipe)

@@ -26,6 +26,7 @@ from lte_jax.blocks import Block
 from lte_jax.layers import Linear
 from lte_jax.mixers.base import Aux, Mixer
 from lte_jax.model import LanguageModel, ModelCache
+from pallas_kernels.dispatch import xla_or_fastest
 from pallas_kernels.row_product import row_product
 
 
@@ -156,11 +157,14 @@ def decode_step(
     for blocks, before in zip(weights.blocks, caches.layers, strict=True):
         x, after = _unit(model, blocks, x, before)
         layers.append(after)
-    implementation = _implementation(model.units.blocks[0])
-    logits, = row_product(
-        x, weights.head, norm=model.norm.weight[...], eps=model.norm.eps, dtype=jnp.float32,
-        implementation=implementation,
-    )  # fmt: skip
+    (logits,) = row_product(
+        x,
+        weights.head,
+        norm=model.norm.weight[...],
+        eps=model.norm.eps,
+        dtype=jnp.float32,
+        implementation=xla_or_fastest(model.implementation),
+    )
     return logits, dataclasses.replace(caches, length=caches.length + 1, layers=tuple(layers))
 
 
@@ -181,7 +185,7 @@ def _block(
     block: Block, weights: BlockWeights, x: Float[Array, "B D"], cache: Any, **options: Any
 ) -> tuple[Float[Array, "B D"], Any, Aux]:
     """x += mixer(rms(x)); x += mlp(rms(x)), of ``block`` only the settings being read."""
-    product = functools.partial(row_product, implementation=_implementation(block))
+    product = functools.partial(row_product, implementation=xla_or_fastest(block.mixer.implementation))
     names = _inputs(block.mixer)
     pieces = product(
         x,
@@ -203,8 +207,3 @@ def _block(
     (inner,) = product(x, weights.gate_up.weight, norm=weights.mlp_norm, eps=block.mlp_norm.eps, gated=True)
     (x,) = product(inner, weights.down.weight, residual=x)
     return x, cache, aux[0] if aux else {}
-
-
-def _implementation(block: Block) -> str | None:
-    """Of the products: XLA's where the model was made for it; there is none in Pallas."""
-    return "xla" if block.mixer.implementation == "xla" else None

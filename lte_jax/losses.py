@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from lte_jax import partition, retention
 from lte_jax.dims import Hidden, SegmentIds, Tokens
 from pallas_kernels.cross_entropy import cross_entropy, statistics
+from pallas_kernels.dispatch import xla_or_fastest
 
 CHUNK_TOKENS = 4096
 """Tokens of a device's rows whose float32 logits are held at a time."""
@@ -59,7 +60,7 @@ def training_loss(
         labels = next_token_labels(input_ids, segment_ids)
     hidden, aux = model.hidden(input_ids, segment_ids=segment_ids, reading="train", key=key, select=select)
     count = jnp.sum(labels >= 0, dtype=jnp.float32)
-    implementation = "xla" if model.implementation == "xla" else None  # other names are of the mixers' kernels
+    implementation = xla_or_fastest(model.implementation)
     total, correct = cross_entropy_sums(hidden, model.head_weight, labels, chunk_tokens, implementation)
     ce = total / jnp.maximum(count if targets is None else targets, 1.0)
     metrics = {"ce": ce, "correct": correct, "targets": count}

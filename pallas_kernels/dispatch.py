@@ -54,6 +54,14 @@ def on_gpu() -> bool:
     return _lowering_for_gpu.value or platform() in ("gpu", "cuda")
 
 
+def xla_or_fastest(implementation: str | None) -> str | None:
+    """What the name that a model was given means for an operation whose kernels do fewer sizes than the mixers' own.
+
+    "xla" is that; beside any other the operation picks for itself (the log says which one).
+    """
+    return "xla" if implementation == "xla" else None
+
+
 class Operation:
     """The implementations of one operation.
 
@@ -88,6 +96,10 @@ class Operation:
             self._log_once(f"{self.name}: using {name}")
             return module
         raise UnsupportedCase(f"{self.name}: no implementation supports {case}")
+
+    def beside(self, implementation: str | None) -> str | None:
+        """What the name given to another operation of the layer means here: that, or None where there is none."""
+        return implementation if implementation in self.implementations else None
 
     def _load(self, name: str, case: Any) -> ModuleType:
         if not isinstance(name, str) or name not in IMPLEMENTATIONS:

@@ -24,7 +24,6 @@ from lte_jax.layers import Linear, Recipe, RMSNorm
 from lte_jax.mixers.base import Aux, Mixer, MixerConfig, Reading
 from lte_jax.partition import gated_delta_rule, rms_norm, short_convolution
 from lte_jax.partition_plan import ROWS
-from pallas_kernels.dispatch import Operation
 from pallas_kernels.gated_deltanet import Parameters, Projections, State, gated_deltanet_step
 from pallas_kernels.gated_deltanet.api import OPERATION as STEP
 from pallas_kernels.rms_norm.api import OPERATION as NORM
@@ -209,7 +208,7 @@ class GatedDeltaNet(Mixer):
             eps=config.norm_eps,
             beta_range=2.0 if config.allow_neg_eigval else 1.0,
             return_update=config.emit_write_strength,
-            implementation=self._named(STEP),
+            implementation=STEP.beside(self.implementation),
         )
         aux = self._aux() if update is None else self._aux(update[:, None])
         return self.o_proj(y)[:, None], GatedDeltaNetCache(*after), aux
@@ -243,7 +242,7 @@ class GatedDeltaNet(Mixer):
             implementation=self.implementation,
         )
         gate = None if inputs.gate is None else inputs.gate.reshape(o.shape)
-        named: Any = dict(dtype=self.dtype, axes=ROWS, implementation=self._named(NORM))
+        named: Any = dict(dtype=self.dtype, axes=ROWS, implementation=NORM.beside(self.implementation))
         y = rms_norm(o, self.o_norm.weight[...], gate, eps=config.norm_eps, **named)
         return y.reshape(*y.shape[:2], -1), GatedDeltaNetCache(state, q_last, k_last, v_last), *updates
 
@@ -254,13 +253,9 @@ class GatedDeltaNet(Mixer):
         if weight is None:
             return jax.nn.silu(x), None
         start = None if state is None else state.astype(x.dtype)
-        named = self._named(CONVOLUTION)
+        named = CONVOLUTION.beside(self.implementation)
         y, after = short_convolution(x, weight[...], segment_ids=segment_ids, initial_state=start, implementation=named)
         return y, after if state is None else after.astype(state.dtype)
-
-    def _named(self, operation: Operation) -> str | None:
-        """The implementation asked for, which names the delta rule's: also of what surrounds it, where it has such."""
-        return self.implementation if self.implementation in operation.implementations else None
 
     def _aux(self, updates: Float32[Array, "B T H V"] | None = None) -> Aux:
         if updates is None:

@@ -177,7 +177,7 @@ class LTE(Mixer):
         convolutions = tuple(lte_inputs.Convolution(c.weight[...], c.bias[...], c.dilation) for c in scorer.convs)
         scores = (scorer.proj.weight[...], scorer.proj.bias[...])
         operands = lte_inputs.Operands(q[:, 0], k[:, 0], v[:, 0], cache.length, cos, sin, recent, convolutions, *scores)
-        named = self.implementation if self.implementation in lte_inputs.OPERATION.implementations else None
+        named = lte_inputs.OPERATION.beside(self.implementation)
         q, k, score, recent = lte_inputs_step(operands, method=scorer.method, active=active, implementation=named)
         return q[:, None], k[:, None], score, recent
 

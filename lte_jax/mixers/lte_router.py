@@ -17,6 +17,7 @@ from flax import nnx
 from lte_jax.dims import Keys, Scores, SegmentIds, Values
 from lte_jax.layers import Recipe
 from lte_jax.partition_router import router_scores
+from pallas_kernels.dispatch import xla_or_fastest
 from pallas_kernels.router import Convolution, Dropout, draw_seeds
 
 
@@ -102,8 +103,7 @@ class Router(nnx.Module):
           k, v: keys (without rotary positions) and values.
           segment_ids: document of each token, 0 for padding; None for one document.
           key: draws dropout; None means none.
-          implementation: of the model's operations. "xla" is that; any other name is the fastest that does the router's
-            sizes, since a model's kernels do more sizes than the router's (the log says which one runs).
+          implementation: of the model's operations (``xla_or_fastest``).
         """
         dropout = None
         if key is not None and self.dropout:
@@ -118,5 +118,5 @@ class Router(nnx.Module):
             method=self.method,
             segment_ids=segment_ids,
             dropout=dropout,
-            implementation="xla" if implementation == "xla" else None,
+            implementation=xla_or_fastest(implementation),
         )
