@@ -53,7 +53,12 @@ def make_plan(settings: Text, folder: str | Path, part_bytes: int = 64 * 2**20) 
             "heldout_by='row': shards hold out whole documents; set heldout_by=document, or heldout=0 here and the "
             "fraction where the shards are read"
         )
-    folder = Path(folder).expanduser()
+    folder, source = Path(folder).expanduser(), Path(settings.path).expanduser()
+    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+        raise DataError(
+            f"out={str(folder)!r}: it lies in path={settings.path!r}, where its shards would be read as documents; use "
+            "another folder"
+        )
     units = find_units(settings.path, min(part_bytes, 32 * 2**20))
     groups: list[list[Unit]] = [[]]
     for unit in units:

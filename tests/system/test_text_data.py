@@ -292,6 +292,20 @@ def _rows_of(batch):
     return [{name: array[index] for name, array in batch.items()} for index in range(len(batch["labels"]))]
 
 
+def test_shards_do_not_lie_among_the_documents(tmp_path):
+    """Where a second start would read them as text."""
+    (tmp_path / "a.txt").write_text("some text")
+    for path, out in (
+        (tmp_path, tmp_path / "shards"),
+        (f"{tmp_path}/", tmp_path),
+        (tmp_path, tmp_path / "b" / ".." / "c"),
+    ):
+        with pytest.raises(data.DataError, match=r"it lies in path=.*, where its shards would be read as documents"):
+            corpus.make_plan(data.Text(path=str(path), packing=data.Packing(8)), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    corpus.make_plan(data.Text(path=str(tmp_path / "a.txt"), packing=data.Packing(8)), tmp_path / "shards")
+
+
 def test_record_round_trip():
     segments = [np.arange(3), np.array([70_000]), np.arange(5)]
     for found, expected in zip(shards.decode_row(shards.encode_row(segments, 4)), segments, strict=True):
