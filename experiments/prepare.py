@@ -34,6 +34,9 @@ def main(argv: list[str]) -> None:
     with said_in_one_line(argv):
         settings = configs.override(Text(path=FLAGS.path), FLAGS.set)
         plan = corpus.make_plan(settings, FLAGS.out, FLAGS.part_mb * 2**20)
+        units = [unit for part in plan.parts for unit in part]
+        size = sum(unit.size for unit in units) / 2**20
+        print(f"{FLAGS.path}: {len({unit.path for unit in units}):,} files, {size:,.1f} MiB of text")
         done = sum(corpus.is_done(plan, number) for number in range(len(plan.parts)))
         with tqdm(total=len(plan.parts), initial=done, unit="part", desc="shards") as bar:
             for _ in corpus.write_parts(plan, FLAGS.workers):

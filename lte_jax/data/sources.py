@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -71,7 +72,7 @@ def _find_files(path: str) -> list[Path]:
     if given.is_file():
         return [given]
     if given.is_dir():
-        files = [file for file in given.rglob("*") if file.suffix.lower() in (*KINDS, *COMPRESSED) and file.is_file()]
+        files = [file for file in _below(given) if file.suffix.lower() in (*KINDS, *COMPRESSED) and file.is_file()]
         if not files:
             raise DataError(
                 f"path={path!r}: the folder holds no {', '.join(KINDS)} file; name another, or a glob for other files"
@@ -81,6 +82,18 @@ def _find_files(path: str) -> list[Path]:
     if not matches:
         raise DataError(f"path={path!r}: no such file or folder, and no file matches it as a glob; correct the path")
     return matches
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """All files below a folder, in linked folders too, of which each is read once."""
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(root) / name for name in files)
 
 
 def find_units(path: str, unit_bytes: int = UNIT_BYTES) -> list[Unit]:

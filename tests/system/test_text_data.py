@@ -125,6 +125,18 @@ def test_what_corpora_of_others_hold_is_read_or_named(tmp_path):
             read(name)
 
 
+def test_linked_folders_are_read_and_each_once(tmp_path):
+    """Where data lie on several disks."""
+    (tmp_path / "disk" / "part").mkdir(parents=True)
+    (tmp_path / "corpus").mkdir()
+    for name in ("corpus/a.txt", "disk/b.txt", "disk/part/c.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "corpus" / "more").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "back").symlink_to(tmp_path / "corpus")
+    found = [str(file.relative_to(tmp_path / "corpus")) for file in sources.find_files(str(tmp_path / "corpus"))]
+    assert found == ["a.txt", "more/b.txt", "more/part/c.txt"]
+
+
 def test_bad_paths_are_one_line_errors(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "none.txt").touch()
