@@ -238,7 +238,7 @@ def initial_params(source: str | Path, builder: Builder) -> Params:
     try:
         model, _ = restore.load_model(source)
     except FileNotFoundError as error:
-        raise RunError(f"--init_from={source}: {error}") from error
+        raise RunError(f"--init_from: {error}") from error
     found = builder.params_of(model)
     expected, shapes = ({name: leaf.shape for name, leaf in tree.items()} for tree in (builder.param_shapes, found))
     WeightReport.compare(expected, shapes).raise_if_any(f"--init_from={source}", RunError)

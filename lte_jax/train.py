@@ -110,6 +110,7 @@ class _Run:
         )
         # Opened before the first step, so that a missing shard or one of another size is known before it.
         self.heldout_rows = config.data.rows("heldout", batch_size=micro)
+        self.say(f"rows of {first['input_ids'][1]:,} tokens; {len(self.heldout_rows):,} are held out")
         self.builder = Builder(step_config(config, first["input_ids"][1]), self.mesh)
         self.abstract = self.builder.abstract_state()
         self.folder, self.lock = runs.claim(workdir, configs.to_dict(config), allow_change)

@@ -158,7 +158,7 @@ def test_training_can_start_from_it(run):
     for source in (run, run / "checkpoints" / "0"):
         found = runs.initial_params(source, runs.single_device_builder(model.config))
         jax.tree.map(np.testing.assert_array_equal, found, parameters(model))
-    with pytest.raises(runs.RunError, match=r"--init_from=.*nowhere: .* no such folder"):
+    with pytest.raises(runs.RunError, match=r"--init_from: .*nowhere: no such folder"):
         runs.initial_params(run / "nowhere", runs.single_device_builder(model.config))
 
 

@@ -244,6 +244,12 @@ def test_an_evaluation_reads_the_same_rows_whatever_is_computed_at_a_time(tmp_pa
     assert found[0]["heldout_targets"] == found[1]["heldout_targets"] == 8 * 4
 
 
+def test_a_run_says_how_long_its_rows_are_and_how_many_are_held_out(tmp_path, capfd):
+    with pytest.raises(ValueError, match=r"--init_from: .* no such folder"):
+        train(tiny_experiment(), tmp_path / "run", init_from=tmp_path / "none", devices=ONE)
+    assert "rows of 32 tokens; 12 are held out" in capfd.readouterr().out
+
+
 def test_flops_follow_the_formula():
     config = tiny_model()
     # 6 per weight; forward: 6 N V per delta-rule head, 4 H N per key seen: the window's average and the budget.
