@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from lte_jax.mixers import full_attention, gated_deltanet, lte, mixer_name, nsa, window_attention
+from lte_jax.mixers import config_from_dict, gated_deltanet, mixer_name
 from lte_jax.mixers.base import MixerConfig
 from lte_jax.model_config import ModelConfig
 from lte_jax.penalty_files import schedule_to_authors
@@ -50,6 +50,51 @@ _IGNORED = frozenset(
 )
 
 
+# Our name of a setting -> theirs, the same table for reading and for writing.
+_MODEL = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "hidden_ratio": "hidden_ratio",
+    "intermediate_size": "intermediate_size",
+    "norm_eps": "norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "max_length": "max_position_embeddings",
+    "init_std": "initializer_range",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "pad_token_id",
+}
+_HEADS = {name: name for name in ("num_heads", "num_kv_heads", "rope_theta", "qkv_bias")}
+_NAMES = {
+    "gated_deltanet": {
+        name: name
+        for name in """num_heads head_dim num_v_heads expand_v use_gate use_short_conv conv_size
+        allow_neg_eigval""".split()
+    },
+    "full_attention": {**_HEADS, "qk_norm": "qk_norm"},
+    "window_attention": {**_HEADS, "qk_norm": "qk_norm", "window": "window_size"},
+    "lte": {
+        **_HEADS,
+        "window": "window_size",
+        "budget": "buffer_size",
+        "sinks": "sink_size",
+        "conv_sizes": "conv_size",
+        "conv_dilations": "conv_dilation",
+        "dropout": "dropout_prob",
+        "routing_method": "routing_method",
+        "routing_grad": "routing_grad",
+        "routing_shared": "routing_shared",
+    },
+    "nsa": {
+        **_HEADS,
+        "head_dim": "head_dim",
+        "block_size": "block_size",
+        "block_counts": "block_counts",
+        "window": "window_size",
+    },
+}
+
 # What attn must name for a kind of layer, beside what has a default.
 _REQUIRED = {
     "lte": (
@@ -81,52 +126,39 @@ def model_config_from_hf(values: dict[str, Any], nsa_head_dim: int | None = None
         if get[name] not in only:
             raise ValueError(f"config.json: {name}={get[name]!r} is not supported; only {only[0]!r} is")
     return ModelConfig(
-        vocab_size=get["vocab_size"],
-        width=get["hidden_size"],
-        num_layers=get["num_hidden_layers"],
         pattern=_shortest_period(_mixers(model_type, get, nsa_head_dim)),
-        hidden_ratio=get["hidden_ratio"],
-        intermediate_size=get["intermediate_size"],
-        norm_eps=get["norm_eps"],
-        tie_embeddings=get["tie_word_embeddings"],
-        max_length=get["max_position_embeddings"],
-        init_std=get["initializer_range"],
         rescale_residual=model_type == "hybrid_gated_deltanet",
-        bos_token_id=get["bos_token_id"],
-        eos_token_id=get["eos_token_id"],
-        pad_token_id=get["pad_token_id"],
+        **{ours: get[theirs] for ours, theirs in _MODEL.items()},
     )
+
+
+def _mixer(name: str, get: dict[str, Any], **more: Any) -> MixerConfig:
+    """The settings of a mixer from the authors' fields."""
+    found = {ours: get[theirs] for ours, theirs in _NAMES[name].items()}
+    return config_from_dict({"mixer": name, **found, **more})
 
 
 def _mixers(model_type: str, get: dict[str, Any], nsa_head_dim: int | None) -> tuple[MixerConfig, ...]:
     """The mixer of every layer."""
     layers = get["num_hidden_layers"]
     if model_type == "nsa":
-        return (_nsa({**get, "head_dim": nsa_head_dim or _NSA_HEAD_DIM}),) * layers
+        return (_mixer("nsa", get, head_dim=nsa_head_dim or _NSA_HEAD_DIM),) * layers
     if model_type == "transformer":
         return (_attention(get),) * layers
-    linear = gated_deltanet.Config(
-        num_heads=get["num_heads"],
-        head_dim=get["head_dim"],
-        num_v_heads=get["num_v_heads"] if model_type == "gated_deltanet" else None,
-        expand_v=get["expand_v"],
-        use_gate=get["use_gate"],
-        use_short_conv=get["use_short_conv"],
-        conv_size=get["conv_size"],
-        allow_neg_eigval=get["allow_neg_eigval"] if model_type == "gated_deltanet" else False,
-        norm_eps=get["norm_eps"],
-    )
+    hybrid = model_type == "hybrid_gated_deltanet"
+    never = dict(num_v_heads=None, allow_neg_eigval=False) if hybrid else {}  # their hybrid has neither
+    linear = _mixer("gated_deltanet", get, norm_eps=get["norm_eps"], **never)
     attn = get["attn"]
     if attn is None:
         return (linear,) * layers
     _require(attn, "layers", "num_heads")
     defaults = {"qkv_bias": False, "window_size": None, "rope_theta": 10000.0, "num_kv_heads": attn["num_heads"]}
     attn = {**defaults, **attn, "qk_norm": False}  # their hybrid blocks do not pass it on
-    kind = attn.get("attn_type", "attn") if model_type == "hybrid_gated_deltanet" else "attn"
+    kind = attn.get("attn_type", "attn") if hybrid else "attn"
     if kind not in ("attn", "lte", "nsa"):
         raise ValueError(f"config.json: attn_type={kind!r} is not one of attn, lte, nsa")
     _require(attn, *_REQUIRED.get(kind, ()))
-    other = {"attn": _attention, "lte": _lte, "nsa": _nsa}[kind](attn)
+    other = _attention(attn) if kind == "attn" else _mixer(kind, attn)
     return tuple(other if index in attn["layers"] else linear for index in range(layers))
 
 
@@ -139,47 +171,8 @@ def _require(attn: dict[str, Any], *names: str) -> None:
 
 
 def _attention(get: dict[str, Any]) -> MixerConfig:
-    shared = dict(
-        num_heads=get["num_heads"],
-        num_kv_heads=get["num_kv_heads"],
-        rope_theta=get["rope_theta"],
-        qkv_bias=get["qkv_bias"],
-        qk_norm=bool(get["qk_norm"]),
-    )
-    if get["window_size"] is None:
-        return full_attention.Config(**shared)
-    return window_attention.Config(window=get["window_size"], **shared)
-
-
-def _lte(attn: dict[str, Any]) -> MixerConfig:
-    return lte.Config(
-        num_heads=attn["num_heads"],
-        num_kv_heads=attn["num_kv_heads"],
-        window=attn["window_size"],
-        budget=attn["buffer_size"],
-        sinks=attn["sink_size"],
-        rope_theta=attn["rope_theta"],
-        qkv_bias=attn["qkv_bias"],
-        conv_sizes=tuple(attn["conv_size"]),
-        conv_dilations=tuple(attn["conv_dilation"]),
-        dropout=attn["dropout_prob"],
-        routing_method=attn["routing_method"],
-        routing_grad=attn["routing_grad"],
-        routing_shared=attn["routing_shared"],
-    )
-
-
-def _nsa(attn: dict[str, Any]) -> MixerConfig:
-    return nsa.Config(
-        num_heads=attn["num_heads"],
-        num_kv_heads=attn["num_kv_heads"],
-        head_dim=attn["head_dim"],
-        block_size=attn["block_size"],
-        block_counts=attn["block_counts"],
-        window=attn["window_size"],
-        rope_theta=attn["rope_theta"],
-        qkv_bias=attn["qkv_bias"],
-    )
+    name = "full_attention" if get["window_size"] is None else "window_attention"
+    return _mixer(name, get, qk_norm=bool(get["qk_norm"]))
 
 
 def _shortest_period(layers: tuple[MixerConfig, ...]) -> tuple[MixerConfig, ...]:
@@ -201,23 +194,8 @@ def model_config_to_hf(config: ModelConfig, penalty: PenaltyConfig | None = None
     """
     layers = config.pattern * (config.num_layers // len(config.pattern))
     names = [mixer_name(mixer) for mixer in layers]
-    values: dict[str, Any] = dict(
-        hidden_size=config.width,
-        num_hidden_layers=config.num_layers,
-        vocab_size=config.vocab_size,
-        hidden_ratio=config.hidden_ratio,
-        intermediate_size=config.intermediate_size,
-        norm_eps=config.norm_eps,
-        tie_word_embeddings=config.tie_embeddings,
-        max_position_embeddings=config.max_length,
-        initializer_range=config.init_std,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-        hidden_act="swish",
-        use_cache=True,
-        torch_dtype="float32",
-    )
+    values: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in _MODEL.items()}
+    values |= dict(hidden_act="swish", use_cache=True, torch_dtype="float32")
     linear = {mixer for mixer, name in zip(layers, names, strict=True) if name == "gated_deltanet"}
     others = {mixer for mixer, name in zip(layers, names, strict=True) if name != "gated_deltanet"}
     if len(linear) > 1 or len(others) > 1:
@@ -256,53 +234,24 @@ def model_config_to_hf(config: ModelConfig, penalty: PenaltyConfig | None = None
     return {"architectures": [MODEL_TYPES[model_type]], "model_type": model_type, **values}
 
 
-def _gated_deltanet_to_hf(mixer: Any) -> dict[str, Any]:
-    return dict(
-        attn_mode="chunk",
-        num_heads=mixer.num_heads,
-        head_dim=mixer.head_dim,
-        num_v_heads=mixer.num_v_heads,
-        expand_v=mixer.expand_v,
-        use_gate=mixer.use_gate,
-        use_short_conv=mixer.use_short_conv,
-        conv_size=mixer.conv_size,
-        allow_neg_eigval=mixer.allow_neg_eigval,
-        attn=None,
-    )
+def _gated_deltanet_to_hf(mixer: MixerConfig) -> dict[str, Any]:
+    return {**_to_hf("gated_deltanet", mixer), "attn_mode": "chunk", "attn": None}
 
 
 def _other_to_hf(mixer: Any, width: int) -> dict[str, Any]:
     name = mixer_name(mixer)
-    if name in ("full_attention", "window_attention") and mixer.head_dim not in (None, width // mixer.num_heads):
+    softmax = name in ("full_attention", "window_attention")
+    if softmax and mixer.head_dim not in (None, width // mixer.num_heads):
         raise ValueError(
             f"{name}: head_dim={mixer.head_dim} has no place in the authors' config.json: their heads have width / "
             f"num_heads = {width // mixer.num_heads}; convert to an Orbax checkpoint instead"
         )
-    values = dict(
-        attn_type={"lte": "lte", "nsa": "nsa"}.get(name, "attn"),
-        num_heads=mixer.num_heads,
-        num_kv_heads=mixer.num_kv_heads,
-        qkv_bias=mixer.qkv_bias,
-        rope_theta=mixer.rope_theta,
-        window_size=getattr(mixer, "window", None),
-    )
-    if name in ("full_attention", "window_attention"):
-        values["qk_norm"] = mixer.qk_norm
-    if name == "nsa":
-        values.update(head_dim=mixer.head_dim, block_size=mixer.block_size, block_counts=mixer.block_counts)
-    if name == "lte":
-        if mixer.retention != "learned":
-            raise ValueError(
-                f"retention={mixer.retention!r} has no place in the authors' config.json; only 'learned' does"
-            )
-        values.update(
-            buffer_size=mixer.budget,
-            sink_size=mixer.sinks,
-            conv_size=list(mixer.conv_sizes),
-            conv_dilation=list(mixer.conv_dilations),
-            dropout_prob=mixer.dropout,
-            routing_method=mixer.routing_method,
-            routing_grad=mixer.routing_grad,
-            routing_shared=mixer.routing_shared,
-        )
-    return values
+    if name == "lte" and mixer.retention != "learned":
+        raise ValueError(f"retention={mixer.retention!r} has no place in the authors' config.json; only 'learned' does")
+    return {"attn_type": "attn" if softmax else name, "window_size": None, **_to_hf(name, mixer)}
+
+
+def _to_hf(name: str, mixer: MixerConfig) -> dict[str, Any]:
+    """The authors' fields of a mixer, as JSON has them."""
+    found = {theirs: getattr(mixer, ours) for ours, theirs in _NAMES[name].items()}
+    return {field: list(value) if isinstance(value, tuple) else value for field, value in found.items()}
