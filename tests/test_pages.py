@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(RESULTS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / ".github/CONTRIBUTING.md", *sorted(RESULTS.glob("*.md"))]
 
 
 def anchors(page: Path) -> set[str]:
