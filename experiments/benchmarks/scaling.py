@@ -51,12 +51,14 @@ class Side:
         abstract = self.builder.abstract_state()
         compiled: Any = self.builder.train_step().lower(abstract, shapes).compile()  # type: ignore[attr-defined]
         self.places, self.step = places, compiled
+        kept = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        self.first = jax.jit(self.builder.init_state, out_shardings=kept).lower().compile()
         seconds = time.perf_counter() - began
         print(f"{self.name}: compiled in {seconds:.1f} s; {memory.report(abstract, compiled)}", flush=True)
 
     def start(self) -> None:
         """Fills the devices' memory, after ``compile``, and warms up."""
-        self.batch, self.state = jax.device_put(self.arrays, self.places), self.builder.init_state()
+        self.batch, self.state = jax.device_put(self.arrays, self.places), self.first()
         self.run(2)
 
     def run(self, steps: int) -> float:
