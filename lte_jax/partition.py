@@ -254,8 +254,7 @@ def residual_rms_norm(x: Array, weight: Array, **options: Any) -> tuple[Array, A
     if mesh.shape["tensor"] > 1:
         # Rows are whole on each device of ``tensor``: split by hand, their gradients would be summed over it.
         return norms.residual_rms_norm(x, weight, **{**options, "implementation": "xla"})
-    # The width is whole; its axis of one device is named all the same, so that no gradient is summed over it.
-    rows = sharding.spec(("batch", "length", "mlp"), x.shape, mesh, every=True)
+    rows = sharding.spec(("batch", "length", None), x.shape, mesh, every=True)
     local = functools.partial(norms.residual_rms_norm, **options)
     specs = (rows, PartitionSpec())
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(rows, rows), check_vma=False)(x, weight)

@@ -97,7 +97,7 @@ def spec(
     """The partition of an array with the logical ``axes``; extra leading dimensions (stacked layers) are whole.
 
     Args:
-      every: name mesh axes of one device too, so that a gradient is not summed over them.
+      every: name the mesh axes of one device too, at the first dimension, so that no gradient is summed over them.
 
     Raises:
       ValueError: a logical axis that the table does not know.
@@ -109,12 +109,15 @@ def spec(
         if name is not None and name not in RULES:
             raise ValueError(f"logical axis {name!r} is not in the table; it knows {', '.join(RULES)}")
         rule = RULES.get(name or "", ())
-        wanted = tuple(axis for axis in rule if (every or mesh.shape[axis] > 1) and axis not in used)
+        wanted = tuple(axis for axis in rule if mesh.shape[axis] > 1 and axis not in used)
         if not wanted or size % math.prod(mesh.shape[axis] for axis in wanted):
             entries.append(None)
             continue
         used.update(wanted)
         entries.append(wanted if len(wanted) > 1 else wanted[0])
+    if every:
+        first = (entries[0],) if isinstance(entries[0], str) else entries[0] or ()
+        entries[0] = (*first, *(axis for axis, count in mesh.shape.items() if count == 1)) or None
     return PartitionSpec(*entries)
 
 

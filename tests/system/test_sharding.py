@@ -35,6 +35,8 @@ def test_the_table_splits_what_divides_and_replicates_the_rest():
     assert sharding.spec(("embed", "kv_heads"), (6, 2), mesh) == PartitionSpec("fsdp", None)
     assert sharding.spec(("embed", "embed"), (6, 6), mesh) == PartitionSpec("fsdp", None)
     assert sharding.spec(("embed",), (24, 6), mesh) == PartitionSpec(None, "fsdp")
+    every = sharding.spec(("embed", "heads"), (6, 8), mesh, every=True)
+    assert every == PartitionSpec(("fsdp", "data", "sequence"), "tensor")
     with pytest.raises(ValueError, match="'width' is not in the table"):
         sharding.spec(("width",), (6,), mesh)
 
@@ -218,6 +220,19 @@ def test_few_key_heads_and_split_tokens_give_what_one_device_gives():
 @pytest.mark.parametrize("name", ["window", "lte", "delta", "convolution", "norm", "residual"])
 def test_every_operation_on_every_mesh_gives_what_one_device_gives(name, mesh):
     check_operation(name, MeshConfig(**{"data": 1, **mesh}))
+
+
+@pytest.mark.parametrize("name", ["window", "delta", "convolution", "norm", "residual"])
+def test_no_gradient_of_rows_is_summed_over_devices(name):
+    """Not even over an axis of one device, where the sum would stand between the kernels all the same."""
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    function, arrays = operations(jnp.asarray(packed_rows(4)))[name]
+
+    def loss(*arrays):
+        with sharding.on(mesh):
+            return jnp.sum(function(*arrays))
+
+    assert "psum" not in str(jax.make_jaxpr(jax.grad(loss))(*arrays))
 
 
 def test_lte_layers_of_unlike_budgets_are_refused():
