@@ -32,7 +32,7 @@ class Block(nnx.Module):
         x, normed = self._normed(self.mixer_norm, x)
         y, aux = self.mixer(normed, **kwargs)
         x, normed = self._normed(self.mlp_norm, operand(x + y))
-        return self._finish(x + self.mlp(normed), kwargs["segment_ids"]), aux
+        return self._finish(operand(x + self.mlp(normed)), kwargs["segment_ids"]), aux
 
     def extend(self, x: Hidden, cache: Any, **kwargs: Any) -> tuple[Hidden, Any, Aux]:
         y, cache, aux = self.mixer.extend(self.mixer_norm(x), cache, return_aux=True, **kwargs)
