@@ -57,8 +57,8 @@ def _unstack(x: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _stack_gradients(_: None, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array]:
-    # Written to memory as one array, part after part. A stack would be fused into the optimiser's kernels, which then do
-    # not work in place: the moments are copied first, and read again for each of the three arrays that are written.
+    # One array, written part after part. A stack would be fused into the optimiser's kernels, which then do not work in
+    # place: the moments are copied first, and all of it is read again for each of the three arrays that are written.
     whole = jnp.zeros((len(gradients), *gradients[0].shape), gradients[0].dtype)
     for index, gradient in enumerate(gradients):
         whole = jax.lax.dynamic_update_index_in_dim(whole, gradient, index, 0)
