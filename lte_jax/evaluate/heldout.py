@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lte_jax import configs
-from lte_jax.data import Batches, DataError, DataSet
+from lte_jax.data import Batches, DataError, DataSet, PackedRows, Text
 from lte_jax.data.tasks import Split
 from lte_jax.data.tokenizer import Tokenizer, load_tokenizer
 from lte_jax.evaluate.scores import Scores, score_batches
@@ -23,6 +23,10 @@ class Source:
     """The setting that says which data: ``data.kind`` and its fields."""
 
     data: DataSet
+
+
+SPLITTING: dict[type, set[str]] = {Text: {"heldout", "heldout_by", "seed"}, PackedRows: {"heldout"}}
+"""The settings by which data are split."""
 
 
 def data_set(
@@ -49,9 +53,12 @@ def data_set(
     found = configs.override(source, [f"data.{assignment}" for assignment in assignments]).data
     name = getattr(found, "tokenizer", None)
     if name is not None and tokenizer is not None and load_tokenizer(name).fingerprint() != tokenizer.fingerprint():
-        warnings.warn(
-            f"the data are of tokenizer {name!r}, whose ids are not those of the checkpoint's own", stacklevel=2
-        )
+        text = f"the data are of tokenizer {name!r}, whose ids are not those of the checkpoint's own"
+        warnings.warn(text, stacklevel=2)
+    changed = set(configs.differences(configs.to_dict(source.data), configs.to_dict(found)))
+    if not kind and "path" not in changed and changed & SPLITTING.get(type(found), set()):
+        text = "the run held out other rows of these data: it was trained on some of those held out now"
+        warnings.warn(text, stacklevel=2)
     return found
 
 

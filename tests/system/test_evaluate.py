@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -131,6 +132,22 @@ def test_text_is_written_with_the_checkpoints_own_tokenizer(tmp_path):
         evaluate_data(str(tmp_path / "run"), assignments=[*given, "tokenizer=bytes"], **text)
     with pytest.raises(ValueError, match="--data=Text: the checkpoint holds no tokenizer to read text with; --set tok"):
         evaluate_data(str(tmp_path / "bare"), assignments=given, **text)
+
+
+def test_other_rows_held_out_than_the_run_held_out_are_said(tmp_path):
+    text = Text(path=str(tmp_path), heldout=0.05)
+    saved = {"data": {"kind": "Text", **configs.to_dict(text)}}
+    for given, said in (
+        (["heldout=0.2"], 1),
+        (["seed=4"], 1),
+        ([], 0),
+        (["packing.length=64"], 0),
+        (["path=x", "seed=4"], 0),
+    ):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            heldout.data_set(saved, None, given)
+        assert len(found) == said and all("it was trained on some of" in str(warning.message) for warning in found)
 
 
 def test_bad_input_is_refused(run, tmp_path):
