@@ -32,9 +32,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def check_target(path: Path) -> None:
-    """Raises ValueError where a file could not be written: known before hours of work, not after. Makes nothing."""
+    """Raises ValueError where a file could not be written: known before hours of work, not after. Makes nothing.
+
+    What is there and no file, such as /dev/null, would be replaced by one.
+    """
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+    if (path.exists() and not path.is_file()) or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"{path} cannot be written; name another file with --output")
 
 

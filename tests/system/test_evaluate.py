@@ -175,6 +175,9 @@ def test_results_that_could_not_be_written_are_not_computed(run, tmp_path, monke
     for write in (evaluate_data, lambda *rest: evaluate_own(rest[0], "needles", rest[1]), inspect):
         with pytest.raises(ValueError, match=r"file/out.* cannot be written; name another file with --output"):
             write(str(run), str(tmp_path / "file" / "out"))
+    for place in ("/dev/null", str(tmp_path)):
+        with pytest.raises(ValueError, match=f"{place} cannot be written"):
+            evaluate_data(str(run), place)
     with pytest.raises(ValueError, match=r"out.png: the name of the JSON file; the picture beside it takes .png"):
         evaluate_data(str(run), str(tmp_path / "out.png"))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # as a folder that may only be read
