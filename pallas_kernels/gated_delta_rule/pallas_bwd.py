@@ -61,6 +61,7 @@ def _bring_singles(m: Any, place: Any, chunks: int, step: Any) -> None:
         rows = pl.ds((chunks - 1 - step) * CHUNK, CHUNK)
         if m.r is not None:
             plgpu.copy_gmem_to_smem(m.r.at[b, rows, h, columns], m.r_s, m.r_full)
+            plgpu.copy_gmem_to_smem(m.rest.at[b, rows, h, columns], m.r_rest_s, m.r_full)
         if m.q_s.shape[0] == 1:
             plgpu.copy_gmem_to_smem(m.q.at[b, rows, hk], m.q_s.at[0], m.q_full)
 
@@ -82,8 +83,6 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
                 part = slice(start, start + CHUNK)
                 m.dstates_s.at[:, part][...], m.rest_s.at[:, part][...] = t.split(dstate[:, part], dtype)
             plgpu.commit_smem()
-            if m.r is not None:
-                plgpu.barrier_arrive(m.gradient_ready)
 
         if m.r is not None:
             pl.when(step > 0)(lambda: plgpu.barrier_wait(m.gradient_read))
@@ -94,6 +93,8 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
         else:
             seen, _ = t.product(dstate.astype(dtype), k.T, tokens, room=room_state, meanwhile=publish)
             seen = t.product(m.rest_s, k.T, tokens, seen)
+        if m.r is not None:  # not before: the other warpgroup's products would take turns with this one's
+            plgpu.barrier_arrive(m.gradient_ready)
         write = plgpu.load(m.factors_s.at[slot, t.WRITE], layout=COLUMNS)
         w = t.product(do.T, m.scores_s.at[slot], tokens, seen * t.along_columns(write, tokens))
         # Two summands each: the inverse's columns can add many almost cancelling w, and without decay all stays.
@@ -104,16 +105,16 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
         read = (plgpu.load(do.T, layout=WGMMA).astype(jnp.float32) * t.along_columns(read_q, tokens)).astype(dtype)
 
         def publish_dy():
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            m.dv_s.T[...] = dy.astype(dtype)
+            do.T[...] = dy.astype(dtype)  # no longer needed
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(m.dv_s, m.dv.at[b, pl.ds(n * CHUNK, CHUNK), h, columns])
+            plgpu.copy_smem_to_gmem(do, m.dv.at[b, pl.ds(n * CHUNK, CHUNK), h, columns])
 
         if queries == 1:
             plgpu.barrier_wait(m.q_full)
         pairs = [(read, m.q_s.at[jax.lax.rem(step, jnp.int32(queries))]), *((x, k) for x in erased)]
         meanwhile = None if m.dv is None else publish_dy
         dstate = t.products(pairs, shape, dstate * m.factors_s[slot, t.CARRY, 0], room=room, meanwhile=meanwhile)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(m.used.at[slot])
         return dstate
 
@@ -127,17 +128,12 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
 
 
 def _weigh_writes(m: Any, *, chunks: int, stages: int, place: Any) -> None:
-    """The warpgroup that forms r.(k D) from what is published of D, and writes both.
-
-    The second summand of r has no buffer, for which there is no room: it comes to registers while D is waited for.
-    """
+    """The warpgroup that forms r.(k D) from what is published of D, and writes both."""
     b, h, columns = place[0], place[1], place[3]
 
     @pl.loop(0, chunks)
     def _(step):
         n, slot = chunks - 1 - step, jax.lax.rem(step, jnp.int32(stages))
-        at = m.rest.at[b, pl.ds(n * CHUNK, CHUNK), h, columns]
-        rest = plgpu.load(at, layout=WGMMA, optimized=False)
         plgpu.barrier_wait(m.full.at[slot])
         plgpu.barrier_wait(m.gradient_ready)
         plgpu.copy_smem_to_gmem(m.dstates_s, m.dstates.at[b, h, n, columns])
@@ -146,7 +142,8 @@ def _weigh_writes(m: Any, *, chunks: int, stages: int, place: Any) -> None:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(m.gradient_read)
         plgpu.barrier_wait(m.r_full)
-        seen *= plgpu.load(m.r_s, layout=WGMMA).astype(jnp.float32) + rest.astype(jnp.float32)
+        high, rest = (plgpu.load(x, layout=WGMMA).astype(jnp.float32) for x in (m.r_s, m.r_rest_s))
+        seen *= high + rest
         plgpu.commit_smem()  # what was read here is written next by a copy
         plgpu.barrier_arrive(m.used.at[slot])
         m.written[b, h, n, jax.lax.axis_index("block")] = seen.sum(axis=1)
@@ -191,13 +188,13 @@ def scratch(head_size: int, dtype: Any, ends: bool = False) -> dict[str, Any]:
         "scores_s": t.buffer((stages, *SQUARE), dtype),
         "factors_s": plgpu.SMEM((stages, 4, CHUNK), jnp.float32),
         "r_s": t.buffer((CHUNK, BLOCK_V), dtype),
+        "r_rest_s": t.buffer((CHUNK, BLOCK_V), dtype),
         "dstates_s": t.buffer((BLOCK_V, N), dtype),
         "rest_s": t.buffer((BLOCK_V, N), dtype),
-        "dv_s": t.buffer((CHUNK, BLOCK_V), dtype),
         "full": plgpu.Barrier(num_arrivals=5 if queries == 1 else 6, num_barriers=stages),
         "used": plgpu.Barrier(num_arrivals=1 if ends else 2, num_barriers=stages),
         "q_full": plgpu.Barrier(),
-        "r_full": plgpu.Barrier(),
+        "r_full": plgpu.Barrier(num_arrivals=2),
         "gradient_ready": plgpu.Barrier(),
         "gradient_read": plgpu.Barrier(),
         "end": plgpu.Barrier(num_arrivals=3),
