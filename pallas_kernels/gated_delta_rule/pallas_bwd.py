@@ -77,11 +77,14 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
         n, slot = chunks - 1 - step, jax.lax.rem(step, jnp.int32(stages))
         plgpu.barrier_wait(m.full.at[slot])
         k, do, inverse = m.k_s.at[slot], m.do_s.at[slot], m.inverse_s.at[slot]
+        only = t.zero_of(step)
+        dstates_s, rest_s = m.dstates_s.at[only], m.rest_s.at[only]
+        q = m.q_s.at[only if queries == 1 else slot]
 
         def publish():
             for start in range(0, size, CHUNK):  # in parts, for the sake of registers
                 part = slice(start, start + CHUNK)
-                m.dstates_s.at[:, part][...], m.rest_s.at[:, part][...] = t.split(dstate[:, part], dtype)
+                dstates_s.at[:, part][...], rest_s.at[:, part][...] = t.split(dstate[:, part], dtype)
             plgpu.commit_smem()
 
         if m.r is not None:
@@ -89,10 +92,10 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
         # In two summands here too: dbeta is a difference of sums with this product and with that of ``_weigh_writes``.
         if reads_published(size):
             publish()
-            seen = t.products([(m.dstates_s, k.T), (m.rest_s, k.T)], tokens)
+            seen = t.products([(dstates_s, k.T), (rest_s, k.T)], tokens)
         else:
             seen, _ = t.product(dstate.astype(dtype), k.T, tokens, room=room_state, meanwhile=publish)
-            seen = t.product(m.rest_s, k.T, tokens, seen)
+            seen = t.product(rest_s, k.T, tokens, seen)
         if m.r is not None:  # not before: the other warpgroup's products would take turns with this one's
             plgpu.barrier_arrive(m.gradient_ready)
         write = plgpu.load(m.factors_s.at[slot, t.WRITE], layout=COLUMNS)
@@ -111,7 +114,7 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
 
         if queries == 1:
             plgpu.barrier_wait(m.q_full)
-        pairs = [(read, m.q_s.at[jax.lax.rem(step, jnp.int32(queries))]), *((x, k) for x in erased)]
+        pairs = [(read, q), *((x, k) for x in erased)]
         meanwhile = None if m.dv is None else publish_dy
         dstate = t.products(pairs, shape, dstate * m.factors_s[slot, t.CARRY, 0], room=room, meanwhile=meanwhile)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -136,9 +139,9 @@ def _weigh_writes(m: Any, *, chunks: int, stages: int, place: Any) -> None:
         n, slot = chunks - 1 - step, jax.lax.rem(step, jnp.int32(stages))
         plgpu.barrier_wait(m.full.at[slot])
         plgpu.barrier_wait(m.gradient_ready)
-        plgpu.copy_smem_to_gmem(m.dstates_s, m.dstates.at[b, h, n, columns])
+        plgpu.copy_smem_to_gmem(m.dstates_s.at[0], m.dstates.at[b, h, n, columns])
         k = m.k_s.at[slot]
-        seen = t.products([(k, m.dstates_s.T), (k, m.rest_s.T)], (CHUNK, BLOCK_V))
+        seen = t.products([(k, m.dstates_s.at[0].T), (k, m.rest_s.at[0].T)], (CHUNK, BLOCK_V))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(m.gradient_read)
         plgpu.barrier_wait(m.r_full)
@@ -189,8 +192,8 @@ def scratch(head_size: int, dtype: Any, ends: bool = False) -> dict[str, Any]:
         "factors_s": plgpu.SMEM((stages, 4, CHUNK), jnp.float32),
         "r_s": t.buffer((CHUNK, BLOCK_V), dtype),
         "r_rest_s": t.buffer((CHUNK, BLOCK_V), dtype),
-        "dstates_s": t.buffer((BLOCK_V, N), dtype),
-        "rest_s": t.buffer((BLOCK_V, N), dtype),
+        "dstates_s": t.buffer((1, BLOCK_V, N), dtype),
+        "rest_s": t.buffer((1, BLOCK_V, N), dtype),
         "full": plgpu.Barrier(num_arrivals=5 if queries == 1 else 6, num_barriers=stages),
         "used": plgpu.Barrier(num_arrivals=1 if ends else 2, num_barriers=stages),
         "q_full": plgpu.Barrier(),

@@ -78,13 +78,18 @@ def index(dimension: int, shape: tuple[int, int] = SQUARE) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=WGMMA)
 
 
-def indices(turn: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Row and column of a square tile, for use inside a loop over ``turn``.
+def zero_of(turn: jax.Array) -> jax.Array:
+    """0, which the compiler takes for a number that depends on ``turn``.
 
-    They depend on it by a zero that the compiler cannot see through: else it computes every mask before the loop and
-    keeps all in registers, which spill.
+    What is computed from it stays inside a loop over ``turn``. Masks and addresses of buffers would else be computed
+    before the loop and all kept in registers, which spill.
     """
-    return index(0) + (jax.lax.optimization_barrier(turn) - turn), index(1)
+    return jax.lax.optimization_barrier(turn) - turn
+
+
+def indices(turn: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Row and column of a square tile, for use inside a loop over ``turn`` (``zero_of``)."""
+    return index(0) + zero_of(turn), index(1)
 
 
 def along_rows(x: Any, shape: tuple[int, int] = SQUARE) -> jax.Array:
