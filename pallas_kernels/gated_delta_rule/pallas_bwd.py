@@ -24,7 +24,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule import pallas_tiles as t
-from pallas_kernels.gated_delta_rule.pallas_scan import bring_all, reads_published
+from pallas_kernels.gated_delta_rule.pallas_scan import bring_all
 from pallas_kernels.gated_delta_rule.pallas_tiles import BLOCK_V, CHUNK, COLUMNS, SQUARE, WGMMA
 
 
@@ -71,32 +71,30 @@ def _carry_gradient(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any)
     b, h, columns = place[0], place[1], place[3]
     size, queries = m.k_s.shape[-1], m.q_s.shape[0]
     shape, tokens = (BLOCK_V, size), (BLOCK_V, CHUNK)
-    room_state, room = getattr(m, "spare_state", None), getattr(m, "spare", None)
+    room = getattr(m, "spare", None)
 
     def retreat(step, dstate):
         n, slot = chunks - 1 - step, jax.lax.rem(step, jnp.int32(stages))
         plgpu.barrier_wait(m.full.at[slot])
         k, do, inverse = m.k_s.at[slot], m.do_s.at[slot], m.inverse_s.at[slot]
-        only = t.zero_of(step)
-        dstates_s, rest_s = m.dstates_s.at[only], m.rest_s.at[only]
-        q = m.q_s.at[only if queries == 1 else slot]
-
-        def publish():
-            for start in range(0, size, CHUNK):  # in parts, for the sake of registers
-                part = slice(start, start + CHUNK)
-                dstates_s.at[:, part][...], rest_s.at[:, part][...] = t.split(dstate[:, part], dtype)
-            plgpu.commit_smem()
+        q = m.q_s.at[t.zero_of(step) if queries == 1 else slot]
 
         if m.r is not None:
             pl.when(step > 0)(lambda: plgpu.barrier_wait(m.gradient_read))
         # In two summands here too: dbeta is a difference of sums with this product and with that of ``_weigh_writes``.
-        if reads_published(size):
-            publish()
-            seen = t.products([(dstates_s, k.T), (rest_s, k.T)], tokens)
-        else:
-            seen, _ = t.product(dstate.astype(dtype), k.T, tokens, room=room_state, meanwhile=publish)
-            seen = t.product(rest_s, k.T, tokens, seen)
-        if m.r is not None:  # not before: the other warpgroup's products would take turns with this one's
+        # In parts of the keys, each published while it is multiplied: all at once are too many for the registers.
+        seen = t.zeros(tokens)
+        for first in range(0, size, CHUNK):
+            part = slice(first, first + CHUNK)
+            summands = t.split(dstate[:, part], dtype)
+
+            def publish(part=part, summands=summands):
+                m.dstates_s.at[:, part][...], m.rest_s.at[:, part][...] = summands
+
+            pairs = [(x, k.at[:, part].T) for x in summands]
+            seen = t.products(pairs, tokens, seen, room=room, meanwhile=None if m.r is None else publish)
+        if m.r is not None:
+            plgpu.commit_smem()
             plgpu.barrier_arrive(m.gradient_ready)
         write = plgpu.load(m.factors_s.at[slot, t.WRITE], layout=COLUMNS)
         w = t.product(do.T, m.scores_s.at[slot], tokens, seen * t.along_columns(write, tokens))
@@ -139,9 +137,9 @@ def _weigh_writes(m: Any, *, chunks: int, stages: int, place: Any) -> None:
         n, slot = chunks - 1 - step, jax.lax.rem(step, jnp.int32(stages))
         plgpu.barrier_wait(m.full.at[slot])
         plgpu.barrier_wait(m.gradient_ready)
-        plgpu.copy_smem_to_gmem(m.dstates_s.at[0], m.dstates.at[b, h, n, columns])
+        plgpu.copy_smem_to_gmem(m.dstates_s, m.dstates.at[b, h, n, columns])
         k = m.k_s.at[slot]
-        seen = t.products([(k, m.dstates_s.at[0].T), (k, m.rest_s.at[0].T)], (CHUNK, BLOCK_V))
+        seen = t.products([(k, m.dstates_s.T), (k, m.rest_s.T)], (CHUNK, BLOCK_V))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(m.gradient_read)
         plgpu.barrier_wait(m.r_full)
@@ -192,8 +190,8 @@ def scratch(head_size: int, dtype: Any, ends: bool = False) -> dict[str, Any]:
         "factors_s": plgpu.SMEM((stages, 4, CHUNK), jnp.float32),
         "r_s": t.buffer((CHUNK, BLOCK_V), dtype),
         "r_rest_s": t.buffer((CHUNK, BLOCK_V), dtype),
-        "dstates_s": t.buffer((1, BLOCK_V, N), dtype),
-        "rest_s": t.buffer((1, BLOCK_V, N), dtype),
+        "dstates_s": t.buffer((BLOCK_V, N), dtype),
+        "rest_s": t.buffer((BLOCK_V, N), dtype),
         "full": plgpu.Barrier(num_arrivals=5 if queries == 1 else 6, num_barriers=stages),
         "used": plgpu.Barrier(num_arrivals=1 if ends else 2, num_barriers=stages),
         "q_full": plgpu.Barrier(),
@@ -202,7 +200,6 @@ def scratch(head_size: int, dtype: Any, ends: bool = False) -> dict[str, Any]:
         "gradient_read": plgpu.Barrier(),
         "end": plgpu.Barrier(num_arrivals=3),
         **t.spare((BLOCK_V, CHUNK), dtype),
-        **t.spare((BLOCK_V, N), dtype, "spare_state"),
     }
 
 
