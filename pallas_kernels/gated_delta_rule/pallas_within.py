@@ -171,8 +171,10 @@ def _body(m: Any, *, chunks: int, heads: int, items: int, warpgroups: int, group
     workers = t.PROGRAMS * warpgroups
     worker = jax.lax.axis_index("program") * warpgroups + warpgroup
     turns = jax.lax.div(items - worker + workers - 1, jnp.int32(workers))
-    own = {name: jax.tree.map(lambda x: x.at[warpgroup], getattr(m, name)) for name in m.own}
-    m = types.SimpleNamespace(**{**vars(m), **own})
+
+    def own(index):
+        buffers = {name: jax.tree.map(lambda x: x.at[index], getattr(m, name)) for name in m.own}
+        return types.SimpleNamespace(**{**vars(m), **buffers})
 
     def place(turn):
         row, n = (f(worker + turn * workers, jnp.int32(chunks)) for f in (jax.lax.div, jax.lax.rem))
@@ -180,13 +182,13 @@ def _body(m: Any, *, chunks: int, heads: int, items: int, warpgroups: int, group
         return b, n, h
 
     def bring(turn):
-        pl.when(turn < turns)(lambda: _bring(m, place(turn), group=group))
+        pl.when(turn < turns)(lambda: _bring(own(warpgroup), place(turn), group=group))
 
     bring(0)
 
     @pl.loop(0, turns)
     def _(turn):
-        _chunk(m, place(turn), turn, lambda: bring(turn + 1), **options)
+        _chunk(own(warpgroup + t.zero_of(turn)), place(turn), turn, lambda: bring(turn + 1), **options)
 
     plgpu.wait_smem_to_gmem(0)
     plgpu.barrier_arrive(m.end)
