@@ -31,9 +31,9 @@ def stages_for(head_size: int) -> int:
     return {64: 4, 128: 3, 256: 2}[head_size]
 
 
-def part_of(head_size: int) -> int:
-    """Keys of a state that are an operand in registers at a time."""
-    return 64 if head_size == 256 else head_size
+def reads_published(head_size: int) -> bool:
+    """Whether the products with a state read its copy in shared memory."""
+    return head_size == 256
 
 
 def _slot(step: Any, count: int) -> Any:
@@ -87,37 +87,30 @@ def advance(
     *,
     dtype: Any,
     value_weight: Any = None,
-    publish_state: Callable[[slice, jax.Array], None] | None = None,
+    publish_state: Callable[[jax.Array], Any] | None = None,
     publish_r: Callable[[jax.Array], None] | None = None,
 ) -> jax.Array:
     """The state after a chunk from that before it: three products, each of which needs the one before.
 
-    The state, in parts of its keys, and r are given away while products run. ``value_weight`` is a number by which the
-    values count.
+    The state and r are given away while products run. ``value_weight`` is a number by which the values count. A state
+    of 256 columns takes too many registers to be an operand: the first product reads the copy that ``publish_state``
+    returns.
     """
     k, inverse = m.k_s.at[slot], m.inverse_s.at[slot]
     shape, tokens = (state.shape[0], state.shape[1]), (BLOCK_V, CHUNK)
     room_state, room = getattr(m, "spare_state", None), getattr(m, "spare", None)
+    low = state.astype(dtype)
+    if reads_published(shape[1]):
+        assert publish_state is not None
+        low, publish_state = publish_state(low), None
 
-    def load():
+    def during_first():
+        if publish_state is not None:
+            publish_state(low)
         read, write = (plgpu.load(m.by_column.at[slot, x], layout=COLUMNS) for x in (t.READ_K, t.WRITE))
         return plgpu.load(v_s.T, layout=WGMMA), read, write, m.by_column[slot, t.CARRY, 0]
 
-    seen = inputs = None
-    for first in range(0, shape[1], part_of(shape[1])):
-        part = slice(first, first + part_of(shape[1]))
-        low = state[:, part].astype(dtype)
-
-        def meanwhile(part=part, low=low):
-            if publish_state is not None:
-                publish_state(part, low)
-            return load() if part.stop == shape[1] else None
-
-        if seen is None:
-            seen, inputs = t.product(low, k.at[:, part].T, tokens, room=room_state, meanwhile=meanwhile)
-        else:
-            seen = t.product(low, k.at[:, part].T, tokens, seen, room=room_state, meanwhile=meanwhile)
-    v, read, write, carry = inputs or load()
+    seen, (v, read, write, carry) = t.product(low, k.T, tokens, room=room_state, meanwhile=during_first)
     v = v.astype(jnp.float32)
     if value_weight is not None:
         v *= value_weight
@@ -140,11 +133,11 @@ def _carry_state(m: Any, *, chunks: int, stages: int, place: Any, dtype: Any) ->
     def chunk(n, state):
         slot = _slot(n, stages)
 
-        def publish_state(part, low):
-            m.states_s.at[:, part][...] = low
-            if part.stop == m.states_s.shape[1]:
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(m.state_ready)
+        def publish_state(low):
+            m.states_s[...] = low
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(m.state_ready)
+            return m.states_s
 
         def publish_r(r):
             pl.when(n > 0)(lambda: plgpu.barrier_wait(m.r_read))
@@ -244,7 +237,7 @@ def scratch(head_size: int, dtype: Any) -> dict[str, Any]:
         "r_read": plgpu.Barrier(),
         "end": plgpu.Barrier(num_arrivals=3),
         **t.spare((BLOCK_V, CHUNK), dtype),
-        **t.spare((BLOCK_V, part_of(N)), dtype, "spare_state"),
+        **t.spare((BLOCK_V, N), dtype, "spare_state"),
     }
 
 

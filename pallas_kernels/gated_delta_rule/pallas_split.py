@@ -16,7 +16,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule import pallas_tiles as t
-from pallas_kernels.gated_delta_rule.pallas_scan import advance, bring_all, part_of
+from pallas_kernels.gated_delta_rule.pallas_scan import advance, bring_all, reads_published
 from pallas_kernels.gated_delta_rule.pallas_tiles import BLOCK_V, CHUNK, SQUARE, WGMMA
 from pallas_kernels.tiles import ceil_div
 
@@ -33,16 +33,23 @@ def _ends_body(m: Any, *, chunks: int, group: int, value_blocks: int, dtype: Any
         plgpu.set_max_registers(232, action="increase")
         block = pair * CARRIERS + warpgroup
         shape = (BLOCK_V, m.k_s.shape[-1])
-        mine = {name: getattr(m, name).at[warpgroup] for name in vars(m) if name.startswith("spare")}
+        mine = {name: getattr(m, name).at[warpgroup] for name in vars(m) if name.startswith(("spare", "states"))}
         own = types.SimpleNamespace(**{**vars(m), **mine})
         has_values = jnp.where(block < value_blocks, 1.0, 0.0)
         identity = t.index(0, shape) + (block - value_blocks) * BLOCK_V == t.index(1, shape)
+
+        def publish(low):
+            own.states_s[...] = low
+            plgpu.commit_smem()
+            return own.states_s
+
+        publish_state = publish if reads_published(shape[1]) else None
 
         def chunk(n, state):
             slot = jax.lax.rem(n, jnp.int32(STAGES))
             plgpu.barrier_wait(m.full.at[slot])
             v_s = m.v_s.at[slot, warpgroup]
-            state = advance(own, slot, v_s, state, dtype=dtype, value_weight=has_values)
+            state = advance(own, slot, v_s, state, dtype=dtype, value_weight=has_values, publish_state=publish_state)
             plgpu.barrier_arrive(m.used.at[slot])
             return state
 
@@ -74,6 +81,7 @@ def segment_ends(k: jax.Array, v: jax.Array, inverse: jax.Array, factors: jax.Ar
     B, T, K, N = k.shape
     H, V = v.shape[2:]
     pairs = ceil_div(V + N, CARRIERS * BLOCK_V)
+    published = {"states_s": t.buffer((CARRIERS, BLOCK_V, N), k.dtype)} if reads_published(N) else {}
     results = t.launch(
         "gated_delta_rule_ends",
         functools.partial(_ends_body, chunks=T // CHUNK, group=H // K, value_blocks=V // BLOCK_V, dtype=v.dtype),
@@ -87,8 +95,9 @@ def segment_ends(k: jax.Array, v: jax.Array, inverse: jax.Array, factors: jax.Ar
             "full": plgpu.Barrier(num_arrivals=3 + CARRIERS, num_barriers=STAGES),
             "used": plgpu.Barrier(num_arrivals=CARRIERS, num_barriers=STAGES),
             "end": plgpu.Barrier(num_arrivals=CARRIERS + 1),
+            **published,
             **t.spare((CARRIERS, BLOCK_V, CHUNK), k.dtype),
-            **t.spare((CARRIERS, BLOCK_V, part_of(N)), k.dtype, "spare_state"),
+            **t.spare((CARRIERS, BLOCK_V, N), k.dtype, "spare_state"),
         },
         grid={"b": B, "h": H, "pair": pairs},
         warpgroups=CARRIERS + 1,
