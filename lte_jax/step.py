@@ -73,6 +73,11 @@ class StepConfig:
     spikes: SpikeConfig = dataclasses.field(default_factory=SpikeConfig)
 
 
+def model_arrays(batch: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch the model reads; ``segment_ids`` are there where rows hold several documents or padding."""
+    return {name: batch[name] for name in ("input_ids", "labels", "segment_ids") if name in batch}
+
+
 class Builder:
     """Makes models, states and steps for one config on one mesh, from shapes alone."""
 
@@ -171,7 +176,7 @@ class Builder:
         config, schedule = self.config, self.config.penalty
         step = state.step + 1
         interrupted = jnp.max(batch["interrupted"])
-        batch = {name: batch[name] for name in ("input_ids", "labels", "segment_ids") if name in batch}
+        batch = model_arrays(batch)
         select = step > schedule.warmup_steps if state.penalty is not None and schedule.warmup_steps else None
         gradients, metrics = self._gradients(state, batch, step, select)
         watched, spike = spikes.detect(state.spikes, config.spikes, metrics["loss"])

@@ -25,7 +25,7 @@ from lte_jax.data import Batches, DataError, UnreadableError
 from lte_jax.experiment import ExperimentConfig, step_config
 from lte_jax.profiling import Stopwatch, Trace
 from lte_jax.signals import Signals
-from lte_jax.step import Builder, Params, TrainState
+from lte_jax.step import Builder, Params, TrainState, model_arrays
 
 INTERRUPTED = 75
 """Exit code after a signal: everything is saved, run the same command again (EX_TEMPFAIL)."""
@@ -121,8 +121,7 @@ class _Run:
         self.train_step = self.builder.train_step()
         self.evaluate_step = self.builder.evaluate_step(config.evaluation.reading)
         self.compiled: dict[Any, Any] = {}
-        names = [name for name in ("input_ids", "labels", "segment_ids") if name in first]
-        self.first_shapes = {**{name: first[name] for name in names}, "interrupted": first["input_ids"][:1]}
+        self.first_shapes = {**model_arrays(first), "interrupted": first["input_ids"][:1]}
         self.step = 0
         self.heldout: tuple[int, dict[str, float]] | None = None
         """The step of the last evaluation, and its numbers."""
@@ -246,7 +245,7 @@ class _Run:
         raise type(error)(f"{where}: {error}{advice}") from error
 
     def _run_step(self, state: TrainState, batch: Batch, interrupted: bool) -> tuple[TrainState, dict[str, Any]]:
-        local = {name: batch[name] for name in ("input_ids", "labels", "segment_ids") if name in batch}
+        local = model_arrays(batch)
         # Every process tells all others of its signal through the step itself, so that all stop at the same step.
         local["interrupted"] = np.full(len(batch["input_ids"]), int(interrupted), np.int32)
         arrays = {name: self._spread(array) for name, array in local.items()}
@@ -294,9 +293,7 @@ class _Run:
         sums = np.zeros(3)
         try:
             for batch in itertools.islice(batches, most):
-                arrays = {
-                    name: self._spread(batch[name]) for name in ("input_ids", "labels", "segment_ids") if name in batch
-                }
+                arrays = {name: self._spread(array) for name, array in model_arrays(batch).items()}
                 found = jax.device_get(self.evaluate_step(state.params, arrays))
                 sums += [found["loss"], found["correct"], found["targets"]]
         except DataError as error:

@@ -73,13 +73,12 @@ def experiment(rows: int, steps: int, rate: float) -> Any:
 def batches(config: Any) -> Iterator[dict[str, np.ndarray]]:
     """The training batches, the same at every call."""
     from lte_jax.data import Batches
+    from lte_jax.step import model_arrays
 
     found = Batches(config.data.rows("train", batch_size=config.batch_size), config.batch_size)
     try:
         while True:
-            batch = next(found)
-            arrays = {name: batch[name] for name in ("input_ids", "labels", "segment_ids") if name in batch}
-            yield arrays | {"interrupted": np.zeros(config.batch_size, np.int32)}
+            yield model_arrays(next(found)) | {"interrupted": np.zeros(config.batch_size, np.int32)}
     finally:
         found.close()
 
