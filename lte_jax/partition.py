@@ -193,7 +193,7 @@ def gated_delta_rule(
         inputs = [arrays[name] for name in ("q", "k", "v", "g", "beta")]
         segments, state = arrays.get("segments"), arrays.get("state")
         if plan.shards > 1:
-            state = _state_before(inputs, segments, implementation, plan.shards)
+            state = _state_before(inputs, segments, implementation)
         o, after, *updates = delta.gated_delta_rule(*inputs, segment_ids=segments, initial_state=state, **options)
         if plan.shards > 1:
             last = jax.lax.axis_index(SEQUENCE) == plan.shards - 1
@@ -283,7 +283,7 @@ def sum_over_tokens(function: Any, rows: Array, weight: Array, labels: Array) ->
     )(rows, weight, labels)
 
 
-def _state_before(inputs: list[Array], segments: Array | None, implementation: str | None, shards: int) -> Array:
+def _state_before(inputs: list[Array], segments: Array | None, implementation: str | None) -> Array:
     """The delta rule's state before this device's tokens."""
     q, k, v, g, beta = inputs
     B, _, H, V = v.shape
