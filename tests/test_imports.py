@@ -107,9 +107,11 @@ def test_files_and_functions_stay_short(path):
             assert node.end_lineno - node.lineno < limit, f"{path}: {node.name} has {limit} lines or more"
 
 
-def test_the_package_says_what_each_of_its_modules_is_for():
-    docstring = ast.get_docstring(ast.parse((ROOT / "lte_jax/__init__.py").read_text()))
+@pytest.mark.parametrize("package", ["lte_jax", "pallas_kernels"])
+def test_a_package_says_what_each_of_its_modules_is_for(package):
+    docstring = ast.get_docstring(ast.parse((ROOT / package / "__init__.py").read_text()))
     listed = [name for names in re.findall(r"^  ([a-z_, ]+):", docstring, re.MULTILINE) for name in names.split(", ")]
-    folder = (ROOT / "lte_jax").iterdir()
-    modules = [path.stem for path in folder if path.suffix == ".py" or (path / "__init__.py").exists()]
+    modules = [
+        path.stem for path in (ROOT / package).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    ]
     assert sorted([*listed, "__init__"]) == sorted(modules)
