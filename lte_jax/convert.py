@@ -39,7 +39,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
-Path_ = tuple[Any, ...]
+ParameterPath = tuple[Any, ...]
 Shape = tuple[int, ...]
 
 
@@ -220,7 +220,7 @@ def check_weights(config: ModelConfig, weights: _Weights) -> WeightReport:
     return WeightReport.compare(expected, {name: weights.shape(name) for name in weights.names}, ignored)
 
 
-def weight_names(path: Path_, config: ModelConfig) -> list[tuple[str, ...]]:
+def weight_names(path: ParameterPath, config: ModelConfig) -> list[tuple[str, ...]]:
     """The authors' names of one parameter: an entry per repeat for stacked ones, several names where they share one."""
     if path[0] == "units":
         position, tail = int(path[2]), path[3:]
@@ -233,7 +233,7 @@ def weight_names(path: Path_, config: ModelConfig) -> list[tuple[str, ...]]:
     return [(name if path[0] == "lm_head" else f"model.{name}",)]
 
 
-def _authors_tail(tail: Path_) -> str:
+def _authors_tail(tail: ParameterPath) -> str:
     parts = [str(part) for part in tail]
     parts[0] = {"mixer": "attn", "mixer_norm": "attn_norm"}.get(parts[0], parts[0])
     if parts[-1].endswith("_conv"):
@@ -243,7 +243,7 @@ def _authors_tail(tail: Path_) -> str:
     return ".".join(parts)
 
 
-def to_authors(path: Path_, value: np.ndarray) -> np.ndarray:
+def to_authors(path: ParameterPath, value: np.ndarray) -> np.ndarray:
     """One layer's parameter in the authors' layout."""
     kind = _kind(path)
     if kind == "linear":
@@ -260,7 +260,7 @@ def to_authors(path: Path_, value: np.ndarray) -> np.ndarray:
     return value
 
 
-def from_authors(path: Path_, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def from_authors(path: ParameterPath, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The inverse of ``to_authors`` for a parameter of ``shape``."""
     kind = _kind(path)
     if kind == "linear":
@@ -273,7 +273,7 @@ def from_authors(path: Path_, value: np.ndarray, shape: tuple[int, ...]) -> np.n
     return value.reshape(shape)
 
 
-def _kind(path: Path_) -> str:
+def _kind(path: ParameterPath) -> str:
     names = [str(part) for part in path]
     if "router" in names:
         if names[-1] == "bias":
@@ -286,7 +286,7 @@ def _kind(path: Path_) -> str:
     return "vector"
 
 
-def _read_parameter(path: Path_, abstract: Any, config: ModelConfig, weights: _Weights) -> np.ndarray:
+def _read_parameter(path: ParameterPath, abstract: Any, config: ModelConfig, weights: _Weights) -> np.ndarray:
     """One parameter, its layers stacked where the model stacks them."""
     names = [next(name for name in aliases if name in weights.names) for aliases in weight_names(path, config)]
     if path[0] != "units":

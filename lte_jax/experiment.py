@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from lte_jax.checkpoint import CheckpointConfig
-from lte_jax.data import DataSet, Reading
+from lte_jax.data import DataSet, ReadingConfig
 from lte_jax.losses import router_reach
-from lte_jax.mixers.base import Reading as MixerReading
+from lte_jax.mixers.base import Reading
 from lte_jax.model_config import ModelConfig
 from lte_jax.optim import OptimizerConfig
 from lte_jax.retention import PenaltyConfig
@@ -24,7 +24,7 @@ class EvaluationConfig:
     """Steps between evaluations; the last step is always evaluated, if rows are held out."""
     batches: int | None = 16
     """How many batches of ``batch_size`` held-out rows; None takes all."""
-    reading: MixerReading = "prompt"
+    reading: Reading = "prompt"
     """How LTE reads: "prompt" and "streaming" hold the budget, "train" does not."""
 
 
@@ -49,7 +49,7 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    reading: Reading = dataclasses.field(default_factory=Reading)
+    reading: ReadingConfig = dataclasses.field(default_factory=ReadingConfig)
     log_every: int = 10
 
     def check(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from lte_jax.data.mixture import Mixture, Part
 from lte_jax.data.needles import TextNeedles
 from lte_jax.data.packing import IGNORE, DataError, Packing, UnreadableError
-from lte_jax.data.pipeline import Batches, Reading
+from lte_jax.data.pipeline import Batches, ReadingConfig
 from lte_jax.data.shards import PackedRows
 from lte_jax.data.tasks import MQAR, Copying, MQARMix, SymbolNeedles
 from lte_jax.data.text import Text
@@ -28,7 +28,7 @@ __all__ = [
     "Mixture",
     "PackedRows",
     "Packing",
-    "Reading",
+    "ReadingConfig",
     "SymbolNeedles",
     "Text",
     "TextNeedles",

@@ -35,7 +35,7 @@ FREE_BAD_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class ReadingConfig:
     """How batches are read ahead: in ``workers`` processes if there are any, each with ``threads`` threads.
 
     ``ahead`` batches wait in memory (per worker). Nothing of this changes the batches or their order, but for
@@ -148,7 +148,7 @@ class _ShardRows(grain.MapDataset):
         shard_index: int,
         shard_count: int,
         pad_last: bool,
-        reading: Reading,
+        reading: ReadingConfig,
     ):
         super().__init__(parent)
         self._reading = reading
@@ -231,10 +231,10 @@ class Batches(Iterator[Row]):
         *,
         shard_index: int = 0,
         shard_count: int = 1,
-        reading: Reading | None = None,
+        reading: ReadingConfig | None = None,
         pad_last: bool = False,
     ):
-        reading = reading or Reading()
+        reading = reading or ReadingConfig()
         reading.check()
         if batch_size < 1 or batch_size % shard_count:
             raise DataError(

@@ -199,14 +199,14 @@ def test_epochs_hold_every_row_once_and_differ(text):
 
 def test_workers_and_threads_change_nothing():
     rows = data.SymbolNeedles().rows()
-    expected = batches(4, rows, 6, reading=data.Reading(threads=0))
-    source = pipeline.Batches(rows, 6, reading=data.Reading(workers=2, threads=1, ahead=1))
+    expected = batches(4, rows, 6, reading=data.ReadingConfig(threads=0))
+    source = pipeline.Batches(rows, 6, reading=data.ReadingConfig(workers=2, threads=1, ahead=1))
     assert all(same(next(source), batch) for batch in expected)
     state = source.get_state()
     source.set_state({"rows": 6})
     assert same(next(source), expected[1])
     source.close()
-    after = pipeline.Batches(rows, 6, reading=data.Reading(workers=0))
+    after = pipeline.Batches(rows, 6, reading=data.ReadingConfig(workers=0))
     after.set_state(state)
     assert same(next(after), batches(5, rows, 6)[4])
 
@@ -263,7 +263,7 @@ def test_bad_batches_are_refused(text):
     for options, message in (
         ({"batch_size": 7, "shard_count": 2}, "multiple of the 2"),
         ({"batch_size": 4, "shard_count": 2, "shard_index": 2}, "shard_index=2"),
-        ({"batch_size": 4, "reading": data.Reading(ahead=0)}, "ahead=0"),
+        ({"batch_size": 4, "reading": data.ReadingConfig(ahead=0)}, "ahead=0"),
     ):
         with pytest.raises(data.DataError, match=message):
             pipeline.Batches(rows, **options)

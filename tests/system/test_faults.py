@@ -91,7 +91,7 @@ def test_a_bad_record_stops_the_run_saved_and_may_be_left_out(tmp_path, monkeypa
     with pytest.raises(DataError, match=words):
         train(small(), tmp_path / "run", devices=ONE)
     assert steps_of(tmp_path / "run")[-1] == 4  # rows 32 to 39 are the batch of step 5
-    config = small(reading=pipeline.Reading(bad_rows="skip"))
+    config = small(reading=pipeline.ReadingConfig(bad_rows="skip"))
 
     def unreadable(self, index):
         if index == 37:
@@ -123,7 +123,7 @@ def test_damaged_shards_are_left_out_row_by_row_the_same_in_every_process(tmp_pa
     shard.write_bytes(raw)
     with pytest.raises(DataError, match=r"damaged|not a whole"):
         batches(count, packed.rows(), 4)
-    skipping = pipeline.Reading(bad_rows="skip")
+    skipping = pipeline.ReadingConfig(bad_rows="skip")
     found = batches(count, packed.rows(), 4, reading=skipping)
     halves = [batches(count, packed.rows(), 4, reading=skipping, shard_index=i, shard_count=2) for i in range(2)]
     lost = 0
@@ -237,7 +237,7 @@ from lte_jax import data
 from lte_jax.data import pipeline
 
 if __name__ == "__main__":
-    source = pipeline.Batches(data.SymbolNeedles().rows(), 4, reading=data.Reading(workers=2, ahead=1))
+    source = pipeline.Batches(data.SymbolNeedles().rows(), 4, reading=data.ReadingConfig(workers=2, ahead=1))
     next(source)
     children = [name for name in os.listdir("/proc") if name.isdigit()]
     parents = {name: open(f"/proc/{name}/stat").read().rpartition(")")[2].split()[1] for name in children}

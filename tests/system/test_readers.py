@@ -48,7 +48,7 @@ def test_running_out_of_descriptors_is_no_damage_and_is_never_skipped(files, mon
     monkeypatch.setattr(shards, "FILES", readers.RecordFiles())
     listed = [shards.Shard(path.name, ROWS, 8 * ROWS, ROWS, path.stat().st_size, "") for path in files]
     rows = data.pipeline.grain.MapDataset.source(shards.ShardRows(files[0].parent, listed, 8, 0, verify=False))
-    skipping = data.Reading(threads=0, bad_rows="skip")
+    skipping = data.ReadingConfig(threads=0, bad_rows="skip")
     source = pipeline.Batches(rows, 2, reading=skipping)
     next(source)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -108,7 +108,7 @@ class Damaged:
     [(200, 0.01, 4000, 20), (50, 0.01, 840, 16), (50, 0.03, 4000, 80), (1, 1.0, 0, 1)],
 )
 def test_only_so_large_a_share_of_rows_is_left_out(period, share, rows, left_out, capfd):
-    reading = data.Reading(threads=0, bad_rows="skip", bad_share=share)
+    reading = data.ReadingConfig(threads=0, bad_rows="skip", bad_share=share)
     source = pipeline.Batches(pipeline.grain.MapDataset.source(Damaged(period)), 10, reading=reading)
     read = 0
     with pytest.raises((DataError, StopIteration)) as ended:

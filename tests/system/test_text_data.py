@@ -227,8 +227,8 @@ def test_shards_hold_the_rows_and_damage_is_seen(tmp_path, text):
     assert tokenizer.load_tokenizer(packed.tokenizer).vocab_size == 259
     assert all(same(packed.rows()[index], text.rows()[index]) for index in range(manifest["rows"]["train"]))
     assert len(packed.rows("heldout")) == len(text.rows("heldout")) == manifest["rows"]["heldout"]
-    expected = batches(3, packed.rows(), 4, reading=data.Reading(threads=4))
-    assert all(map(same, expected, batches(3, packed.rows(), 4, reading=data.Reading(threads=0))))
+    expected = batches(3, packed.rows(), 4, reading=data.ReadingConfig(threads=4))
+    assert all(map(same, expected, batches(3, packed.rows(), 4, reading=data.ReadingConfig(threads=0))))
 
     with pytest.raises(data.DataError, match="other settings"):
         corpus.make_plan(dataclasses.replace(text, heldout=0.1), tmp_path / "shards", part_bytes=2**20)
