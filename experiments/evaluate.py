@@ -18,7 +18,7 @@ from absl import app, flags, logging
 
 from experiments import evaluations
 from experiments.paths import define_path
-from experiments.warned import said_in_one_line, say_warnings
+from experiments.warned import said_in_one_line
 
 FLAGS = flags.FLAGS
 
@@ -167,7 +167,6 @@ def _run_tasks(shared: dict[str, Any]) -> None:
 
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # at lower levels orbax tells its whole life
-    say_warnings()
     with said_in_one_line(argv):
         _run()
 

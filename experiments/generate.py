@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from experiments.paths import define_path
-from experiments.warned import said_in_one_line, say_warnings
+from experiments.warned import said_in_one_line
 from lte_jax import restore
 from lte_jax.continuations import Generation, StopFilter
 from lte_jax.conversation import Conversation
@@ -344,7 +344,6 @@ def _run() -> None:
 
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # at lower levels orbax tells its whole life
-    say_warnings()
     with said_in_one_line(argv):
         _run()
 

@@ -24,6 +24,7 @@ def say_warnings() -> None:
 @contextlib.contextmanager
 def said_in_one_line(argv: Sequence[str]) -> Iterator[None]:
     """A program's body: exits with 1 at an error, or at an argument that is no flag, and with 130 at Ctrl-C."""
+    say_warnings()
     try:
         if len(argv) > 1:
             raise ValueError(f"{argv[1]!r}: no such argument; settings are given as flags")

@@ -5,7 +5,7 @@ Field names follow the authors' ``fla/models/*/configuration_*.py``.
 
 from __future__ import annotations
 
-import logging
+import warnings
 from typing import Any
 
 from lte_jax.mixers import config_from_dict, gated_deltanet, mixer_name
@@ -13,8 +13,6 @@ from lte_jax.mixers.base import MixerConfig
 from lte_jax.model_config import ModelConfig
 from lte_jax.penalty_files import schedule_to_authors
 from lte_jax.retention import PenaltyConfig
-
-logger = logging.getLogger(__name__)
 
 MODEL_TYPES = {
     "gated_deltanet": "GatedDeltaNetForCausalLM",
@@ -120,7 +118,7 @@ def model_config_from_hf(values: dict[str, Any], nsa_head_dim: int | None = None
     if model_type not in MODEL_TYPES:
         raise ValueError(f"model_type={model_type!r} is not one of {', '.join(MODEL_TYPES)}")
     for name in sorted(set(values) - set(_COMMON_DEFAULTS) - _IGNORED):
-        logger.warning("config.json: %s=%r is not read", name, values[name])
+        warnings.warn(f"config.json: {name}={values[name]!r} is not read", stacklevel=2)
     get = {**_COMMON_DEFAULTS, **_DEFAULTS[model_type], **values}
     for name, only in (("hidden_act", ("swish", "silu")), ("elementwise_affine", (True,))):
         if get[name] not in only:

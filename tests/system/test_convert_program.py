@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +110,18 @@ def test_an_exported_config_names_the_tokenizers_own_ends(run, tmp_path):
     convert.convert(str(run), str(tmp_path / "out"))
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (written["bos_token_id"], written["eos_token_id"]) == (256, 257)
+
+
+def test_a_setting_that_is_not_read_is_said_by_the_program_too(tmp_path, capsys, monkeypatch):
+    shutil.copytree(REFERENCE / "transformer", tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps({**config, "rope_scaling": {"factor": 4.0}}))
+    monkeypatch.setattr(convert, "FLAGS", SimpleNamespace(source=str(tmp_path / "theirs"), step=None, check=True))
+    with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+        warnings.simplefilter("default")
+        convert.main(["convert"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().err == "warning: config.json: rope_scaling={'factor': 4.0} is not read\n"
 
 
 def test_the_program_runs_from_the_shell(run, tmp_path):
