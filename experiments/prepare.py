@@ -5,6 +5,7 @@ python -m experiments.prepare --path=corpus/ --out=shards/ --set tokenizer=token
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from absl import app, flags
@@ -12,8 +13,8 @@ from tqdm import tqdm
 
 from experiments.paths import define_path
 from experiments.warned import said_in_one_line
-from lte_jax import configs
-from lte_jax.data import corpus
+from lte_jax import configs, folder_lock
+from lte_jax.data import DataError, corpus
 from lte_jax.data.text import Text
 
 FLAGS = flags.FLAGS
@@ -37,11 +38,12 @@ def main(argv: list[str]) -> None:
         units = [unit for part in plan.parts for unit in part]
         size = sum(unit.size for unit in units) / 2**20
         print(f"{FLAGS.path}: {len({unit.path for unit in units}):,} files, {size:,.1f} MiB of text")
-        done = sum(corpus.is_done(plan, number) for number in range(len(plan.parts)))
-        with tqdm(total=len(plan.parts), initial=done, unit="part", desc="shards") as bar:
-            for _ in corpus.write_parts(plan, FLAGS.workers):
-                bar.update()
-        manifest = corpus.finish(plan)
+        with contextlib.closing(folder_lock.take(plan.folder, "--out", DataError)):
+            done = sum(corpus.is_done(plan, number) for number in range(len(plan.parts)))
+            with tqdm(total=len(plan.parts), initial=done, unit="part", desc="shards") as bar:
+                for _ in corpus.write_parts(plan, FLAGS.workers):
+                    bar.update()
+            manifest = corpus.finish(plan)
     rows, tokens = manifest["rows"], manifest["tokens"]
     filled = sum(tokens.values()) / (sum(rows.values()) * manifest["length"])
     print(

@@ -13,11 +13,7 @@ the optimiser, or where the data lie, may change when that is stated.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import socket
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -26,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lte_jax import configs, restore
+from lte_jax import configs, folder_lock, restore
 from lte_jax.agreement import exchange
 from lte_jax.convert import WeightReport
 from lte_jax.data.tokenizer import load_tokenizer
+from lte_jax.folder_lock import LOCK
 from lte_jax.metrics import read_metrics
 from lte_jax.model_config import ModelConfig
 from lte_jax.optim import OptimizerConfig
@@ -49,8 +46,6 @@ spikes (``spikes``)."""
 
 STATED = ("optimizer", "data.path", "data.tokenizer")
 """Settings that a run may change besides where the change is stated (``--allow_change``); its metrics keep the step."""
-
-LOCK = ".lock"
 
 
 class RunError(ValueError):
@@ -108,34 +103,13 @@ def _check_contents(folder: Path, config: dict[str, Any], stated: Sequence[str])
 def _take(folder: Path, config: dict[str, Any], stated: Sequence[str]) -> IO[str]:
     _check_contents(folder, config, stated)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _lock(folder)
+    lock = folder_lock.take(folder, "--workdir", RunError)
     try:
         _check_contents(folder, config, stated)  # again, now that no other launch changes them
         write_json(folder / CONFIG, config)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        lock.flush()
     except BaseException:
         lock.close()
         raise
-    return lock
-
-
-def _lock(folder: Path) -> IO[str]:
-    """The kernel releases it when this process ends, however."""
-    lock = (folder / LOCK).open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another launch"
-        lock.close()
-        raise RunError(
-            f"{folder} is in use by {holder}: two launches would overwrite each other; wait until that one has ended, "
-            "stop it, or name another --workdir"
-        ) from None
-    except OSError as error:
-        print(f"WARNING: {folder}: its file system has no locks ({error.strerror}); start no second launch in it")
     return lock
 
 

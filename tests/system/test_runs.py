@@ -21,6 +21,7 @@ from experiments import train as program
 from experiments.suite import Suite
 from lte_jax import configs, data, metrics, runs
 from lte_jax.data.tokenizer import load_tokenizer
+from lte_jax.folder_lock import LOCK
 from lte_jax.metrics import read_metrics
 from lte_jax.profiling import Trace
 from lte_jax.spikes import SpikeConfig
@@ -95,7 +96,7 @@ def test_a_second_launch_in_a_folder_is_refused_and_names_the_first(tmp_path):
 def test_the_lock_of_a_killed_launch_is_gone(tmp_path):
     runs.claim(tmp_path, {})[1].close()
     code = "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); "
-    command = [sys.executable, "-c", f"{code}time.sleep(60)", str(tmp_path / runs.LOCK)]
+    command = [sys.executable, "-c", f"{code}time.sleep(60)", str(tmp_path / LOCK)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(runs.RunError, match="is in use"):

@@ -1,6 +1,7 @@
 """Are documents, tokenizers and shards read as they are written, and is damage seen before it is trained on?"""
 
 import dataclasses
+import fcntl
 import json
 import os
 import signal
@@ -346,7 +347,12 @@ def test_prepare_killed_and_resumed_writes_the_same_shards(tmp_path):
         assert "training rows" in done.stdout and "shards: 100%" in done.stderr
     killed, whole = tree(tmp_path / "killed"), tree(tmp_path / "whole")
     assert {name for name in killed if not name.endswith(".partial")} == set(whole)
-    assert all(killed[name] == whole[name] for name in whole)
+    assert all(killed[name] == whole[name] for name in whole if name != ".lock")
     assert len([name for name in whole if name.startswith("train-")]) > 3
     failed = subprocess.run(command("whole", -1), stdout=subprocess.PIPE, check=False, **options)
     assert failed.returncode == 1 and "workers=-1" in failed.stderr
+    with (tmp_path / "whole" / ".lock").open() as lock:  # as another prepare that is at work there
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        failed = subprocess.run(command("whole", 0), stdout=subprocess.PIPE, check=False, **options)
+    assert failed.returncode == 1 and "whole is in use by process" in failed.stderr
+    assert "two launches would overwrite each other" in failed.stderr and "or name another --out" in failed.stderr
