@@ -22,7 +22,7 @@ Training
   processes, agreement: how several processes find one another, and what they tell one another
 
 On disk
-  runs, checkpoint: a run's folder and its saves
+  runs, checkpoint, folder_lock: a run's folder, its saves, and who is at work in it
   checksums, damage, watched_writes, whole_files: how a save is proved whole
   restore: how a folder becomes a model
   convert, hf_config, penalty_files: the authors' folders, read and written
