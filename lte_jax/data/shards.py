@@ -174,6 +174,8 @@ class PackedRows:
         """The rows of a split in reading order: without end for "train", once for "heldout"."""
         manifest = read_manifest(self.path)
         if manifest["heldout"]:
+            if self.heldout:
+                raise DataError(f"heldout={self.heldout}: {self.path} has a held-out part of its own; leave it out")
             rows = self._open(manifest, split)
         else:
             rows = split_rows(self._open(manifest, "train"), self.heldout)[0 if split == "train" else 1]

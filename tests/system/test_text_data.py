@@ -231,6 +231,8 @@ def test_shards_hold_the_rows_and_damage_is_seen(tmp_path, text):
     expected = batches(3, packed.rows(), 4, reading=data.ReadingConfig(threads=4))
     assert all(map(same, expected, batches(3, packed.rows(), 4, reading=data.ReadingConfig(threads=0))))
 
+    with pytest.raises(data.DataError, match=r"heldout=0.01: .*shards has a held-out part of its own; leave it out"):
+        dataclasses.replace(packed, heldout=0.01).rows()
     with pytest.raises(data.DataError, match="other settings"):
         corpus.make_plan(dataclasses.replace(text, heldout=0.1), tmp_path / "shards", part_bytes=2**20)
     (tmp_path / "other").mkdir()
