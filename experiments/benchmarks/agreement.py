@@ -60,17 +60,18 @@ def experiment(rows: int, steps: int, rate: float) -> Any:
     from lte_jax.optim import OptimizerConfig
 
     config = text.get_config()
+    data: Any = config.data
     return dataclasses.replace(
         config,
         model=MODEL,
-        data=dataclasses.replace(config.data, packing=Packing(length=1024)),
+        data=dataclasses.replace(data, packing=Packing(length=1024)),
         batch_size=rows,
         steps=steps,
         optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=WARMUP),
     )
 
 
-def batches(config: Any) -> Iterator[dict[str, np.ndarray]]:
+def batches(config: Any) -> Iterator[dict[str, Any]]:
     """The training batches, the same at every call."""
     from lte_jax.data import Batches
     from lte_jax.step import model_arrays

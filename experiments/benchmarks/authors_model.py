@@ -27,12 +27,12 @@ from typing import Any
 from absl import app, flags
 
 FLAGS = flags.FLAGS
-LAYERS = dict(
+LAYERS: dict[str, Any] = dict(
     attn_type="lte", layers=list(range(1, 24, 2)), num_heads=16, num_kv_heads=16, qkv_bias=False, window_size=767,
     rope_theta=10000.0, conv_size=[3, 3, 3], conv_dilation=[2, 2, 2], dropout_prob=0.1, buffer_size=512, sink_size=4,
     routing_method="sigmoid", routing_grad=True, routing_shared="head", l1_lambda_shared="head",
 )  # fmt: skip
-SIZE = dict(
+SIZE: dict[str, Any] = dict(
     hidden_size=1024, num_heads=8, head_dim=128, num_hidden_layers=24, vocab_size=32000, max_position_embeddings=4096,
     expand_v=1, hidden_ratio=4, tie_word_embeddings=True,
 )  # fmt: skip

@@ -45,6 +45,9 @@ class Size:
 
 def cases(tiny: bool) -> list[Case]:
     """Lengths with 16 query heads to a KV head, smaller groups, and the decode step at a long context."""
+    batches: tuple[int, ...]
+    groups: tuple[int, ...]
+    forward: tuple[str, ...]
     if tiny:
         base = Size(2, 100, 4, 2, 16, 16, 2, 20, "bfloat16")
         named = {"tiny": base}
@@ -158,7 +161,7 @@ def _peers(size: Size, inputs: list[Any], cotangent: Any | None, options: Option
     authors = functools.partial(
         sparse, "authors", functools.partial(peers.authors_file, options.authors_path, "fla/ops/nsa/parallel.py")
     )
-    found = {"fla": fla, "authors": authors} if size.T <= LONGEST_FLA else {}
+    found: dict[str, Callable[[], Contender]] = {"fla": fla, "authors": authors} if size.T <= LONGEST_FLA else {}
     if not size.branches:
         found |= {
             "cudnn: window": functools.partial(cudnn, size.W),
@@ -184,10 +187,13 @@ def _decode(size: Size, options: Options) -> Setup:
     key = jax.random.key(options.seed)
 
     def ours(name: str) -> Contender:
-        def step(held: Any, length: Any, *arrays: Any) -> Any:
+        def step(held: Any, length: Any, q: Any, k: Any, v: Any, gates: Any) -> Any:
             o, cache = block_attention_extend(
-                *arrays,
-                BlockCache(*held, length),
+                q,
+                k,
+                v,
+                gates,
+                BlockCache._make((*held, length)),
                 block_size=size.S,
                 block_counts=size.C,
                 window=size.W,

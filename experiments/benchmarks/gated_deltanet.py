@@ -95,5 +95,6 @@ def _step(shape: tuple[int, int, int], options: Options) -> Setup:
 
         return Contender(name, call, note="state in place")
 
-    moved = 2 * sum(x.nbytes for x in start()) + sum(x.nbytes for x in inputs) + inputs.v.nbytes
+    moved = 2 * sum(x.nbytes for x in jax.tree.leaves(start()))
+    moved += sum(x.nbytes for x in jax.tree.leaves(inputs)) + inputs.v.nbytes
     return Setup(ours, {}, None, moved)

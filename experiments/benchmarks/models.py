@@ -148,7 +148,7 @@ class Bench:
         if kind == "prompt":
             return read_chunk.lower(self._graph, self._shapes, ids, ids, cache, reading="streaming")
         weights = jax.eval_shape(lambda state: decode_weights(nnx.merge(self._graph, state)), self._shapes)
-        logits = jax.ShapeDtypeStruct((batch, self.config.vocab_size), jnp.float32)
+        logits: Any = jax.ShapeDtypeStruct((batch, self.config.vocab_size), jnp.float32)
         keys = jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.arange(batch, dtype=jnp.uint32)))
         loop = Loop(jax.eval_shape(layer_caches, cache), logits, None, keys)
         return decode_steps.lower(self._graph, self._shapes, weights, loop, sampling=Sampling(), steps=self.plan.steps)

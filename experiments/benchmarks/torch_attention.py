@@ -61,7 +61,7 @@ def flex_contenders(
 def _rule(torch: Any, size: Any, kept: Any) -> Callable[..., Any]:
     """Which query sees which key: causal, and within the window or retained."""
     group = size.H // size.K
-    selected = None
+    selected: Any = None
     if kept is not None:
         selected = torch.zeros((size.B, size.K, size.T), dtype=torch.bool, device="cuda")
         selected.scatter_(2, peers.to_torch(jnp.swapaxes(kept, 1, 2))[0].long(), True)

@@ -85,8 +85,8 @@ def builder(remat: str, layers: str) -> Any:
     class Narrow(Builder):
         """Weights as the computation has them; the moments are of their type."""
 
-        def _new_model(self) -> Any:
-            return super()._new_model(param_dtype=jnp.bfloat16)
+        def _new_model(self, param_dtype: Any = jnp.bfloat16) -> Any:
+            return super()._new_model(param_dtype)
 
     return Narrow(config, mesh)
 

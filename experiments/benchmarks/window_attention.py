@@ -48,6 +48,8 @@ class Size:
 
 def cases(tiny: bool) -> list[Case]:
     """Prompts, training at several shares of kept tokens, long rows with grouped heads, and decode steps."""
+    batches: tuple[int, ...]
+    long: tuple[tuple[int, int], ...]
     if tiny:
         base, batches, long = Size(2, 96, 2, 2, 16, 24, None, "bfloat16"), (2,), ((1, 128),)
     else:
@@ -181,7 +183,9 @@ def _peers(size: Size, inputs: list[Any], do: Any, kept: Any, backward: bool, op
     found = {"torch: causal": torch_causal, "cudnn: causal": functools.partial(cudnn, None)}
     if kept is None:
         found |= {"cudnn: window": functools.partial(cudnn, size.W), "jax_linear_attention: window": jla}
-    elif backward and size.H == size.K and 8 * size.kept == size.T:  # one share for all: each compiles for 40 s
+    elif (
+        backward and size.H == size.K and size.kept and 8 * size.kept == size.T
+    ):  # one share for all: each compiles for 40 s
         found |= flex_contenders(size, plain, cotangent, kept, NAMES)
     if not backward and size.T > 1:
         found["authors"] = functools.partial(authors_prompt, size, plain, kept, options.authors_path)
