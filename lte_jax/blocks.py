@@ -35,7 +35,7 @@ class Block(nnx.Module):
         return self._finish(operand(x + self.mlp(normed)), kwargs["segment_ids"]), aux
 
     def extend(self, x: Hidden, cache: Any, **kwargs: Any) -> tuple[Hidden, Any, Aux]:
-        y, cache, aux = self.mixer.extend(self.mixer_norm(x), cache, return_aux=True, **kwargs)
+        y, cache, aux = self.mixer.extend(self.mixer_norm(x), cache, **kwargs)
         x = x + y
         return self._finish(x + self.mlp(self.mlp_norm(x)), kwargs["segment_ids"]), cache, aux
 

@@ -199,11 +199,9 @@ def _block(
     for name, piece in zip(names, pieces, strict=True):
         setattr(mixer, name, lambda x, piece=piece: piece.reshape(*x.shape[:-1], -1))
     mixer.o_proj = lambda o: o
-    # LTE scores the token once more for its aux, which no mixer reads: only what emits for the one above is asked.
-    emits = getattr(getattr(mixer, "config", None), "emit_write_strength", False)
-    options |= dict(segment_ids=None, reading="streaming", return_aux=emits)
-    o, cache, *aux = mixer.extend(x[:, None], cache, **options)
+    # Not wanted: LTE would score the token once more for its aux, which no mixer reads.
+    o, cache, aux = mixer.extend(x[:, None], cache, segment_ids=None, reading="streaming", wants_aux=False, **options)
     (x,) = product(o[:, 0].astype(x.dtype), weights.out.weight, bias=weights.out.bias, residual=x)
     (inner,) = product(x, weights.gate_up.weight, norm=weights.mlp_norm, eps=block.mlp_norm.eps, gated=True)
     (x,) = product(inner, weights.down.weight, residual=x)
-    return x, cache, aux[0] if aux else {}
+    return x, cache, aux

@@ -95,11 +95,16 @@ class Mixer(nnx.Module, abc.ABC):
         segment_ids: SegmentIds | None = None,
         reading: Reading = "streaming",
         context: Aux | None = None,
-        return_aux: bool = False,
-    ) -> tuple[Hidden, Cache] | tuple[Hidden, Cache, Aux]:
+        wants_aux: bool = True,
+    ) -> tuple[Hidden, Cache, Aux]:
         """Continues each row's document by T >= 1 tokens; ``segment_ids`` is 1 for tokens and 0 for padding.
 
-        ``reading="prompt"`` is for a first call on an empty cache only.
+        Args:
+          reading: "prompt" is for a first call on an empty cache only.
+          wants_aux: False where only the mixer above reads aux: what it does not read may be left out.
+
+        Returns:
+          y, the new cache, and aux as ``__call__`` gives it.
         """
 
     @abc.abstractmethod

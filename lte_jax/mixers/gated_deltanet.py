@@ -173,11 +173,9 @@ class GatedDeltaNet(Mixer):
         segment_ids: SegmentIds | None = None,
         reading: Reading = "streaming",
         context: Aux | None = None,
-        return_aux: bool = False,
-    ):
-        run = self._step if x.shape[1] == 1 else self._run
-        y, cache, aux = run(x, cache, segment_ids)
-        return (y, cache, aux) if return_aux else (y, cache)
+        wants_aux: bool = True,
+    ) -> tuple[Hidden, GatedDeltaNetCache, Aux]:
+        return (self._step if x.shape[1] == 1 else self._run)(x, cache, segment_ids)
 
     def cache_bytes(self, batch: int, max_length: int | None, dtype: DTypeLike) -> int:
         config = self.config

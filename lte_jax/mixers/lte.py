@@ -122,15 +122,13 @@ class LTE(Mixer):
         segment_ids: SegmentIds | None = None,
         reading: Reading = "streaming",
         context: Aux | None = None,
-        return_aux: bool = False,
+        wants_aux: bool = True,
         router: Router | None = None,
-    ) -> tuple[Hidden, LTECache] | tuple[Hidden, LTECache, Aux]:
+    ) -> tuple[Hidden, LTECache, Aux]:
         check_reading(reading, READINGS[1:])
         if x.shape[1] == 1:
-            y, cache, aux = self._extend_one(x, cache, segment_ids, context, router, return_aux)
-        else:
-            y, cache, aux = self._extend_chunk(x, cache, segment_ids, reading, context, router)
-        return (y, cache, aux) if return_aux else (y, cache)
+            return self._extend_one(x, cache, segment_ids, context, router, wants_aux)
+        return self._extend_chunk(x, cache, segment_ids, reading, context, router)
 
     def _extend_one(
         self,
@@ -139,7 +137,7 @@ class LTE(Mixer):
         segment_ids: SegmentIds | None,
         context: Aux | None,
         router: Router | None,
-        scored: bool,
+        wants_aux: bool,
     ) -> tuple[Hidden, LTECache, Aux]:
         """One token per row: one new score, one token into the ring, at most one slot of the store changed."""
         config, reach = self.config, self.config.reach
@@ -147,7 +145,7 @@ class LTE(Mixer):
         position = cache.length[:, None]
         q, k, v = self._project(x)
         if config.retention == "learned":
-            own = self._own_score(cache, k, v, position, router) if scored else None
+            own = self._own_score(cache, k, v, position, router) if wants_aux else None
             q, k, score, recent = self._step_inputs(cache, q, k, v, active, router)
             cache = cache if cache.recent is None else cache._replace(recent=recent)
         else:
@@ -165,7 +163,7 @@ class LTE(Mixer):
             implementation=self.implementation,
         )
         y = self.o_proj(o.reshape(o.shape[0], 1, -1))
-        return y, cache, self._step_aux(own, position, active)
+        return y, cache, self._step_aux(own, position, active) if wants_aux else {}
 
     def _step_inputs(
         self, cache: LTECache, q: Queries, k: Keys, v: Values, active: Bool[Array, "B"] | None, router: Router | None

@@ -117,8 +117,8 @@ class NSA(Mixer):
         segment_ids: SegmentIds | None = None,
         reading: Reading = "streaming",
         context: Aux | None = None,
-        return_aux: bool = False,
-    ) -> tuple[Hidden, BlockCache] | tuple[Hidden, BlockCache, Aux]:
+        wants_aux: bool = True,
+    ) -> tuple[Hidden, BlockCache, Aux]:
         B, T = x.shape[:2]
         real = jnp.ones((B, T), bool) if segment_ids is None else segment_ids != 0
         rank = jnp.cumsum(real, axis=1, dtype=jnp.int32)
@@ -126,8 +126,7 @@ class NSA(Mixer):
         q, k, v, gates = self._project(x, jnp.maximum(cache.length[:, None] + rank - 1, 0))
         segments = None if segment_ids is None else real.astype(jnp.int32)
         o, cache = block_attention_extend(q, k, v, gates, cache, segment_ids=segments, **self._options())
-        y = self.o_proj(o.reshape(B, T, -1))
-        return (y, cache, {}) if return_aux else (y, cache)
+        return self.o_proj(o.reshape(B, T, -1)), cache, {}
 
     def _options(self) -> dict[str, Any]:
         names = ("block_size", "block_counts", "window")

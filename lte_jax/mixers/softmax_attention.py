@@ -131,8 +131,8 @@ class SoftmaxAttention(Mixer):
         segment_ids: SegmentIds | None = None,
         reading: Reading = "streaming",
         context: Aux | None = None,
-        return_aux: bool = False,
-    ) -> tuple[Hidden, RingCache] | tuple[Hidden, RingCache, Aux]:
+        wants_aux: bool = True,
+    ) -> tuple[Hidden, RingCache, Aux]:
         B, T = x.shape[:2]
         if segment_ids is None:
             index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
@@ -151,8 +151,7 @@ class SoftmaxAttention(Mixer):
             o = window_attention_step(q[:, 0], keys, values, filled, implementation=self.implementation)[:, None]
         else:
             o = self._extend_chunk(q, k, v, cache, segment_ids, real)
-        y = self.o_proj(o.reshape(B, T, -1))
-        return (y, updated, {}) if return_aux else (y, updated)
+        return self.o_proj(o.reshape(B, T, -1)), updated, {}
 
     def _extend_chunk(
         self, q: Array, k: Array, v: Array, cache: RingCache, segment_ids: Array | None, real: Array

@@ -69,7 +69,7 @@ def extender(name: str):
 
     @functools.partial(jax.jit, static_argnames="reading")
     def run(x, cache, segment_ids, reading):
-        return nnx.merge(graph, state).extend(x, cache, segment_ids=segment_ids, reading=reading)
+        return nnx.merge(graph, state).extend(x, cache, segment_ids=segment_ids, reading=reading)[:2]
 
     def extend(x, cache, segment_ids=None, reading="streaming"):
         return run(x, cache, segment_ids, reading)

@@ -50,9 +50,7 @@ def extender(**changes):
 
     @functools.partial(jax.jit, static_argnames="reading")
     def run(x, cache, segment_ids=None, reading="streaming"):
-        return nnx.merge(graph, state).extend(
-            x, cache, segment_ids=segment_ids, reading=reading, context=context_of(x), return_aux=True
-        )
+        return nnx.merge(graph, state).extend(x, cache, segment_ids=segment_ids, reading=reading, context=context_of(x))
 
     return run
 
@@ -307,7 +305,7 @@ def test_a_shared_router_scores_each_head_with_the_same_weights(shared):
     if shared == "layer":
         return
     cache = layer.init_cache(BATCH, None, jnp.float32)
-    extend = jax.jit(lambda x, cache: layer.extend(x, cache, router=router, return_aux=True))
+    extend = jax.jit(lambda x, cache: layer.extend(x, cache, router=router))
     y, cache = run_pieces(extend, x, (20, 1), cache)
     full_pass = jax.jit(lambda x: layer(x, positions=positions_of(x), router=router, reading="streaming")[0])
     np.testing.assert_allclose(y, full_pass(x), atol=2e-6, rtol=1e-5)
