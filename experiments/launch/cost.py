@@ -45,9 +45,9 @@ class Measured:
 
 
 MEASURED = {
-    ("lalte", "0.4B"): Measured(160_036, 8, 38.0),
-    ("lalte", "1.4B"): Measured(56_576, 4, 49.4),
-    ("gdn", "1.4B"): Measured(55_370, 4, 56.5),
+    ("lalte", "0.4B"): Measured(156_241, 8, 38.3),
+    ("lalte", "1.4B"): Measured(57_245, 4, 50.2),
+    ("gdn", "1.4B"): Measured(57_378, 4, 60.5),
     ("gdn_swa", "1.4B"): Measured(60_733, 4, 46.9),
 }
 
