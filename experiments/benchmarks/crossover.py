@@ -2,6 +2,7 @@
 
 python -m experiments.benchmarks.crossover reads experiments/results/block_attention.json and writes the picture beside
 it. Its table sets ours beside flash-linear-attention's with cuDNN's window added, as that runs here without its own.
+Cases "LENGTH-beside-fla-backward" are an earlier run with it: it compiles for minutes, so most runs leave it out.
 """
 
 from __future__ import annotations
@@ -21,17 +22,23 @@ def curve(rows: list[dict[str, Any]]) -> dict[int, tuple[float, float, float | N
     Tokens are those of the whole batch; ours is the faster of our implementations.
     """
     found = {}
+    beside = {row["case"].removesuffix("-beside-fla-backward"): _times(row) for row in rows}
     for row in rows:
         length = row["case"].removesuffix("-backward")
         if length.isdigit() and length != row["case"]:
-            times = {contender["name"]: contender["best"] for contender in row["contenders"]}
+            times = _times(row)
             ours = [times[name] for name in OURS if name in times]
             if ours and FULL in times:
                 batch = int(row["shape"].split(",")[0].removeprefix("B "))
                 per = batch * int(length) / 1024 / 1e3
-                sparse = times[SPARSE] + times[WINDOW] if SPARSE in times and WINDOW in times else None
+                peer = times if SPARSE in times else beside.get(length, {})
+                sparse = peer[SPARSE] + peer[WINDOW] if SPARSE in peer and WINDOW in peer else None
                 found[int(length)] = min(ours) / per, times[FULL] / per, sparse and sparse / per
     return dict(sorted(found.items()))
+
+
+def _times(row: dict[str, Any]) -> dict[str, float]:
+    return {contender["name"]: contender["best"] for contender in row["contenders"]}
 
 
 def crossover(points: dict[int, tuple[float, float, float | None]]) -> int | None:
