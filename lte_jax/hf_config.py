@@ -132,7 +132,7 @@ def model_config_from_hf(values: dict[str, Any], nsa_head_dim: int | None = None
 
 def _mixer(name: str, get: dict[str, Any], **more: Any) -> MixerConfig:
     """The settings of a mixer from the authors' fields."""
-    found = {ours: get[theirs] for ours, theirs in _NAMES[name].items()}
+    found = {ours: get[theirs] for ours, theirs in _NAMES[name].items() if ours not in more}
     return config_from_dict({"mixer": name, **found, **more})
 
 

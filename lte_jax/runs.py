@@ -154,7 +154,7 @@ def check_same(old: dict[str, Any], new: dict[str, Any], where: str, stated: Seq
 
 def _way_on(found: dict[str, Any]) -> str:
     if not all(_under(key, STATED) for key in found):
-        return ""
+        return ", or give these settings as they were"  # a default of the code may have changed since
     return f", or go on with the change from here: {' '.join(f'--allow_change={key}' for key in found)}"
 
 

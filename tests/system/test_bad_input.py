@@ -133,7 +133,10 @@ CASES = {
         lambda _: dataclasses.replace(tiny_experiment(), data=data.SymbolNeedles()).check(),
         ("token ids up to", "outside the model's vocabulary", "raise model.vocab_size"),
     ),
-    "workdir of another run": (another_run, ("seed 0 -> 3", "holds another run", "Name another --workdir")),
+    "workdir of another run": (
+        another_run,
+        ("seed 0 -> 3", "holds another run", "Name another --workdir, or give these settings as they were"),
+    ),
     "workdir of something else": (
         lambda folder: (folder / "thesis.txt").touch() or runs.claim(folder, {}),
         ("is not empty", "holds no config.json of a run", "name another --workdir"),

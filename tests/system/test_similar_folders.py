@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 import lte_jax
 from lte_jax import NSA, FullAttention, GatedDeltaNet
 from lte_jax.convert import abstract_model, to_authors, weight_names
-from lte_jax.hf_config import model_config_from_hf
+from lte_jax.hf_config import MODEL_TYPES, model_config_from_hf, model_config_to_hf
 from lte_jax.losses import training_loss
 from tests.system import authors_truth
 
@@ -292,3 +292,9 @@ def test_a_hybrid_config_without_a_setting_names_it():
     values = dict(model_type="hybrid_gated_deltanet", vocab_size=7, hidden_size=16, num_hidden_layers=2)
     with pytest.raises(ValueError, match="attn has no buffer_size"):
         model_config_from_hf({**values, "attn": {**attn, "layers": [1]}})
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_config_may_leave_out_every_setting_that_has_a_default(model_type):
+    config = model_config_from_hf({"model_type": model_type})
+    assert config == model_config_from_hf({**model_config_to_hf(config), "model_type": model_type})
