@@ -168,6 +168,7 @@ class PackedRows:
     @property
     def tokenizer(self) -> str:
         """The tokenizer's files travel with the shards."""
+        read_manifest(self.path)  # where there are no shards, that is said, and not that their tokenizer is missing
         return str(Path(self.path).expanduser() / "tokenizer")
 
     def rows(self, split: Split = "train", *, batch_size: int | None = None) -> grain.MapDataset:

@@ -219,8 +219,9 @@ def tree(folder):
 
 def test_shards_hold_the_rows_and_damage_is_seen(tmp_path, text):
     plan = corpus.make_plan(text, tmp_path / "shards", part_bytes=2**20)
-    with pytest.raises(data.DataError, match=r"no manifest\.json.*experiments\.prepare"):
-        data.PackedRows(str(tmp_path / "shards")).rows()
+    for read in (data.PackedRows.rows, lambda packed: packed.tokenizer):
+        with pytest.raises(data.DataError, match=r"no manifest\.json.*experiments\.prepare"):
+            read(data.PackedRows(str(tmp_path / "shards")))
     assert list(corpus.write_parts(plan, 0)) == [0]
     manifest = corpus.finish(plan)
     packed = data.PackedRows(str(tmp_path / "shards"), verify=True)
