@@ -89,7 +89,7 @@ def check(launch: Launch, gpus: Sequence[str]) -> None:
     if not launch.simulate and launch.processes > len(gpus):
         raise ValueError(
             f"--processes={launch.processes}, but this machine shows {len(gpus)} GPUs ({', '.join(gpus)}): "
-            "lower it, or set CUDA_VISIBLE_DEVICES"
+            "lower it, set CUDA_VISIBLE_DEVICES, or give each process a CPU device by --simulate=1"
         )
 
 

@@ -8,7 +8,7 @@ The four promises, tested for every registered mixer:
 * causal: no output depends on a later token (LTE's ``"prompt"`` reading excepted: it ranks the whole prompt);
 * resumable: a sequence given to ``extend`` in any pieces gives what one call gives;
 * packed documents equal the documents alone, and padding anywhere changes nothing;
-* the cache's size is ``cache_bytes(batch, max_length, dtype)`` and does not grow.
+* the cache has a fixed shape, of ``cache_bytes(batch, max_length, dtype)`` bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Cache = Any
 
 @dataclasses.dataclass(frozen=True)
 class MixerConfig:
-    """The settings of one mixer: read by that mixer alone, saved with each run."""
+    """The settings of one mixer: read by that mixer alone, saved with each run. All have ``num_heads``, of 1 at least."""
 
     def validate(self, width: int) -> None:
         """Raises ValueError, stating the value, the rule and the fix, where a setting cannot work at model width D."""

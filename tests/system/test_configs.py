@@ -5,12 +5,15 @@ import math
 from typing import Literal
 
 import pytest
+from flax import nnx
 
 from experiments.configs import _paper
 from experiments.suite import Suite
 from lte_jax import configs
 from lte_jax.configs import ConfigError
 from lte_jax.data import SymbolNeedles, Text
+from lte_jax.layers import Recipe
+from lte_jax.mixers import mixer_module
 from lte_jax.runs import single_device_builder
 
 
@@ -106,7 +109,15 @@ def test_a_suite_takes_settings_for_all_or_one_run():
 def test_the_quickstart_compares_equal_bytes_of_cache():
     lalte, swa = configs.load_named("experiments.configs", "quickstart").runs
     lte, window = lalte.model.pattern[1], swa.model.pattern[1]
-    assert window.window == lte.window + 1 + lte.budget < lalte.data.min_distance
+    longer = dataclasses.replace(window, window=window.window + 1)
+
+    def size(mixer, dtype):
+        module = nnx.eval_shape(lambda: mixer_module(mixer)(mixer, lalte.model.width, Recipe(nnx.Rngs(0))))
+        return module.cache_bytes(1, lalte.data.length, dtype)
+
+    assert size(window, "float32") <= size(lte, "float32") < size(longer, "float32")
+    assert size(window, "bfloat16") <= size(lte, "bfloat16")
+    assert lte.window + 1 < lalte.data.min_distance
     assert dataclasses.replace(swa, name="lalte", model=lalte.model) == lalte
 
 
