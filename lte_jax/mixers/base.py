@@ -37,7 +37,7 @@ Cache = Any
 
 @dataclasses.dataclass(frozen=True)
 class MixerConfig:
-    """The settings of one mixer: read by that mixer alone, saved with each run. All have ``num_heads``, of 1 at least."""
+    """The settings of one mixer, which alone reads them; saved with each run. All have ``num_heads``, of at least 1."""
 
     def validate(self, width: int) -> None:
         """Raises ValueError, stating the value, the rule and the fix, where a setting cannot work at model width D."""
