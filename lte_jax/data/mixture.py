@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -34,20 +35,21 @@ class Mixture:
 
     @property
     def length(self) -> int:
-        return self._checked()[0].length
+        return self._checked[0].length
 
     @property
     def vocab_size(self) -> int:
-        return max(part.vocab_size for part in self._checked())
+        return max(part.vocab_size for part in self._checked)
 
     @property
     def tokenizer(self) -> str | None:
         """That of the parts which have one, by the name of the first; None for tasks of symbols."""
-        names = (getattr(part, "tokenizer", None) for part in self._checked())
+        names = (getattr(part, "tokenizer", None) for part in self._checked)
         return next((name for name in names if name is not None), None)
 
+    @functools.cached_property
     def _checked(self) -> tuple[Part, ...]:
-        """The parts.
+        """The parts; their tokenizers' files are read once, whatever is asked of the mixture.
 
         Raises:
           DataError: there is none, or two have tokenizers that give different ids.
@@ -85,7 +87,7 @@ class Mixture:
 
     def rows(self, split: Split = "train", *, batch_size: int | None = None) -> grain.MapDataset:
         """The rows of a split in reading order: without end for "train", once for "heldout"."""
-        lengths = [part.length for part in self._checked()]
+        lengths = [part.length for part in self._checked]
         if len(set(lengths)) > 1:
             raise DataError(f"parts of lengths {lengths}: rows of one batch have one length; give all parts the same")
         opened = [part.rows(split, batch_size=batch_size) for part in self.parts]

@@ -10,6 +10,10 @@ import pytest
 from lte_jax.data.tokenizer import load_tokenizer
 from tests.system.test_harness import build, cache, one_index, pytestmark  # noqa: F401 - fixtures and marks
 
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="pip install -e '.[eval]'"
+)
+
 
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("transformers", "nltk", "wonderwords")),
@@ -58,7 +62,7 @@ def test_ruler_makes_its_samples_with_the_models_own_tokenizer(monkeypatch):
     assert [sample["doc"]["input"] for sample in again["samples"]["niah_single_1"]] == docs
 
 
-@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="pip install -e '.[eval]'")
+@needs_transformers
 def test_rulers_modules_find_our_tokenizers_however_they_are_loaded(tmp_path, monkeypatch):
     """The harness reads ``common_utils`` anew from its file for one task, and other tasks import what came of it."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -79,7 +83,7 @@ def test_rulers_modules_find_our_tokenizers_however_they_are_loaded(tmp_path, mo
     assert vars(AutoTokenizer)["from_pretrained"] is method
 
 
-@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="pip install -e '.[eval]'")
+@needs_transformers
 def test_variable_tracking_that_no_sample_fits_is_refused():
     """RULER itself would draw for ever."""
     from lte_jax.evaluate.ruler import check_variable_tracking
